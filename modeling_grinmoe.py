@@ -1,0 +1,703 @@
+"""GRIN-MoE in PyTorch: attention, the sparse block, the decoder and its heads.
+
+Shapes: B batch, S sequence, T = B * S tokens, H hidden size, E experts, K experts per token, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .checkpoint_grinmoe import (
+    CheckpointError,
+    add_remote_code,
+    can_alias,
+    check_shapes,
+    describe_missing,
+    official_state_dict,
+    read_shapes,
+    refuse_checkout,
+    register_weight_conversion,
+    replaced_when_whole,
+    safetensors_only,
+)
+from .configuration_grinmoe import GrinMoeConfig
+from .experts_grinmoe import GrinMoeExperts
+from .routing_grinmoe import RoutingNoise, load_balancing_loss, sparsemixer
+
+logger = logging.get_logger(__name__)
+
+register_weight_conversion()
+
+
+class GrinMoeRotaryEmbedding(nn.Module):
+    """Cosines and sines of RoPE; LongRoPE switches all positions of a batch at once.
+
+    LongRoPE (Phi-3.5-MoE): the length of the longest row decides for every position of the batch, and the reference
+    decides twice. The long factors hold from `original_max_position_embeddings` tokens on, `long_mscale` only above it;
+    at exactly that length the long factors go with `short_mscale`.
+    """
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        # Read by dynamic_rope_update.
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        inv_freq, self.attention_scaling = self.rope_init(config)
+        # _init_weights refills these by name after a load through the meta device.
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+        if self.rope_type == "longrope":
+            self.original_length = config.rope_parameters["original_max_position_embeddings"]
+            self.long_inv_freq = nn.Buffer(self.long_rope_init(config), persistent=False)
+            self.short_mscale = config.rope_parameters.get("short_mscale", self.attention_scaling)
+            self.long_mscale = config.rope_parameters.get("long_mscale", self.attention_scaling)
+
+    @property
+    def rope_init(self) -> Callable:
+        return self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+
+    @staticmethod
+    def compute_default_rope_parameters(config: GrinMoeConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies (head / 2,) and the scale of cos and sin (1) of plain RoPE."""
+        exponents = torch.arange(0, config.head_size, 2, dtype=torch.float) / config.head_size
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @staticmethod
+    def long_rope_init(config: GrinMoeConfig) -> torch.Tensor:
+        """Inverse frequencies (head / 2,) of LongRoPE beyond the original length."""
+        beyond = config.rope_parameters["original_max_position_embeddings"] + 1
+        return ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=beyond)[0]
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S) positions to cos and sin (B, S, head), in the dtype of `hidden_states`."""
+        if self.rope_type == "longrope":
+            # Selected with tensors, not with `if`: no host sync, and it compiles.
+            length = position_ids.max() + 1
+            inv_freq = torch.where(length >= self.original_length, self.long_inv_freq, self.original_inv_freq)
+            scale = torch.where(length > self.original_length, self.long_mscale, self.short_mscale)
+        else:
+            inv_freq, scale = self.scaled_frequencies(hidden_states, position_ids)
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            angles = position_ids[..., None].float() * inv_freq.float()  # (B, S, head / 2)
+            angles = torch.cat((angles, angles), dim=-1)
+            return (angles.cos() * scale).to(hidden_states.dtype), (angles.sin() * scale).to(hidden_states.dtype)
+
+    @dynamic_rope_update
+    def scaled_frequencies(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return self.inv_freq, self.attention_scaling
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate query and key (B, heads, S, head) by cos and sin (B, S, head)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Readable attention. Softmax in float32; returns (B, S, heads, head) and the probabilities."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probs = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probs = nn.functional.dropout(probs, p=dropout, training=module.training)
+    return (probs @ value).transpose(1, 2).contiguous(), probs
+
+
+class GrinMoeAttention(nn.Module):
+    """Grouped-query attention with biases, RoPE and a sliding window of `visible_keys` keys."""
+
+    def __init__(self, config: GrinMoeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_size
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, S, H) to the block's output (B, S, H) and, in eager, the probabilities (B, heads, S, keys)."""
+        input_shape = hidden_states.shape[:-1]
+        heads_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, probs = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.config.visible_keys,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), probs
+
+
+class GrinMoeRouter(nn.Linear):
+    """The gate: (T, H) to router logits, routing weights and selected experts."""
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__(config.hidden_size, config.num_local_experts, bias=False)
+        self.top_k = config.num_experts_per_tok
+        self.jitter_eps = config.router_jitter_noise
+
+    def forward(
+        self, hidden_states: torch.Tensor, noise: RoutingNoise | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        router_logits = super().forward(hidden_states)  # (T, E)
+        routing_weights, selected_experts = sparsemixer(
+            router_logits, self.top_k, self.jitter_eps, self.training, noise=noise
+        )
+        return router_logits, routing_weights, selected_experts
+
+
+class GrinMoeSparseMoeBlock(nn.Module):
+    """Route every token to K experts and sum their weighted outputs. No token is dropped."""
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__()
+        self.input_jitter_noise = config.input_jitter_noise
+        self.gate = GrinMoeRouter(config)
+        self.experts = GrinMoeExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor, noise: RoutingNoise | None = None) -> torch.Tensor:
+        """(B, S, H) to (B, S, H). `noise` replays recorded draws in training; None draws them."""
+        shape = hidden_states.shape
+        hidden_states = hidden_states.reshape(-1, shape[-1])  # (T, H)
+        if self.training and self.input_jitter_noise > 0:
+            # Once, seen by the router and the experts but not by the residual stream, and never in place.
+            hidden_states = hidden_states * self._input_jitter(hidden_states, noise)
+        _, routing_weights, selected_experts = self.gate(hidden_states, noise)
+        return self.experts(hidden_states, selected_experts, routing_weights).reshape(shape)
+
+    def _input_jitter(self, hidden_states: torch.Tensor, noise: RoutingNoise | None) -> torch.Tensor:
+        if noise is not None and noise.input_jitter is not None:
+            return noise.input_jitter.reshape(hidden_states.shape)
+        eps = self.input_jitter_noise
+        return torch.empty_like(hidden_states).uniform_(1.0 - eps, 1.0 + eps)
+
+
+class GrinMoeDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and sparse block. The norms are LayerNorm with bias, despite the config's `rms_norm_eps`."""
+
+    def __init__(self, config: GrinMoeConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.hidden_dropout = config.hidden_dropout
+        self.self_attn = GrinMoeAttention(config, layer_idx)
+        self.block_sparse_moe = GrinMoeSparseMoeBlock(config)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        routing_noise: Sequence[RoutingNoise] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self._dropout(attention_output)
+        moe_output = self.block_sparse_moe(
+            self.post_attention_layernorm(hidden_states),
+            noise=None if routing_noise is None else routing_noise[self.layer_idx],
+        )
+        return hidden_states + self._dropout(moe_output)
+
+    def _dropout(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(hidden_states, p=self.hidden_dropout, training=self.training)
+
+
+@dataclass
+class GrinMoeModelOutputWithPast(MoeModelOutputWithPast):
+    """Output of [`GrinMoeModel`].
+
+    Beyond Transformers' fields: `selected_experts`, one (T, K) int64 per layer, with `output_router_logits=True`.
+    """
+
+    selected_experts: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GrinMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """Output of [`GrinMoeForCausalLM`].
+
+    Beyond Transformers' fields: `selected_experts`, one (T, K) int64 per layer, with `output_router_logits=True`.
+    """
+
+    selected_experts: tuple[torch.Tensor, ...] | None = None
+
+
+class GrinMoePreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving shared by all GRIN-MoE models."""
+
+    config_class = GrinMoeConfig
+    config: GrinMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GrinMoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(GrinMoeRouter, index=0),
+        "selected_experts": OutputRecorder(GrinMoeRouter, index=2),
+        "hidden_states": GrinMoeDecoderLayer,
+        "attentions": GrinMoeAttention,
+    }
+    # Weights of heads: a checkpoint may lack them (a new head starts fresh), the network's own it may not.
+    _head_prefixes = ("lm_head.", "score.")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, GrinMoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, GrinMoeRotaryEmbedding) and module.rope_type == "longrope":
+            init.copy_(module.long_inv_freq, module.long_rope_init(module.config))
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The library greps the model's own file for the experts decorator; ours is applied in experts_grinmoe.py.
+        # Without this every experts_implementation would silently run as "eager".
+        return True
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to register: `save_pretrained` always writes the code files and the full `auto_map`.
+
+        (The library's way copies the file of `type(model)`; once FSDP2 has wrapped the model that is a file of torch.)
+        """
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
+        # The one place that every way of enabling checkpointing goes through, on all supported versions.
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True: reentrant checkpointing drops the gradient of the balance loss without an error; "
+                'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        """
+        As in Transformers, from a folder or a Hub id in the official layout, with these checks on top.
+
+        A folder's shards are checked by their headers before anything is read. Only safetensors are loaded. A weight of
+        the network itself that the checkpoint lacks is an error (a new head is not). `output_loading_info=True` leaves
+        keys and shapes to the caller, `ignore_mismatched_sizes=True` leaves shapes.
+
+        Raises:
+            CheckpointError: (a ValueError) missing or truncated shard, pickled weights, unknown or missing key, tensor
+                that does not fit the config.
+            ValueError: config of another model_type.
+        """
+        quantized = kwargs.get("quantization_config") is not None
+        if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
+            kwargs = safetensors_only(kwargs)
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+            shapes = read_shapes(folder) if folder.is_dir() and not kwargs.get("variant") else None
+            if shapes and not (output_loading_info or ignore_mismatched_sizes or quantized):
+                config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
+                if getattr(config, "quantization_config", None) is None:
+                    check_shapes(shapes, config, folder, head_keys=("score.",))
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **kwargs,
+        )
+        if output_loading_info:
+            return model, loading_info
+        if message := describe_missing(loading_info["missing_keys"], cls._head_prefixes):
+            raise CheckpointError(f"{pretrained_model_name_or_path}: {message}")
+        return model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        save_original_format: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Save in the official layout, with the flat code and a full `auto_map`, so that the folder loads on its own.
+
+        Beyond Transformers: the folder's previous checkpoint is replaced only once the new one is completely written
+        (a full disk leaves it whole), and no copy of the weights is made. Further arguments are passed on.
+
+        Raises:
+            ValueError: `save_directory` is the folder of this source code, or a file.
+        """
+        refuse_checkout(save_directory)
+        kwargs |= {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
+        if not is_main_process or kwargs.get("distributed_checkpoint"):
+            kwargs |= {"state_dict": state_dict, "save_original_format": save_original_format}
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        if push_to_hub:
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        adapter_only = getattr(self, "_hf_peft_config_loaded", False)
+        if save_original_format and not adapter_only and getattr(self, "hf_quantizer", None) is None:
+            weights = self.state_dict() if state_dict is None else state_dict
+            if can_alias(weights):
+                state_dict, save_original_format = official_state_dict(weights), False
+        with replaced_when_whole(save_directory) as staging:
+            super().save_pretrained(
+                staging, state_dict=state_dict, save_original_format=save_original_format, **kwargs
+            )
+            if not adapter_only:
+                add_remote_code(staging)
+
+
+class GrinMoeModel(GrinMoePreTrainedModel):
+    """The decoder: token ids to final-normed hidden states."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^score\."]
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__(config)
+        # No padding_idx: the released pad token is also the end-of-text token, whose embedding must train.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([GrinMoeDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = GrinMoeRotaryEmbedding(config)
+        # The config as the library's mask and cache code must read it: sliding_window counts visible keys.
+        self.window_config = config.get_text_config()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GrinMoeModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, S) int64, or `inputs_embeds` (B, S, H).
+            attention_mask: (B, past + S), 1 for tokens and 0 for padding; or a prepared 4-D mask.
+            position_ids: (B, S); by default the positions after what the cache holds, for every row alike.
+            past_key_values: any Transformers cache.
+            routing_noise: one `RoutingNoise` per layer, to replay recorded draws in training.
+            output_router_logits, output_selected_experts, output_hidden_states, output_attentions: what to record.
+
+        Raises:
+            ValueError: neither or both of the inputs, or no token at all.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError(
+                f"the input has no tokens (shape {tuple(inputs_embeds.shape[:2])}): an empty prompt; give at least one "
+                "token, for instance the beginning-of-sequence token"
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+        create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        causal_mask = create_mask(
+            config=self.window_config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return GrinMoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+
+class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
+    """GRIN-MoE with its language head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__(config)
+        self.model = GrinMoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GrinMoeCausalLMOutputWithPast:
+        """
+        Args:
+            labels: (B, S), -100 where no loss is wanted; shifted inside. The loss is the mean cross entropy, or its sum
+                over `num_items_in_batch` where the Trainer gives it.
+            output_router_logits: return router_logits, selected_experts and the unscaled aux_loss; with `labels` the
+                loss then includes `router_aux_loss_coef * aux_loss`. In training it does so in any case.
+            logits_to_keep: the last n positions (0: all), or positions (n,) or (B, n), or a (B, S) bool mask.
+
+        Others as in [`GrinMoeModel`]. Example: see the model card.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        trains_balance = self.training and labels is not None and self.config.router_aux_loss_coef > 0
+        records_routing = output_router_logits or trains_balance
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=records_routing,
+            output_selected_experts=records_routing,
+            **kwargs,
+        )
+        logits = self.lm_head(_keep_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        if records_routing:
+            aux_loss = self._balance_loss(outputs, attention_mask)
+            if loss is not None:
+                share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+        return GrinMoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+            selected_experts=outputs.selected_experts if output_router_logits else None,
+        )
+
+    def _balance_loss(self, outputs: GrinMoeModelOutputWithPast, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if attention_mask is not None:
+            # With a cache the mask also covers what is cached; a prepared 4-D mask does not tell padding.
+            sequence = outputs.last_hidden_state.shape[1]
+            attention_mask = attention_mask[:, -sequence:] if attention_mask.dim() == 2 else None
+        return load_balancing_loss(
+            outputs.router_logits,
+            outputs.selected_experts,
+            self.config.num_experts_per_tok,
+            self.config.router_aux_loss_scope,
+            attention_mask,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, is_first_iteration=False, **kwargs
+    ):
+        """As in Transformers; LongRoPE recomputes the cache when the sequence outgrows the short factors."""
+        if is_first_iteration and input_ids.shape[1] > self.config.max_position_embeddings:
+            logger.warning_once(
+                f"The prompt has {input_ids.shape[1]} tokens, more than max_position_embeddings="
+                f"{self.config.max_position_embeddings}. Nothing is cut off: the model runs on positions that it was not "
+                "trained for, and the text will be worse. Shorten the prompt to avoid that."
+            )
+        if self._outgrows_short_rope(input_ids, past_key_values, attention_mask):
+            # What is cached was computed under the other regime, in every layer. All of it is computed again, once.
+            if isinstance(past_key_values, DynamicCache):
+                # In place, for whoever holds it; before Transformers 5.23 reset() leaves a dynamic cache its length.
+                past_key_values.__init__(config=self.config, offloading=past_key_values.offloading)
+            else:
+                past_key_values.reset()
+            kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _outgrows_short_rope(
+        self, input_ids: torch.Tensor, past_key_values: Cache | None, attention_mask: torch.Tensor | None
+    ) -> bool:
+        rope = self.config.rope_parameters
+        if rope["rope_type"] != "longrope" or past_key_values is None:
+            return False
+        original, total = rope["original_max_position_embeddings"], input_ids.shape[1]
+        cached = int(past_key_values.get_seq_length())
+        if cached == 0 or total < original:
+            return False
+        # Positions count tokens, not padding: the longest row decides for the batch.
+        longest = total if attention_mask is None else int(attention_mask[:, :total].sum(-1).max())
+        before = longest - (total - cached)
+        # Both switches of GrinMoeRotaryEmbedding: the factors at the original length, mscale above it.
+        return (before >= original, before > original) != (longest >= original, longest > original)
+
+
+class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoePreTrainedModel):
+    """GRIN-MoE with a classification head on the last token that is not padding."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: GrinMoeConfig):
+        # Not the generic one: it builds the base model through AutoModel, which refuses remote code.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GrinMoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+
+
+def _share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """Share of this micro-batch in the optimizer step, by target tokens.
+
+    The Trainer adds up the losses of a step's micro-batches. The language loss is divided by the step's
+    `num_items_in_batch` and adds up to a mean; weighted by this share the balance loss does too, so that it does not
+    grow with gradient accumulation.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
+# The names in the released config.json's auto_map and its file.
+GRINMoEModel = GrinMoeModel
+GRINMoEForCausalLM = GrinMoeForCausalLM
+GRINMoEForSequenceClassification = GrinMoeForSequenceClassification
+
+__all__ = [
+    "GrinMoeForCausalLM",
+    "GrinMoeForSequenceClassification",
+    "GrinMoeModel",
+    "GrinMoePreTrainedModel",
+    "GRINMoEForCausalLM",
+    "GRINMoEForSequenceClassification",
+    "GRINMoEModel",
+]
