@@ -1,0 +1,107 @@
+"""Fixtures shared by all tests: the golden data and tiny models. Everything is small; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+
+DATA = Path(__file__).parent / "goldens" / "data"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden checkpoint: its folder and the reference's inputs, outputs and gradients."""
+
+    name: str
+    folder: Path
+    inputs: dict[str, torch.Tensor]
+    expected: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    digest_keys: dict[str, list[str]]
+
+    @property
+    def variant(self) -> str:
+        """golden-b holds several windows; `hub` is the released behaviour."""
+        return "hub." if self.name == "golden-b" else ""
+
+    def __getitem__(self, field: str) -> torch.Tensor:
+        return self.expected[self.variant + field]
+
+    def __contains__(self, field: str) -> bool:
+        return self.variant + field in self.expected
+
+    def model_inputs(self, case: str, labels: bool = True) -> dict[str, torch.Tensor]:
+        """Arguments of the model's forward for a case of the data's README."""
+        source = case.removeprefix("train_") if case != "train" else "plain"
+        source = source.removesuffix("_pos")
+        names = ["input_ids", "attention_mask"] + ["labels"] * labels
+        if case.endswith("_pos"):
+            names.append("position_ids")
+        return {name: self.inputs[f"{source}.{name}"] for name in names if f"{source}.{name}" in self.inputs}
+
+    def load(self, **kwargs) -> GrinMoeForCausalLM:
+        return GrinMoeForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **kwargs).eval()
+
+
+def _load_golden(name: str) -> Golden:
+    folder = DATA / name
+    return Golden(
+        name,
+        folder,
+        load_file(folder / "inputs.safetensors"),
+        load_file(folder / "expected.safetensors"),
+        load_file(folder / "gradients.safetensors"),
+        json.loads((folder / "expected.json").read_text())["grad_digest_keys"],
+    )
+
+
+@pytest.fixture(scope="session")
+def goldens() -> dict[str, Golden]:
+    return {name: _load_golden(name) for name in ("golden-a", "golden-b", "golden-c")}
+
+
+@pytest.fixture(scope="session")
+def golden_models(goldens) -> dict[str, GrinMoeForCausalLM]:
+    """One loaded model per golden checkpoint. Tests that change weights or mode load their own."""
+    return {name: golden.load() for name, golden in goldens.items()}
+
+
+@pytest.fixture
+def tiny_config():
+    """Factory of a config that trains in milliseconds; keyword arguments override."""
+
+    def make(**overrides) -> GrinMoeConfig:
+        fields = {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "num_local_experts": 4,
+            "sliding_window": 15,
+            "eos_token_id": 95,
+            "pad_token_id": 95,
+        }
+        return GrinMoeConfig(**{**fields, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    """Factory of a randomly initialised tiny model, the same for the same arguments."""
+
+    def make(seed: int = 0, **overrides) -> GrinMoeForCausalLM:
+        torch.manual_seed(seed)
+        return GrinMoeForCausalLM(tiny_config(**overrides)).eval()
+
+    return make
