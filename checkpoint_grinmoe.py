@@ -102,7 +102,11 @@ def official_shapes(config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:
             experts = f"{base}.block_sparse_moe.experts.{expert}"
             shapes |= {f"{experts}.w1.weight": (width, hidden), f"{experts}.w3.weight": (width, hidden)}
             shapes[f"{experts}.w2.weight"] = (hidden, width)
-    shapes |= {"model.norm.weight": (hidden,), "model.norm.bias": (hidden,), "lm_head.weight": (config.vocab_size, hidden)}
+    shapes |= {
+        "model.norm.weight": (hidden,),
+        "model.norm.bias": (hidden,),
+        "lm_head.weight": (config.vocab_size, hidden),
+    }
     if config.lm_head_bias:
         shapes["lm_head.bias"] = (config.vocab_size,)
     return shapes
@@ -155,7 +159,10 @@ def read_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
 
 
 def check_shapes(
-    shapes: dict[str, tuple[int, ...]], config: GrinMoeConfig, folder: str | os.PathLike, head_keys: tuple[str, ...] = ()
+    shapes: dict[str, tuple[int, ...]],
+    config: GrinMoeConfig,
+    folder: str | os.PathLike,
+    head_keys: tuple[str, ...] = (),
 ) -> None:
     """
     Hold a checkpoint's tensors against the config.
@@ -280,4 +287,105 @@ def safetensors_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "use_safetensors": True}
 
 
-__all__ = ["CheckpointError", "CheckpointFileError", "official_shapes", "official_state_dict", "read_shapes"]
+class OfficialCheckpointMixin:
+    """`from_pretrained` and `save_pretrained` of the GRIN-MoE models; goes before `PreTrainedModel`."""
+
+    # Weights of heads: a checkpoint may lack them (a new head starts fresh), the network's own it may not.
+    _head_prefixes = ("lm_head.", "score.")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to register: `save_pretrained` always writes the code files and the full `auto_map`.
+
+        (The library's way copies the file of `type(model)`; once FSDP2 has wrapped the model that is a file of torch.)
+        """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        """
+        As in Transformers, from a folder or a Hub id in the official layout, with these checks on top.
+
+        A folder's shards are checked by their headers before anything is read. Only safetensors are loaded. A weight of
+        the network itself that the checkpoint lacks is an error (a new head is not). `output_loading_info=True` leaves
+        keys and shapes to the caller, `ignore_mismatched_sizes=True` leaves shapes.
+
+        Raises:
+            CheckpointError: (a ValueError) missing or truncated shard, pickled weights, unknown or missing key, tensor
+                that does not fit the config.
+            ValueError: config of another model_type.
+        """
+        quantized = kwargs.get("quantization_config") is not None
+        if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
+            kwargs = safetensors_only(kwargs)
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+            shapes = read_shapes(folder) if folder.is_dir() and not kwargs.get("variant") else None
+            if shapes and not (output_loading_info or ignore_mismatched_sizes or quantized):
+                config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
+                if getattr(config, "quantization_config", None) is None:
+                    check_shapes(shapes, config, folder, head_keys=("score.",))
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **kwargs,
+        )
+        if output_loading_info:
+            return model, loading_info
+        if message := describe_missing(loading_info["missing_keys"], cls._head_prefixes):
+            raise CheckpointError(f"{pretrained_model_name_or_path}: {message}")
+        return model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        save_original_format: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Save in the official layout, with the flat code and a full `auto_map`, so that the folder loads on its own.
+
+        Beyond Transformers: the folder's previous checkpoint is replaced only once the new one is completely written
+        (a full disk leaves it whole), and no copy of the weights is made. Further arguments are passed on.
+
+        Raises:
+            ValueError: `save_directory` is the folder of this source code, or a file.
+        """
+        refuse_checkout(save_directory)
+        kwargs |= {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
+        if not is_main_process or kwargs.get("distributed_checkpoint"):
+            kwargs |= {"state_dict": state_dict, "save_original_format": save_original_format}
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        if push_to_hub:
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        adapter_only = getattr(self, "_hf_peft_config_loaded", False)
+        if save_original_format and not adapter_only and getattr(self, "hf_quantizer", None) is None:
+            weights = self.state_dict() if state_dict is None else state_dict
+            if can_alias(weights):
+                state_dict, save_original_format = official_state_dict(weights), False
+        with replaced_when_whole(save_directory) as staging:
+            super().save_pretrained(staging, state_dict=state_dict, save_original_format=save_original_format, **kwargs)
+            if not adapter_only:
+                add_remote_code(staging)
+
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointFileError",
+    "OfficialCheckpointMixin",
+    "official_shapes",
+    "official_state_dict",
+    "read_shapes",
+]

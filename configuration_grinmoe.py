@@ -11,6 +11,7 @@ import operator
 from typing import Any
 
 from transformers import MixtralConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 ROUTER_ESTIMATORS = ("sparsemixer_v2",)
 ROUTER_AUX_LOSS_SCOPES = ("released", "local", "global")
@@ -119,7 +120,8 @@ class GrinMoeConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         # Checked first: the library's own RoPE standardisation assumes sane sizes.
         self._check_fields()
-        _check_rope(kwargs.get("rope_scaling") or self.rope_parameters, self.head_size)
+        rope = kwargs.get("rope_scaling") or self.rope_parameters or {}
+        _check_rope({"rope_theta": kwargs["rope_theta"], **rope} if "rope_theta" in kwargs else rope, self.head_size)
         super().__post_init__(**kwargs)
         head_dim = getattr(self, "head_dim", None)
         if head_dim is not None and head_dim != self.head_size:
@@ -202,6 +204,7 @@ class GrinMoeConfig(PreTrainedConfig):
         for name in "use_cache attention_bias lm_head_bias tie_word_embeddings output_router_logits".split():
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a bool; give True or False")
+        _require_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
         _require_choice("router_estimator", self.router_estimator, ROUTER_ESTIMATORS)
         _require_choice("router_aux_loss_scope", self.router_aux_loss_scope, ROUTER_AUX_LOSS_SCOPES)
         self._check_divisibility()
@@ -306,10 +309,8 @@ def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
 
 
-def _check_rope(rope: dict[str, Any] | None, head_size: int) -> None:
+def _check_rope(rope: dict[str, Any], head_size: int) -> None:
     """Check what was given, in the current (`rope_type`) or the released (`type`) spelling."""
-    if rope is None:
-        return
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters={rope!r} is not a dict; give at least {{'rope_type': 'default'}}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))

@@ -110,11 +110,12 @@ def load_per_expert_weights(
         expected = module.num_experts * matrices_per_expert[name]
         if loaded[name] == expected:
             state_dict[prefix + name] = tensor
-        elif strict or getattr(module, name).is_meta:
+        elif getattr(module, name).is_meta:
             error_msgs.append(
-                f"{prefix}{name}: the checkpoint has {loaded[name]} of {expected} expert matrices; give all of them at "
-                "once, or load shard by shard into a materialised model with strict=False"
+                f"{prefix}{name}: {loaded[name]} of {expected} expert matrices cannot fill a parameter on the meta device; "
+                "give all of them at once, or materialise the model first (model.to_empty)"
             )
+        # Otherwise they are in place, and load_state_dict(strict=True) reports the parameter as missing.
 
 
 __all__ = ["GrinMoeExperts"]

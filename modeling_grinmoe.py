@@ -1,15 +1,12 @@
-"""GRIN-MoE in PyTorch: attention, the sparse block, the decoder and its heads.
+"""GRIN-MoE in PyTorch: the sparse block, the decoder and its heads.
 
 Shapes: B batch, S sequence, T = B * S tokens, H hidden size, E experts, K experts per token, L layers, V vocabulary.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,26 +16,14 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .checkpoint_grinmoe import (
-    CheckpointError,
-    add_remote_code,
-    can_alias,
-    check_shapes,
-    describe_missing,
-    official_state_dict,
-    read_shapes,
-    refuse_checkout,
-    register_weight_conversion,
-    replaced_when_whole,
-    safetensors_only,
-)
+from .attention_grinmoe import GrinMoeAttention, GrinMoeRotaryEmbedding
+from .checkpoint_grinmoe import OfficialCheckpointMixin, register_weight_conversion
 from .configuration_grinmoe import GrinMoeConfig
 from .experts_grinmoe import GrinMoeExperts
 from .routing_grinmoe import RoutingNoise, load_balancing_loss, sparsemixer
@@ -46,152 +31,6 @@ from .routing_grinmoe import RoutingNoise, load_balancing_loss, sparsemixer
 logger = logging.get_logger(__name__)
 
 register_weight_conversion()
-
-
-class GrinMoeRotaryEmbedding(nn.Module):
-    """Cosines and sines of RoPE; LongRoPE switches all positions of a batch at once.
-
-    LongRoPE (Phi-3.5-MoE): the length of the longest row decides for every position of the batch, and the reference
-    decides twice. The long factors hold from `original_max_position_embeddings` tokens on, `long_mscale` only above it;
-    at exactly that length the long factors go with `short_mscale`.
-    """
-
-    def __init__(self, config: GrinMoeConfig):
-        super().__init__()
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        # Read by dynamic_rope_update.
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        inv_freq, self.attention_scaling = self.rope_init(config)
-        # _init_weights refills these by name after a load through the meta device.
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
-        if self.rope_type == "longrope":
-            self.original_length = config.rope_parameters["original_max_position_embeddings"]
-            self.long_inv_freq = nn.Buffer(self.long_rope_init(config), persistent=False)
-            self.short_mscale = config.rope_parameters.get("short_mscale", self.attention_scaling)
-            self.long_mscale = config.rope_parameters.get("long_mscale", self.attention_scaling)
-
-    @property
-    def rope_init(self) -> Callable:
-        return self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
-
-    @staticmethod
-    def compute_default_rope_parameters(config: GrinMoeConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies (head / 2,) and the scale of cos and sin (1) of plain RoPE."""
-        exponents = torch.arange(0, config.head_size, 2, dtype=torch.float) / config.head_size
-        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
-
-    @staticmethod
-    def long_rope_init(config: GrinMoeConfig) -> torch.Tensor:
-        """Inverse frequencies (head / 2,) of LongRoPE beyond the original length."""
-        beyond = config.rope_parameters["original_max_position_embeddings"] + 1
-        return ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=beyond)[0]
-
-    @torch.no_grad()
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, S) positions to cos and sin (B, S, head), in the dtype of `hidden_states`."""
-        if self.rope_type == "longrope":
-            # Selected with tensors, not with `if`: no host sync, and it compiles.
-            length = position_ids.max() + 1
-            inv_freq = torch.where(length >= self.original_length, self.long_inv_freq, self.original_inv_freq)
-            scale = torch.where(length > self.original_length, self.long_mscale, self.short_mscale)
-        else:
-            inv_freq, scale = self.scaled_frequencies(hidden_states, position_ids)
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            angles = position_ids[..., None].float() * inv_freq.float()  # (B, S, head / 2)
-            angles = torch.cat((angles, angles), dim=-1)
-            return (angles.cos() * scale).to(hidden_states.dtype), (angles.sin() * scale).to(hidden_states.dtype)
-
-    @dynamic_rope_update
-    def scaled_frequencies(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-        return self.inv_freq, self.attention_scaling
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary_pos_emb(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate query and key (B, heads, S, head) by cos and sin (B, S, head)."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Readable attention. Softmax in float32; returns (B, S, heads, head) and the probabilities."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probs = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    probs = nn.functional.dropout(probs, p=dropout, training=module.training)
-    return (probs @ value).transpose(1, 2).contiguous(), probs
-
-
-class GrinMoeAttention(nn.Module):
-    """Grouped-query attention with biases, RoPE and a sliding window of `visible_keys` keys."""
-
-    def __init__(self, config: GrinMoeConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_size
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, S, H) to the block's output (B, S, H) and, in eager, the probabilities (B, heads, S, keys)."""
-        input_shape = hidden_states.shape[:-1]
-        heads_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, probs = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.config.visible_keys,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), probs
 
 
 class GrinMoeRouter(nn.Linear):
@@ -297,8 +136,8 @@ class GrinMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     selected_experts: tuple[torch.Tensor, ...] | None = None
 
 
-class GrinMoePreTrainedModel(PreTrainedModel):
-    """Initialisation, loading and saving shared by all GRIN-MoE models."""
+class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
+    """What all GRIN-MoE models share: capabilities, initialisation, gradient checkpointing."""
 
     config_class = GrinMoeConfig
     config: GrinMoeConfig
@@ -317,8 +156,6 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         "hidden_states": GrinMoeDecoderLayer,
         "attentions": GrinMoeAttention,
     }
-    # Weights of heads: a checkpoint may lack them (a new head starts fresh), the network's own it may not.
-    _head_prefixes = ("lm_head.", "score.")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -336,13 +173,6 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         # Without this every experts_implementation would silently run as "eager".
         return True
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing to register: `save_pretrained` always writes the code files and the full `auto_map`.
-
-        (The library's way copies the file of `type(model)`; once FSDP2 has wrapped the model that is a file of torch.)
-        """
-
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
         # The one place that every way of enabling checkpointing goes through, on all supported versions.
         options = getattr(gradient_checkpointing_func, "keywords", {})
@@ -354,88 +184,6 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         if gradient_checkpointing_func is not None:
             kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        **kwargs,
-    ):
-        """
-        As in Transformers, from a folder or a Hub id in the official layout, with these checks on top.
-
-        A folder's shards are checked by their headers before anything is read. Only safetensors are loaded. A weight of
-        the network itself that the checkpoint lacks is an error (a new head is not). `output_loading_info=True` leaves
-        keys and shapes to the caller, `ignore_mismatched_sizes=True` leaves shapes.
-
-        Raises:
-            CheckpointError: (a ValueError) missing or truncated shard, pickled weights, unknown or missing key, tensor
-                that does not fit the config.
-            ValueError: config of another model_type.
-        """
-        quantized = kwargs.get("quantization_config") is not None
-        if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
-            kwargs = safetensors_only(kwargs)
-            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
-            shapes = read_shapes(folder) if folder.is_dir() and not kwargs.get("variant") else None
-            if shapes and not (output_loading_info or ignore_mismatched_sizes or quantized):
-                config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
-                if getattr(config, "quantization_config", None) is None:
-                    check_shapes(shapes, config, folder, head_keys=("score.",))
-        model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            **kwargs,
-        )
-        if output_loading_info:
-            return model, loading_info
-        if message := describe_missing(loading_info["missing_keys"], cls._head_prefixes):
-            raise CheckpointError(f"{pretrained_model_name_or_path}: {message}")
-        return model
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = "5GB",
-        save_original_format: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Save in the official layout, with the flat code and a full `auto_map`, so that the folder loads on its own.
-
-        Beyond Transformers: the folder's previous checkpoint is replaced only once the new one is completely written
-        (a full disk leaves it whole), and no copy of the weights is made. Further arguments are passed on.
-
-        Raises:
-            ValueError: `save_directory` is the folder of this source code, or a file.
-        """
-        refuse_checkout(save_directory)
-        kwargs |= {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
-        if not is_main_process or kwargs.get("distributed_checkpoint"):
-            kwargs |= {"state_dict": state_dict, "save_original_format": save_original_format}
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        if push_to_hub:
-            kwargs.setdefault("repo_id", Path(save_directory).name)
-        adapter_only = getattr(self, "_hf_peft_config_loaded", False)
-        if save_original_format and not adapter_only and getattr(self, "hf_quantizer", None) is None:
-            weights = self.state_dict() if state_dict is None else state_dict
-            if can_alias(weights):
-                state_dict, save_original_format = official_state_dict(weights), False
-        with replaced_when_whole(save_directory) as staging:
-            super().save_pretrained(
-                staging, state_dict=state_dict, save_original_format=save_original_format, **kwargs
-            )
-            if not adapter_only:
-                add_remote_code(staging)
 
 
 class GrinMoeModel(GrinMoePreTrainedModel):
@@ -490,10 +238,11 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
+        self._refuse_regime_change(position_ids, past_key_values)
         create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         causal_mask = create_mask(
             config=self.window_config,
@@ -518,6 +267,18 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
         )
+
+    def _refuse_regime_change(self, position_ids: torch.Tensor, past_key_values: Cache | None) -> None:
+        """Under LongRoPE the cache is void once the text outgrows the short factors; `generate` then rebuilds it."""
+        if self.rotary_emb.rope_type != "longrope" or past_key_values is None or torch.compiler.is_compiling():
+            return
+        length = int(position_ids.max()) + 1
+        if past_key_values.get_seq_length() > 0 and self.rotary_emb.changes_regime(length, position_ids.shape[-1]):
+            raise ValueError(
+                f"at {length} tokens LongRoPE changes the frequencies of all positions "
+                f"(original_max_position_embeddings={self.rotary_emb.original_length}), and the cache holds the old ones; "
+                "drop past_key_values and pass the whole sequence (generate does that by itself)"
+            )
 
 
 class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
@@ -608,7 +369,13 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        position_ids=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
         """As in Transformers; LongRoPE recomputes the cache when the sequence outgrows the short factors."""
         if is_first_iteration and input_ids.shape[1] > self.config.max_position_embeddings:
@@ -617,7 +384,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
                 f"{self.config.max_position_embeddings}. Nothing is cut off: the model runs on positions that it was not "
                 "trained for, and the text will be worse. Shorten the prompt to avoid that."
             )
-        if self._outgrows_short_rope(input_ids, past_key_values, attention_mask):
+        if self._changes_longrope_regime(input_ids, past_key_values, attention_mask):
             # What is cached was computed under the other regime, in every layer. All of it is computed again, once.
             if isinstance(past_key_values, DynamicCache):
                 # In place, for whoever holds it; before Transformers 5.23 reset() leaves a dynamic cache its length.
@@ -634,21 +401,37 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def _outgrows_short_rope(
+    def _changes_longrope_regime(
         self, input_ids: torch.Tensor, past_key_values: Cache | None, attention_mask: torch.Tensor | None
     ) -> bool:
-        rope = self.config.rope_parameters
-        if rope["rope_type"] != "longrope" or past_key_values is None:
+        rotary = self.model.rotary_emb
+        total = input_ids.shape[1]
+        if rotary.rope_type != "longrope" or past_key_values is None or total < rotary.original_length:
             return False
-        original, total = rope["original_max_position_embeddings"], input_ids.shape[1]
         cached = int(past_key_values.get_seq_length())
-        if cached == 0 or total < original:
-            return False
         # Positions count tokens, not padding: the longest row decides for the batch.
         longest = total if attention_mask is None else int(attention_mask[:, :total].sum(-1).max())
-        before = longest - (total - cached)
-        # Both switches of GrinMoeRotaryEmbedding: the factors at the original length, mscale above it.
-        return (before >= original, before > original) != (longest >= original, longest > original)
+        return cached > 0 and rotary.changes_regime(longest, total - cached)
+
+    def generate_batch(self, inputs, generation_config=None, **kwargs):
+        """As in Transformers (continuous batching), for texts within LongRoPE's short range.
+
+        Raises:
+            ValueError: LongRoPE, and a request could reach the long factors. They hold for a whole batch and change
+                what is cached, which a paged cache shared by requests of all lengths cannot follow.
+        """
+        rotary = self.model.rotary_emb
+        if rotary.rope_type == "longrope" and inputs:
+            options = generation_config or self.generation_config
+            new_tokens = kwargs.get("max_new_tokens") or options.max_new_tokens or 0
+            longest = max(len(prompt) for prompt in inputs) + new_tokens
+            # The last new token is never fed back.
+            if longest - 1 >= rotary.original_length:
+                raise ValueError(
+                    f"generate_batch with LongRoPE serves up to {rotary.original_length} tokens per request, prompt and "
+                    f"new tokens together; these could reach {longest}. Lower max_new_tokens, or use generate()"
+                )
+        return super().generate_batch(inputs, generation_config, **kwargs)
 
 
 class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoePreTrainedModel):

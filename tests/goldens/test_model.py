@@ -71,9 +71,7 @@ def test_forward_matches(goldens, golden_models, name, case, attention, experts)
     tokens = valid.reshape(-1)
     found = torch.stack(output.router_logits)[:, tokens]
     assert_close(found, golden[f"{case}.router_logits"][:, tokens], "router_logits")
-    assert torch.equal(
-        torch.stack(output.selected_experts)[:, tokens], golden[f"{case}.selected_experts"][:, tokens]
-    )
+    assert torch.equal(torch.stack(output.selected_experts)[:, tokens], golden[f"{case}.selected_experts"][:, tokens])
     assert_close(recorded.stacked()[:, tokens], golden[f"{case}.multipliers"][:, tokens], "multipliers")
     aux = f"{case}.aux_loss_unmasked" if mask is None else f"{case}.aux_loss_masked"
     assert_close(output.aux_loss, golden[aux], "aux_loss")
@@ -186,7 +184,9 @@ def greedy(model, golden, case: str, **kwargs) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("attention, experts", [("eager", "eager"), ("sdpa", "grouped_mm"), ("flex_attention", "grouped_mm")])
+@pytest.mark.parametrize(
+    "attention, experts", [("eager", "eager"), ("sdpa", "grouped_mm"), ("flex_attention", "grouped_mm")]
+)
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "recomputed"])
 @pytest.mark.parametrize("case", ["generate", "generate_leftpad"])
 @pytest.mark.parametrize("name", ["golden-a", "golden-b", "golden-c"])
