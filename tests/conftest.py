@@ -105,3 +105,18 @@ def tiny_model(tiny_config):
         return GrinMoeForCausalLM(tiny_config(**overrides)).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_folder(tmp_path_factory) -> Path:
+    """A byte-level tokenizer of 320 ids that needs no training: enough to feed a golden model text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder

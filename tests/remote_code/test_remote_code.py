@@ -1,0 +1,123 @@
+"""Loading with trust_remote_code in a process that has never seen the package: what people do with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from grinmoe.checkpoint_grinmoe import code_files
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_without_package(script: str, cwd: Path, *arguments: str) -> dict:
+    """Run `script` in a fresh interpreter outside the checkout; its last line of output is JSON."""
+    prelude = f"""
+        import sys
+        sys.path[:] = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
+        sys.modules["grinmoe"] = None  # importing it is an error, installed or not
+    """
+    environment = {**os.environ, "HF_HOME": str(cwd / "hf-home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    completed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(script), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    return json.loads(completed.stdout.strip().splitlines()[-1])
+
+
+LOAD_EVERY_WAY = """
+    import json, torch
+    from pathlib import Path
+    from safetensors.torch import load_file, save_file
+    from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
+    folder, data, output = sys.argv[1:]
+    inputs = load_file(data + "/inputs.safetensors")
+    expected = load_file(data + "/expected.safetensors")["hub.plain.logits"]
+    options = {"trust_remote_code": True, "dtype": torch.float32}
+    found = {"config": type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__}
+    base = AutoModel.from_pretrained(folder, **options)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    found |= {"base": type(base).__name__, "classifier": type(classifier).__name__, "causal": type(model).__name__}
+    found["experts"] = model.config._experts_implementation
+    with torch.no_grad():
+        found["error"] = (model(inputs["plain.input_ids"]).logits - expected).abs().max().item()
+        found["labels"] = list(classifier(inputs["plain.input_ids"]).logits.shape)
+        # Save from remote code, and load that again.
+        model.save_pretrained(output, max_shard_size="300KB")
+        again = AutoModelForCausalLM.from_pretrained(output, **options)
+        found["error_again"] = (again(inputs["plain.input_ids"]).logits - expected).abs().max().item()
+        classifier.save_pretrained(output + "/classifier")
+        again = AutoModelForSequenceClassification.from_pretrained(output + "/classifier", **options)
+        found["classifier_equal"] = bool(torch.equal(again.score.weight, classifier.score.weight))
+    found["saved"] = sorted(path.name for path in Path(output).iterdir())
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def released_snapshot(goldens, tmp_path):
+    """Our flat files dropped over a released snapshot whose config.json is left as it is."""
+    golden = goldens["golden-b"]
+    folder = tmp_path / "GRIN-MoE"
+    folder.mkdir()
+    for name in ["config.json", "generation_config.json", *(f.name for f in golden.folder.glob("model*"))]:
+        shutil.copy(golden.folder / name, folder)
+    for file in code_files():
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_released_snapshot_with_our_files(released_snapshot, goldens, tmp_path):
+    found = run_without_package(
+        LOAD_EVERY_WAY, tmp_path, str(released_snapshot), str(goldens["golden-b"].folder), str(tmp_path / "saved")
+    )
+    assert (found["config"], found["causal"]) == ("GrinMoeConfig", "GrinMoeForCausalLM")
+    assert (found["base"], found["classifier"]) == ("GrinMoeModel", "GrinMoeForSequenceClassification")
+    assert found["experts"] == "grouped_mm", "the experts' implementation is chosen for remote code as well"
+    assert found["error"] < 2e-4 and found["error_again"] < 2e-4
+    assert found["labels"] == [2, 3] and found["classifier_equal"]
+    assert {file.name for file in code_files()} <= set(found["saved"])
+    assert "config.json" in found["saved"] and "model.safetensors.index.json" in found["saved"]
+
+
+def test_text_generation_pipeline(goldens, tmp_path, tiny_tokenizer_folder):
+    """A saved checkpoint with a tokenizer answers through the pipeline, the way most people start."""
+    from grinmoe import GrinMoeForCausalLM
+
+    folder = tmp_path / "model"
+    model = GrinMoeForCausalLM.from_pretrained(goldens["golden-a"].folder, dtype=torch.float32)
+    model.save_pretrained(folder)
+    for file in tiny_tokenizer_folder.iterdir():
+        shutil.copy(file, folder)
+    script = """
+        import json
+        from transformers import pipeline
+        generate = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True, device="cpu")
+        text = generate("aaa", max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
+        print(json.dumps({"class": type(generate.model).__name__, "text": text}))
+    """
+    found = run_without_package(script, tmp_path, str(folder))
+    assert found["class"] == "GrinMoeForCausalLM" and isinstance(found["text"], str)
+
+
+def test_every_file_of_the_flat_code_is_found_by_the_librarys_scan():
+    """transformers copies what a regular expression over import lines finds; a file it misses would be lost."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    model_file = Path(code_files()[0]).parent / "modeling_grinmoe.py"
+    found = {Path(file).name for file in get_relative_import_files(model_file)} | {model_file.name}
+    assert found == {file.name for file in code_files()}

@@ -1,0 +1,248 @@
+"""Training with the Trainer: exact resume, gradient accumulation, checkpointing, and the balance loss in all of them."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import grinmoe.modeling_grinmoe as modeling
+from grinmoe import GrinMoeForCausalLM
+from grinmoe.routing_grinmoe import load_balancing_loss, sparsemixer
+
+SEQUENCE = 12
+
+
+@pytest.fixture
+def dataset():
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randint(0, 90, (32, SEQUENCE), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def arguments(folder, **overrides) -> TrainingArguments:
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**{**options, **overrides})
+
+
+def train(model, dataset, folder, resume=None, **overrides) -> Trainer:
+    trainer = Trainer(model=model, args=arguments(folder, **overrides), train_dataset=dataset, eval_dataset=dataset[:4])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.fixture
+def greedy_routing(monkeypatch):
+    """Training without sampling, where runs with different batch shapes are to be compared exactly."""
+
+    def evaluate(router_logits, top_k, jitter_eps, training, noise=None):
+        return sparsemixer(router_logits, top_k, jitter_eps, False)
+
+    monkeypatch.setattr(modeling, "sparsemixer", evaluate)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_resume_is_bit_identical(tiny_model, dataset, tmp_path, checkpointing):
+    """Sampled routing, input jitter and dropout included: 2 steps, a stop and 2 more are 4 steps."""
+    options = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    build = functools.partial(
+        tiny_model, router_jitter_noise=0.2, router_aux_loss_coef=0.01, hidden_dropout=0.1, router_aux_loss_scope="local"
+    )
+    straight = train(build(), dataset, tmp_path / "straight", **options).model
+    first = train(build(), dataset, tmp_path / "half", save_strategy="steps", save_steps=2, **options)
+    stale = build(seed=99)
+    resumed = train(stale, dataset, tmp_path / "half", resume=str(tmp_path / "half" / "checkpoint-2"), **options).model
+    for (name, a), b, c in zip(
+        straight.state_dict().items(), resumed.state_dict().values(), first.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b) and torch.equal(a, c), name
+
+
+def test_sharded_checkpoints_resume_too(tiny_model, dataset, tmp_path):
+    """Experts split over shards are put together again."""
+    straight = train(tiny_model(), dataset, tmp_path / "straight", save_strategy="steps", save_steps=2)
+    folder = tmp_path / "straight" / "checkpoint-2"
+    GrinMoeForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="8KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 5 and not (folder / "model.safetensors").exists()
+    resumed = train(tiny_model(seed=9), dataset, tmp_path / "resumed", resume=str(folder))
+    for a, b in zip(straight.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_best_model_is_loaded_at_the_end(tiny_model, dataset, tmp_path):
+    trainer = train(
+        tiny_model(),
+        dataset,
+        tmp_path,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the worst, so that it is not the last one
+    )
+    best = trainer.state.best_model_checkpoint
+    assert best is not None and not best.endswith("checkpoint-4")
+    expected = GrinMoeForCausalLM.from_pretrained(best).state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1.0])
+@pytest.mark.parametrize("scope", ["released", "local"])
+def test_accumulation_does_not_change_the_step(tiny_model, tmp_path, greedy_routing, scope, coefficient):
+    """GA 1 and GA 4 over the same rows: same loss, same gradients. Rows alike, so that the pooled balance loss is theirs."""
+    row = torch.randint(0, 90, (SEQUENCE,), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": row, "labels": row}] * 4
+    found = {}
+    for accumulation in (1, 4):
+        model = tiny_model(input_jitter_noise=0.0, router_aux_loss_coef=coefficient, router_aux_loss_scope=scope)
+        gradients = {}
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name, gradients=gradients: gradients.__setitem__(name, p.grad.clone())
+            )
+        trainer = train(
+            model,
+            rows,
+            tmp_path / str(accumulation),
+            max_steps=1,
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0.0,
+        )
+        found[accumulation] = trainer.state.log_history[0]["loss"], gradients
+    assert found[1][0] == pytest.approx(found[4][0], rel=1e-5)
+    assert found[1][1].keys() == found[4][1].keys()
+    for name, gradient in found[1][1].items():
+        torch.testing.assert_close(found[4][1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_accumulated_loss_is_the_token_mean_plus_the_weighted_balance_loss(tiny_model, dataset, greedy_routing):
+    """Micro-batches of different lengths: each counts by its share of the step's target tokens."""
+    model = tiny_model(input_jitter_noise=0.0, router_aux_loss_coef=0.5).train()
+    batches = [torch.stack([row["input_ids"] for row in dataset[start : start + 4]]) for start in (0, 4)]
+    labels = [batches[0].clone(), batches[1].clone()]
+    labels[1][:, :8] = -100
+    counts = [int((label[:, 1:] != -100).sum()) for label in labels]
+    items = torch.tensor(sum(counts))
+    parts = [
+        model(input_ids=ids, labels=label, num_items_in_batch=items, output_router_logits=True)
+        for ids, label in zip(batches, labels, strict=True)
+    ]
+    alone = [model(input_ids=ids, labels=label).loss for ids, label in zip(batches, labels, strict=True)]
+    expected = sum(count * loss for count, loss in zip(counts, alone, strict=True)) / items
+    torch.testing.assert_close(sum(part.loss for part in parts), expected)
+
+
+def test_the_balance_loss_trains_the_router_without_being_asked_for_logits(tiny_model, dataset):
+    batch = torch.stack([row["input_ids"] for row in dataset[:4]])
+    torch.manual_seed(0)
+    quiet = tiny_model(router_aux_loss_coef=1.0).train()
+    output = quiet(input_ids=batch, labels=batch)
+    assert output.router_logits is None and output.aux_loss is not None
+    torch.manual_seed(0)
+    output_plain = tiny_model(router_aux_loss_coef=0.0).train()(input_ids=batch, labels=batch)
+    assert output_plain.aux_loss is None
+    assert output.loss > output_plain.loss
+    # Evaluation reports the language loss alone, so that perplexity is one.
+    quiet.eval()
+    evaluated = quiet(input_ids=batch, labels=batch)
+    assert evaluated.aux_loss is None
+    with_logits = quiet(input_ids=batch, labels=batch, output_router_logits=True)
+    torch.testing.assert_close(with_logits.loss, evaluated.loss + with_logits.aux_loss)
+
+
+@pytest.mark.parametrize("scope", ["released", "local", "global"])
+def test_checkpointing_changes_nothing(tiny_model, dataset, scope):
+    """Same draws, same loss, same gradients, the router's share of the balance loss included."""
+    batch = torch.stack([row["input_ids"] for row in dataset[:4]])
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model(router_jitter_noise=0.3, router_aux_loss_coef=1.0, router_aux_loss_scope=scope).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(11)
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        assert torch.equal(gradient, results[1][1][name]), name
+    assert results[0][1]["model.layers.0.block_sparse_moe.gate.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("through", ["model", "trainer"])
+def test_reentrant_checkpointing_is_refused(tiny_model, dataset, tmp_path, through):
+    options = {"use_reentrant": True}
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        if through == "model":
+            tiny_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        else:
+            train(tiny_model(), dataset, tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
+
+
+def test_evaluation_does_not_gather_router_logits(tiny_model, dataset, tmp_path):
+    trainer = Trainer(model=tiny_model(output_router_logits=True), args=arguments(tmp_path), eval_dataset=dataset[:8])
+    predictions = trainer.predict(dataset[:8]).predictions
+    assert predictions.shape == (8, SEQUENCE, 96)
+
+
+class TestBalanceLoss:
+    """The three scopes on small cases worked out by hand."""
+
+    def test_an_even_load_gives_k(self):
+        logits = torch.zeros(8, 4)
+        choices = torch.stack([torch.arange(8) % 4, (torch.arange(8) + 1) % 4], dim=1)
+        for scope in ("local", "global"):
+            assert load_balancing_loss((logits,) * 3, (choices,) * 3, 2, scope) == pytest.approx(2.0)
+
+    def test_local_counts_what_was_dispatched(self):
+        logits = torch.tensor([[5.0, 0.0, 0.0, 0.0]]).repeat(6, 1)
+        choices = torch.tensor([[1, 2]]).repeat(6, 1)
+        probs = torch.softmax(logits[0], -1)
+        assert load_balancing_loss((logits,), (choices,), 2, "local") == pytest.approx(
+            float(4 * (probs[1] + probs[2])), rel=1e-6
+        )
+        # Whatever was dispatched, the released form counts the plain top-2, expert 0 among them.
+        assert load_balancing_loss((logits,), (choices,), 2, "released") > 3.9
+
+    def test_layers_are_pooled_or_averaged(self):
+        to_first, to_second = torch.tensor([[9.0, 0, 0, 0]] * 4), torch.tensor([[0, 9.0, 0, 0]] * 4)
+        choices = (torch.tensor([[0]] * 4), torch.tensor([[1]] * 4))
+        pooled = load_balancing_loss((to_first, to_second), choices, 1, "released")
+        per_layer = load_balancing_loss((to_first, to_second), choices, 1, "local")
+        assert pooled == pytest.approx(2.0, abs=0.01) and per_layer == pytest.approx(4.0, abs=0.01)
+
+    @pytest.mark.parametrize("scope", ["released", "local"])
+    def test_padding_does_not_count(self, scope):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(10, 4, generator=generator)
+        choices = logits.topk(2).indices
+        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+        kept = mask.reshape(-1).bool()
+        expected = load_balancing_loss((logits[kept],), (choices[kept],), 2, scope)
+        found = load_balancing_loss((logits,), (choices,), 2, scope, mask)
+        torch.testing.assert_close(found, expected)
+
+    def test_nothing_but_padding_is_zero(self):
+        logits = torch.randn(4, 4)
+        mask = torch.zeros(1, 4)
+        assert load_balancing_loss((logits,), (logits.topk(2).indices,), 2, "local", mask) == 0
+
+    def test_a_mask_of_another_batch_is_refused(self):
+        with pytest.raises(ValueError, match="marks 3 positions, the router saw 4"):
+            load_balancing_loss((torch.randn(4, 4),), None, 2, "released", torch.ones(1, 3))
