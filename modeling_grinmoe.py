@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .attention_grinmoe import GrinMoeAttention, GrinMoeRotaryEmbedding
 from .checkpoint_grinmoe import OfficialCheckpointMixin, register_weight_conversion
@@ -202,6 +202,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         self.window_config = config.get_text_config()
         self.gradient_checkpointing = False
         self.post_init()
+        # The library installs these on first use, under a lock that torch.compile(fullgraph=True) cannot trace.
+        maybe_install_capturing_hooks(self)
 
     @merge_with_config_defaults
     @capture_outputs
