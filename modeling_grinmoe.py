@@ -38,6 +38,7 @@ class GrinMoeRouter(nn.Linear):
 
     def __init__(self, config: GrinMoeConfig):
         super().__init__(config.hidden_size, config.num_local_experts, bias=False)
+        self.num_experts = config.num_local_experts  # read by the library's expert parallelism
         self.top_k = config.num_experts_per_tok
         self.jitter_eps = config.router_jitter_noise
 

@@ -1,0 +1,155 @@
+"""Two gloo processes: FSDP2 saving and loading, tensor and expert parallel forwards, and the global balance loss."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+
+from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+from grinmoe.routing_grinmoe import load_balancing_loss
+
+WORLD = 2
+
+
+def run_on_two(function, folder: Path, *arguments) -> None:
+    """Run `function(rank, *arguments)` on two processes; a failure there is a failure here, with its traceback."""
+    store = folder / "store"
+    failures = mp.get_context("spawn").SimpleQueue()
+    try:
+        mp.spawn(_worker, args=(function, str(store), failures, arguments), nprocs=WORLD)
+    finally:
+        # The other rank may have been torn down in the middle of a collective: the first failure is the one to read.
+        if not failures.empty():
+            pytest.fail(failures.get())
+
+
+def _worker(rank: int, function, store: str, failures, arguments) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    try:
+        function(rank, *arguments)
+        dist.barrier()  # gloo aborts the slower rank if the other one tears its connections down first
+    except BaseException:
+        failures.put(f"rank {rank}:\n{traceback.format_exc()}")
+    finally:
+        dist.destroy_process_group()
+
+
+def tiny(**overrides) -> GrinMoeForCausalLM:
+    torch.manual_seed(0)
+    fields = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "sliding_window": 15,
+        "eos_token_id": 95,
+    }
+    return GrinMoeForCausalLM(GrinMoeConfig(**{**fields, **overrides}))
+
+
+def fsdp_save(rank: int, folder: str) -> None:
+    model = tiny(router_aux_loss_coef=0.1)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    ids = torch.arange(16).view(2, 8) + rank
+    output = model.train()(input_ids=ids, labels=ids)
+    assert output.aux_loss is not None
+    output.loss.backward()
+    assert model.model.layers[0].block_sparse_moe.experts.down_proj.grad is not None
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    model.save_pretrained(folder, is_main_process=rank == 0, state_dict=state, max_shard_size="20KB")
+
+
+def test_fsdp2_saves_a_checkpoint_that_loads(tmp_path):
+    """Official keys, our code and our auto_map: not those of the class that FSDP2 made."""
+    folder = tmp_path / "model"
+    run_on_two(fsdp_save, tmp_path, str(folder))
+    expected = tiny().state_dict()
+    again = GrinMoeForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in again.state_dict().items())
+    keys = [key for shard in folder.glob("model-*.safetensors") for key in load_file(shard)]
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in keys
+    assert again.config.architectures == ["GrinMoeForCausalLM"]
+    assert again.config.auto_map["AutoModelForCausalLM"] == "modeling_grinmoe.GrinMoeForCausalLM"
+    assert {file.name for file in folder.glob("*.py")} == {f.name for f in Path(folder).glob("*_grinmoe.py")}
+
+
+def parallel_forward(rank: int, folder: str, options: dict, expected_file: str) -> None:
+    expected = load_file(expected_file)
+    model = GrinMoeForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, distributed_config=DistributedConfig(**options)
+    ).eval()
+    ids = torch.arange(24).view(2, 12)
+    output = model(input_ids=ids, labels=ids)
+    torch.testing.assert_close(output.logits, expected["logits"], atol=1e-4, rtol=0)
+    output.loss.backward()
+    gradient = model.model.layers[0].block_sparse_moe.gate.weight.grad
+    gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    torch.testing.assert_close(gradient, expected["gate_gradient"], atol=1e-4, rtol=1e-3)
+
+
+# Its name before Transformers had ep_size.
+EXPERT_PARALLEL = (
+    {"ep_size": 2} if "ep_size" in DistributedConfig.__dataclass_fields__ else {"enable_expert_parallel": True}
+)
+
+
+@pytest.mark.parametrize("options", [{"tp_size": 2}, {"tp_size": 2, **EXPERT_PARALLEL}], ids=["tensor", "expert"])
+def test_parallel_plans_give_the_same_model(tmp_path, options):
+    model = tiny().eval()
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.arange(24).view(2, 12)
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    gradient = model.model.layers[0].block_sparse_moe.gate.weight.grad
+    save_file({"logits": output.logits.detach(), "gate_gradient": gradient}, tmp_path / "expected.safetensors")
+    run_on_two(parallel_forward, tmp_path, str(tmp_path / "model"), options, str(tmp_path / "expected.safetensors"))
+
+
+def uneven_routing() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(12, 4, generator=generator)
+    # Each half of the batch, that is each rank, loads experts of its own.
+    logits[:6] += torch.tensor([3.0, 3.0, 0.0, 0.0])
+    logits[6:] += torch.tensor([0.0, 0.0, 3.0, 3.0])
+    return logits, logits.topk(2).indices
+
+
+def global_balance(rank: int) -> None:
+    logits, choices = uneven_routing()
+    whole = logits.clone().requires_grad_()
+    expected = load_balancing_loss((whole,), (choices,), 2, "local")
+    expected.backward()
+    rows = slice(6 * rank, 6 * rank + 6)
+    mine = logits[rows].clone().requires_grad_()
+    found = load_balancing_loss((mine,), (choices[rows],), 2, "global")
+    found.backward()
+    local = load_balancing_loss((logits[rows],), (choices[rows],), 2, "local")
+    # What data parallelism does with losses and gradients: the mean over ranks.
+    mean = found.detach().clone()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean / WORLD, expected.detach())
+    torch.testing.assert_close(mine.grad / WORLD, whole.grad[rows])
+    assert (local - found).abs() > 0.05, "the two scopes differ on this batch"
+
+
+def test_global_balance_loss_is_that_of_the_whole_batch(tmp_path):
+    run_on_two(global_balance, tmp_path)
