@@ -1,0 +1,49 @@
+# make demo and make test set themselves up: Python >= 3.11 and pip are all that must be there.
+PYTHON ?= python3
+VENV   := .venv
+OLDEST := .venv-oldest
+BIN    := $(VENV)/bin
+OLDEST_TRANSFORMERS := 5.17.0
+PIP    := -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest check bench clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
+
+$(VENV)/.stamp: pyproject.toml requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo "Setting up $(VENV) (once, a few minutes)"
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP) "$$(grep '^torch==' requirements-dev.txt)"
+	@$(BIN)/python $(PIP) -c requirements-dev.txt -e '.[dev]'
+	@touch $@
+
+# The oldest supported Transformers in a thin environment that borrows the rest from the first one.
+$(OLDEST)/.stamp: $(VENV)/.stamp
+	@test -d $(OLDEST) || $(BIN)/python -m venv $(OLDEST)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_borrowed.pth"
+	@$(OLDEST)/bin/python $(PIP) transformers==$(OLDEST_TRANSFORMERS)
+	@touch $@
+
+demo: $(VENV)/.stamp  ## train a small GRIN MoE on real text, save it, load it elsewhere, chat (about 3 minutes)
+	@$(BIN)/grinmoe demo --output demo-output
+
+test: $(VENV)/.stamp  ## the whole CPU test suite
+	@$(BIN)/python -m pytest -q
+
+test-oldest: $(OLDEST)/.stamp  ## the model's tests on the oldest supported Transformers
+	@$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)", transformers.__version__'
+	@$(OLDEST)/bin/python -m pytest -q tests/goldens tests/remote_code tests/distributed tests/test_c*.py \
+		tests/test_experts.py tests/test_modeling.py tests/test_routing.py tests/test_training.py
+
+check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@find . -xtype l -not -path './.venv*' | (! grep .) || (echo "broken symbolic links above" >&2; exit 1)
+
+clean:  ## remove environments and build output
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache

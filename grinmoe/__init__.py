@@ -1,0 +1,51 @@
+"""GRIN-MoE for Hugging Face Transformers.
+
+Importing this package registers the model: from then on `AutoModelForCausalLM.from_pretrained` loads GRIN-MoE
+checkpoints, the released one included, without `trust_remote_code`.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .checkpoint_grinmoe import CheckpointError, CheckpointFileError
+from .configuration_grinmoe import GRINMoEConfig, GrinMoeConfig
+from .modeling_grinmoe import (
+    GRINMoEForCausalLM,
+    GrinMoeForCausalLM,
+    GRINMoEForSequenceClassification,
+    GrinMoeForSequenceClassification,
+    GRINMoEModel,
+    GrinMoeModel,
+    GrinMoePreTrainedModel,
+)
+from .routing_grinmoe import RoutingNoise, load_balancing_loss, sparsemixer
+
+try:
+    __version__ = version("grinmoe")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+# exist_ok: a second import under another name must not fail.
+AutoConfig.register(GrinMoeConfig.model_type, GrinMoeConfig, exist_ok=True)
+AutoModel.register(GrinMoeConfig, GrinMoeModel, exist_ok=True)
+AutoModelForCausalLM.register(GrinMoeConfig, GrinMoeForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(GrinMoeConfig, GrinMoeForSequenceClassification, exist_ok=True)
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointFileError",
+    "GRINMoEConfig",
+    "GRINMoEForCausalLM",
+    "GRINMoEForSequenceClassification",
+    "GRINMoEModel",
+    "GrinMoeConfig",
+    "GrinMoeForCausalLM",
+    "GrinMoeForSequenceClassification",
+    "GrinMoeModel",
+    "GrinMoePreTrainedModel",
+    "RoutingNoise",
+    "__version__",
+    "load_balancing_loss",
+    "sparsemixer",
+]

@@ -1,0 +1,1 @@
+../experts_grinmoe.py
