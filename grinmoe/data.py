@@ -1,0 +1,103 @@
+"""The demo's text: questions and answers of the installed package `chatterbot-corpus`, as chat conversations."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# In these files an entry is a dialogue; everywhere else it is a question and one or more answers to it.
+_DIALOGUES = ("conversations", "health")
+# Entries with more lines than this are lists (trivia has one of 88), not talk.
+_LONGEST_ENTRY = 30
+
+Message = dict[str, str]
+Conversation = list[Message]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Conversations, split so that no question is in both parts."""
+
+    train: list[Conversation]
+    held_out: list[Conversation]
+
+
+def load_corpus(held_out_share: float = 0.1) -> Corpus:
+    """
+    Read the English part of chatterbot-corpus.
+
+    Args:
+        held_out_share: share of questions kept for evaluation. A question's part is decided by a hash of its text, so
+            it does not depend on order, seed or Python version.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    try:
+        import chatterbot_corpus
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"{error.name} is not installed; pip install 'grinmoe[train]'") from error
+    folder = Path(chatterbot_corpus.__file__).parent / "data" / "english"
+    seen: set[tuple[str, ...]] = set()
+    corpus = Corpus([], [])
+    for file in sorted(folder.glob("*.yml")):
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
+        for entry in entries:
+            lines = [str(line).strip() for line in entry if str(line).strip()]
+            for conversation in _conversations(lines, dialogue=file.stem in _DIALOGUES):
+                key = tuple(message["content"] for message in conversation)
+                if key in seen:
+                    continue
+                seen.add(key)
+                part = corpus.held_out if _is_held_out(key[0], held_out_share) else corpus.train
+                part.append(conversation)
+    return corpus
+
+
+def _conversations(lines: list[str], dialogue: bool) -> list[Conversation]:
+    if not 2 <= len(lines) <= _LONGEST_ENTRY:
+        return []
+    if dialogue:
+        turns = lines[: len(lines) // 2 * 2]
+        return [[_message(i % 2, line) for i, line in enumerate(turns)]]
+    return [[_message(0, lines[0]), _message(1, answer)] for answer in lines[1:]]
+
+
+def _message(side: int, text: str) -> Message:
+    return {"role": ("user", "assistant")[side], "content": text}
+
+
+def _is_held_out(question: str, share: float) -> bool:
+    digest = hashlib.sha256(question.strip().lower().encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def texts(conversations: list[Conversation]) -> list[str]:
+    """All messages' texts, for training a tokenizer."""
+    return [message["content"] for conversation in conversations for message in conversation]
+
+
+def encode(conversations: list[Conversation], tokenizer, length: int) -> list[dict[str, Any]]:
+    """
+    One row per conversation: rendered with the chat template, cut to `length` tokens.
+
+    Conversations are not packed into one row: the model's attention has no borders between them.
+    Every token is a target: a model trained from scratch has to learn the questions' English as well.
+
+    Args:
+        conversations: messages with role and content.
+        tokenizer: with a chat template.
+        length: longest row, in tokens.
+
+    Returns:
+        Rows of `input_ids` and `labels`, to be padded by the collator, and `length`, to batch rows of like length.
+    """
+    rows: list[dict[str, Any]] = []
+    for conversation in conversations:
+        rendered: Any = tokenizer.apply_chat_template(conversation, tokenize=False)
+        ids = tokenizer(rendered, truncation=True, max_length=length).input_ids
+        rows.append({"input_ids": ids, "labels": ids, "length": len(ids)})
+    return rows

@@ -1,0 +1,118 @@
+"""The command line of grinmoe: parsers, and errors in one line.
+
+This module stands beside the package, not in it: importing `grinmoe` registers the model with Transformers and takes
+seconds, and `grinmoe --help` should not. Each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grinmoe",
+        description="GRIN-MoE for Hugging Face Transformers: train, load and talk to mixture-of-experts models.",
+        epilog="example: grinmoe demo --output demo-output",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_demo(commands)
+    _add_generate(commands)
+    return parser
+
+
+def _add_demo(commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train a small GRIN MoE on real text, save it, load it elsewhere and talk to it",
+        description="Train a small GRIN MoE from scratch on the question-answer pairs of chatterbot-corpus, evaluate it, "
+        "save it with its code, load it in a process without this package, and chat with it. About 2 minutes on 2 cores.",
+        epilog="example: grinmoe demo --output demo-output",
+    )
+    demo.add_argument("--output", required=True, metavar="DIR", help="new folder, or that of an earlier demo")
+    demo.add_argument("--steps", type=int, default=None, metavar="N", help="optimizer steps (default: about 2 minutes)")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of initialisation, data order and routing")
+    demo.set_defaults(run=_run_demo)
+
+
+def _add_generate(commands) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="chat with a checkpoint",
+        description="Chat with a GRIN-MoE checkpoint, answers streamed. Without --prompt a conversation on the terminal: "
+        "/reset forgets it, /quit (or end of input) ends it.",
+        epilog='example: grinmoe generate --model demo-output/model --prompt "What is AI?"',
+    )
+    generate.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="folder, or a repository of the Hub")
+    generate.add_argument("--prompt", metavar="TEXT", help="one message; without it, a conversation")
+    generate.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    generate.add_argument(
+        "--temperature", type=float, metavar="T", help="0: the likeliest token (default: as the checkpoint says)"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling with a temperature")
+    generate.add_argument(
+        "--dtype", default="auto", help="auto (the checkpoint's, default), bfloat16, float16, float32"
+    )
+    generate.add_argument("--device", default=None, help="cpu, cuda, ... (default: an accelerator if there is one)")
+    generate.set_defaults(run=_run_generate)
+
+
+def _run_demo(arguments: argparse.Namespace) -> None:
+    from grinmoe.demo import run_demo
+
+    run_demo(arguments.output, steps=arguments.steps, seed=arguments.seed)
+
+
+def _run_generate(arguments: argparse.Namespace) -> None:
+    from grinmoe.generate import ChatOptions, run_generate
+
+    options = ChatOptions(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        system=arguments.system,
+    )
+    run_generate(arguments.model, arguments.prompt, options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.version:
+        print(f"grinmoe {_version()}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) is gone; nothing is left to say.
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"grinmoe {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("grinmoe")
+    except PackageNotFoundError:
+        return "0+unknown (run from a checkout that is not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The demo's text: read whole, split by question, the same on every machine, rendered as chat."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grinmoe.data import encode, load_corpus, texts
+from grinmoe.tokenization import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return load_corpus()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return build_tokenizer(texts(corpus.train), vocab_size=512)
+
+
+def test_no_question_is_in_both_parts(corpus):
+    asked = [{conversation[0]["content"].lower() for conversation in part} for part in (corpus.train, corpus.held_out)]
+    assert not asked[0] & asked[1]
+    assert 0.05 < len(corpus.held_out) / (len(corpus.train) + len(corpus.held_out)) < 0.15
+
+
+def test_no_conversation_comes_twice(corpus):
+    rendered = [str(conversation) for conversation in corpus.train + corpus.held_out]
+    assert len(rendered) == len(set(rendered))
+
+
+def test_every_question_and_answer_of_the_source_is_there(corpus):
+    """Counted independently of the reader: the distinct (question, answer) pairs of one plain file."""
+    folder = Path(find_spec("chatterbot_corpus").origin).parent / "data" / "english"
+    entries = yaml.safe_load((folder / "ai.yml").read_text(encoding="utf-8"))["conversations"]
+    expected = {(entry[0].strip(), answer.strip()) for entry in entries for answer in entry[1:]}
+    found = {tuple(m["content"] for m in conversation) for conversation in corpus.train + corpus.held_out}
+    assert expected <= found
+
+
+def test_turns_alternate_from_user_to_assistant(corpus):
+    for conversation in corpus.train + corpus.held_out:
+        assert [message["role"] for message in conversation] == ["user", "assistant"] * (len(conversation) // 2)
+        assert all(message["content"].strip() for message in conversation)
+
+
+def test_the_split_is_the_same_every_time(corpus):
+    again = load_corpus()
+    assert (again.train, again.held_out) == (corpus.train, corpus.held_out)
+
+
+def test_a_larger_held_out_share_keeps_what_was_held_out(corpus):
+    """A question's part hangs on its own text alone, so nothing wanders from training to evaluation and back."""
+    larger = load_corpus(held_out_share=0.3)
+    assert all(conversation in larger.held_out for conversation in corpus.held_out)
+    assert len(larger.held_out) > 2 * len(corpus.held_out)
+
+
+def test_rows_are_the_rendered_chat_and_every_token_is_a_target(corpus, tokenizer):
+    conversation = corpus.train[0]
+    (row,) = encode([conversation], tokenizer, length=1000)
+    text = tokenizer.decode(row["input_ids"])
+    assert text.startswith("<|user|>") and text.endswith("<|end|><|endoftext|>")
+    assert all(message["content"] in text for message in conversation)
+    assert row["labels"] == row["input_ids"]
+    assert row["length"] == len(row["input_ids"])
+
+
+def test_long_rows_are_cut(corpus, tokenizer):
+    rows = encode(corpus.train, tokenizer, length=20)
+    assert max(row["length"] for row in rows) == 20
+
+
+def test_without_the_corpus_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "chatterbot_corpus", None)
+    with pytest.raises(ImportError, match=r"pip install 'grinmoe\[train\]'"):
+        load_corpus()

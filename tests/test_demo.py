@@ -1,0 +1,232 @@
+"""The main job from end to end, a few steps of it, and what it must not do to a user's folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import Trainer, TrainingArguments
+
+import grinmoe.demo as demo
+import grinmoe_cli
+from grinmoe import GrinMoeForCausalLM
+from grinmoe.checkpoint_grinmoe import code_files
+from grinmoe.data import load_corpus
+from grinmoe.modeling_grinmoe import GrinMoeRouter
+from grinmoe.monitoring import RoutingHistory, plot_training
+
+ROOT = Path(grinmoe_cli.__file__).resolve().parent
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder and printed text of one short demo, run as a user runs it."""
+    folder = tmp_path_factory.mktemp("demo") / "nested" / "output"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "grinmoe_cli.py"), "demo", "--output", str(folder), "--steps", str(STEPS)],
+        cwd=folder.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+@pytest.fixture
+def facts(finished):
+    return json.loads((finished[0] / "demo.json").read_text())
+
+
+def test_the_process_without_the_package_gives_the_same_logits_and_answers(finished, facts):
+    assert facts["logits_difference"] == 0
+    assert list(facts["answers"]) == list(demo.PROMPTS)
+    for prompt in demo.PROMPTS:
+        assert f"> {prompt}" in finished[1]
+
+
+def test_training_lowers_the_held_out_perplexity(facts):
+    assert facts["perplexity_after"] < 0.7 * facts["perplexity_before"]
+    # An untrained model knows nothing: about the size of the vocabulary.
+    assert facts["perplexity_before"] == pytest.approx(facts["settings"]["vocab_size"], rel=0.35)
+
+
+def test_every_fact_is_measured(facts):
+    numbers = [value for value in facts.values() if isinstance(value, int | float)]
+    assert all(math.isfinite(value) for value in numbers)
+    assert facts["tokens_per_s"] > 0 and facts["max_over_mean_load"] >= 1
+    assert set(facts["seconds"]) == {"data", "evaluate", "train", "save", "load elsewhere", "picture", "total"}
+    assert 0 < facts["peak_gib"] < 3
+
+
+def test_the_checkpoint_is_sharded_and_brings_its_code_tokenizer_and_card(finished, facts):
+    model = finished[0] / "model"
+    shards = list(model.glob("model-*-of-*.safetensors"))
+    assert len(shards) == facts["shards"] > 1
+    assert {file.name for file in code_files()} <= {path.name for path in model.iterdir()}
+    config = json.loads((model / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_grinmoe.GrinMoeForCausalLM"
+    assert config["use_cache"] and config["num_local_experts"] >= 8 and config["router_aux_loss_coef"] > 0
+    assert json.loads((model / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
+    card = ModelCard.load(model / "README.md")
+    assert (card.data.license, card.data.pipeline_tag, card.data.library_name) == (
+        "mit",
+        "text-generation",
+        "transformers",
+    )
+    assert f"{facts['parameters']:,}" in card.text and "<!-- checkpoint -->" not in card.text
+
+
+def test_one_picture_and_nothing_else_is_left(finished):
+    assert {path.name for path in finished[0].iterdir()} == {"model", "training.png", "demo.json"}
+    assert [path.name for path in finished[0].parent.iterdir()] == ["output"]
+    assert (finished[0] / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_says_what_was_measured(finished, facts):
+    for text in (
+        f"{facts['parameters']:,}",
+        "held-out perplexity",
+        "tokens/s",
+        "busiest expert",
+        "peak memory",
+        "equal",
+    ):
+        assert text in finished[1]
+
+
+def test_the_folder_loads_with_the_package_too(finished, facts):
+    model = GrinMoeForCausalLM.from_pretrained(finished[0] / "model")
+    assert demo.count_parameters(model) == (facts["parameters"], facts["active_parameters"])
+
+
+@pytest.mark.parametrize("document", ["README.md", "model_card.md"])
+def test_the_examples_of_the_documents_run(finished, tmp_path, document):
+    """As printed, beside the demo's output."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    script = "\n".join(blocks).replace("PATH_OR_ID", repr(str(finished[0] / "model")))
+    (tmp_path / "demo-output").symlink_to(finished[0])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "<|assistant|>" in done.stdout
+
+
+def test_active_parameters_leave_out_the_experts_that_a_token_does_not_see(tiny_model):
+    model = tiny_model(num_local_experts=4, num_experts_per_tok=1)
+    total, active = demo.count_parameters(model)
+    assert total == model.num_parameters()
+    assert total - active == 2 * 3 * (3 * 32 * 24)  # layers, idle experts, three matrices of an expert
+
+
+def test_the_prompts_are_two_of_the_training_text_and_one_held_out():
+    corpus = load_corpus()
+    trained, held_out = ({c[0]["content"] for c in part} for part in (corpus.train, corpus.held_out))
+    assert set(demo.PROMPTS[:2]) <= trained and demo.PROMPTS[2] in held_out
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+
+def broken_stages(settings, workspace, result, console):
+    (workspace / "model").mkdir()
+    raise OSError("No space left on device")
+
+
+def test_a_failed_demo_leaves_the_earlier_one_whole_and_nothing_beside_it(tmp_path, monkeypatch):
+    target = tmp_path / "output"
+    target.mkdir()
+    (target / "demo.json").write_text("{}")
+    monkeypatch.setattr(demo, "_run_stages", broken_stages)
+    with pytest.raises(OSError, match="No space left"):
+        demo.run_demo(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+    assert (target / "demo.json").read_text() == "{}"
+
+
+def test_an_earlier_demo_is_replaced(tmp_path, monkeypatch):
+    target = tmp_path / "output"
+    (target / "model").mkdir(parents=True)
+    (target / "model" / "stale").write_text("")
+    (target / "demo.json").write_text("{}")
+    monkeypatch.setattr(demo, "_run_stages", lambda settings, workspace, result, console: None)
+    monkeypatch.setattr(demo, "_print_summary", lambda result, output, console: None)
+    demo.run_demo(target)
+    assert [path.name for path in target.iterdir()] == ["demo.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+@pytest.mark.parametrize("names", [["thesis.txt"], ["demo.json", "thesis.txt"], ["model"]], ids=str)
+def test_a_folder_with_anything_else_in_it_is_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="not just what an earlier demo left"):
+        demo.run_demo(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+# --- what is recorded while training -----------------------------------------------------------------------------------
+
+
+def count_hooks(model) -> int:
+    routers = [module for module in model.modules() if isinstance(module, GrinMoeRouter)]
+    return sum(len(module._forward_hooks) for module in [model, *routers])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_the_load_counts_real_tokens_once(tiny_model, tmp_path, checkpointing):
+    """Padding is left out, evaluation is left out, and a recomputed forward does not count twice."""
+    model = tiny_model(router_aux_loss_coef=0.01)
+    lengths = [5, 9, 3, 7]
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(0, 90, (9,), generator=generator)
+        mask = (torch.arange(9) >= 9 - length).long()
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    history = RoutingHistory()
+    hooks_before = count_hooks(model)
+    options = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        eval_strategy="steps",
+        eval_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    Trainer(model=model, args=options, train_dataset=rows, eval_dataset=rows[:2], callbacks=[history]).train()
+    assert history.tokens == 2 * sum(lengths)
+    for load in history.load:  # (L, E): each of the two layers sends every token to two experts
+        assert load.sum(1).tolist() == [2 * sum(lengths)] * 2
+    assert len(history.load) == len(history.balance_loss) == len(history.loss) == len(history.eval_loss) == 2
+    assert count_hooks(model) == hooks_before, "the callback leaves the model as it found it"
+    plot_training(history, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -1,0 +1,172 @@
+"""Chatting with a checkpoint: streamed, in the checkpoint's chat form, the conversation kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import grinmoe.modeling_grinmoe as modeling
+from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+from grinmoe.generate import Chat, ChatOptions, load_chat, run_generate
+from grinmoe.tokenization import build_tokenizer
+
+TEXT = ["Hello there, how are you today?", "What is a mixture of experts?", "I am fine, thank you."] * 10
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model with a tokenizer that has a chat template. Its text is nonsense, but the same every time."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = build_tokenizer(TEXT, vocab_size=320)
+    torch.manual_seed(1)
+    config = GrinMoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        sliding_window=31,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    GrinMoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def chat(checkpoint) -> Chat:
+    return load_chat(str(checkpoint), ChatOptions(max_new_tokens=6, temperature=0, device="cpu"))
+
+
+def by_hand(chat: Chat, text: str, max_new_tokens: int = 6) -> str:
+    """Greedy answer to `text`, token by token, without cache and without `generate`."""
+    ids = chat.tokenizer(text, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            next_id = chat.model(ids).logits[0, -1].argmax()
+        ids = torch.cat([ids, next_id.reshape(1, 1)], dim=1)
+        if next_id == chat.model.config.eos_token_id:
+            break
+    return chat.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+
+
+def test_the_answer_is_streamed_in_chat_form(chat, capsys):
+    answer = chat.answer("How are you?")
+    assert answer == by_hand(chat, "<|user|>\nHow are you?<|end|>\n<|assistant|>\n")
+    assert capsys.readouterr().out.strip() == answer
+
+
+def test_a_second_message_is_answered_in_the_light_of_the_first(chat):
+    first = chat.answer("Hello")
+    second = chat.answer("Why?")
+    so_far = f"<|user|>\nHello<|end|>\n<|assistant|>\n{first}<|end|>\n<|user|>\nWhy?<|end|>\n<|assistant|>\n"
+    assert second == by_hand(chat, so_far)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+
+
+def test_reset_keeps_the_system_message_alone(checkpoint):
+    chat = load_chat(str(checkpoint), ChatOptions(max_new_tokens=2, system="Be brief.", device="cpu"))
+    chat.answer("Hello")
+    chat.reset()
+    assert chat.messages == [{"role": "system", "content": "Be brief."}]
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused(chat, checkpoint, prompt):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        chat.answer(prompt)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        run_generate(str(checkpoint), prompt, ChatOptions())
+    assert chat.messages == []
+
+
+def test_a_prompt_beyond_the_trained_length_warns_and_is_not_cut(chat, caplog):
+    prompt = "How are you? " * 20
+    # The library warns once per process and message, whichever test came before.
+    modeling.logger.warning_once.__func__.cache_clear()
+    answer = chat.answer(prompt)
+    assert "max_position_embeddings=64. Nothing is cut off" in caplog.text
+    assert answer == by_hand(chat, f"<|user|>\n{prompt}<|end|>\n<|assistant|>\n")
+
+
+def test_without_a_chat_template_the_prompt_is_continued(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    chat = load_chat(str(folder), ChatOptions(max_new_tokens=6, temperature=0, device="cpu"))
+    assert chat.answer("Hello there") == by_hand(chat, "Hello there")
+    with pytest.raises(ValueError, match="--system needs a tokenizer with a chat template"):
+        load_chat(str(folder), ChatOptions(system="Be brief.", device="cpu"))
+
+
+def test_the_generation_config_decides_where_nothing_is_asked(checkpoint, tmp_path):
+    """A checkpoint that samples by itself: temperature None samples, 0 does not."""
+    folder = shutil.copytree(checkpoint, tmp_path / "sampling")
+    model = GrinMoeForCausalLM.from_pretrained(folder)
+    model.generation_config.do_sample = True
+    model.generation_config.save_pretrained(folder)
+
+    def answers(**options) -> set[str]:
+        seeds = range(6)
+        chats = [
+            load_chat(str(folder), ChatOptions(max_new_tokens=6, seed=seed, device="cpu", **options)) for seed in seeds
+        ]
+        return {chat.answer("Hello") for chat in chats}
+
+    assert len(answers()) > 1
+    assert len(answers(temperature=0)) == 1
+
+
+def test_the_same_seed_samples_the_same_answers(checkpoint):
+    options = ChatOptions(max_new_tokens=8, temperature=1.5, seed=3, device="cpu")
+    runs = []
+    for _ in range(2):
+        chat = load_chat(str(checkpoint), options)
+        runs.append([chat.answer("Hello"), chat.answer("Hello")])
+    assert runs[0] == runs[1]
+
+
+def test_a_conversation_on_standard_input(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/reset\nHello\n/quit\nnever read\n"))
+    run_generate(str(checkpoint), None, ChatOptions(max_new_tokens=6, temperature=0, device="cpu"))
+    answers = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(answers) % 2 == 0 and answers[: len(answers) // 2] == answers[len(answers) // 2 :]
+
+
+def test_the_end_of_standard_input_ends_the_conversation(checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    run_generate(str(checkpoint), None, ChatOptions(device="cpu"))
+
+
+def test_a_device_that_is_not_there_is_named(checkpoint):
+    with pytest.raises(ValueError, match="--device abacus cannot be used here"):
+        load_chat(str(checkpoint), ChatOptions(device="abacus"))
+
+
+def test_the_tokenizer_is_the_right_one_even_where_the_checkpoint_names_another(checkpoint, tmp_path):
+    """As released: `tokenizer_class` LlamaTokenizer, with which AutoTokenizer gives other ids without a word."""
+    folder = shutil.copytree(checkpoint, tmp_path / "released")
+    config_file = folder / "tokenizer_config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "tokenizer_class": "LlamaTokenizer"}))
+    text = "<|user|>\nHello<|end|>\n<|assistant|>\n"
+    expected = AutoTokenizer.from_pretrained(checkpoint)(text).input_ids
+    assert AutoTokenizer.from_pretrained(folder)(text).input_ids != expected, "the trap is gone: simplify load_chat"
+    assert load_chat(str(folder), ChatOptions(device="cpu")).tokenizer(text).input_ids == expected
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "other")
+    config_file = folder / "config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "model_type": "mixtral"}))
+    with pytest.raises(ValueError, match="mixtral"):
+        load_chat(str(folder), ChatOptions(device="cpu"))
