@@ -1,0 +1,109 @@
+"""Imports point one way (configuration, routing <- experts, checkpoint <- modeling <- grinmoe <- tests, benchmarks)."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "grinmoe"
+
+# What each flat file may import of the others. A new file must be entered here, on purpose.
+ALLOWED_SIBLINGS = {
+    "configuration_grinmoe": set(),
+    "routing_grinmoe": set(),
+    "kernels_grinmoe": set(),
+    "experts_grinmoe": {"configuration_grinmoe", "routing_grinmoe", "kernels_grinmoe"},
+    "attention_grinmoe": {"configuration_grinmoe"},
+    "checkpoint_grinmoe": {"configuration_grinmoe", "experts_grinmoe"},
+    "modeling_grinmoe": {
+        "attention_grinmoe",
+        "checkpoint_grinmoe",
+        "configuration_grinmoe",
+        "experts_grinmoe",
+        "routing_grinmoe",
+    },
+}
+FLAT_FILES = sorted(ROOT.glob("*_grinmoe.py"))
+TOKENIZATION_FILES = sorted((ROOT / "tokenization").glob("*.py"))
+PACKAGE_FILES = sorted(path for path in PACKAGE.glob("*.py") if not path.is_symlink())
+STANDARD_LIBRARY = set(sys.stdlib_module_names)
+
+
+def imported_modules(path: Path, module_level_only: bool = False) -> set[str]:
+    """Dotted names of what a file imports; relative imports start with dots."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    nodes = tree.body if module_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            # `from . import x` and `from .. import x` name the module in the list.
+            found |= {source} if node.module else {source + alias.name for alias in node.names}
+    return found
+
+
+def top_level(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names if not name.startswith(".")}
+
+
+def named(paths: list[Path]):
+    return pytest.mark.parametrize("path", paths, ids=[path.stem for path in paths])
+
+
+def test_every_flat_file_has_its_place():
+    assert {path.stem for path in FLAT_FILES} <= ALLOWED_SIBLINGS.keys()
+
+
+@named(FLAT_FILES)
+def test_flat_files_import_only_what_lies_to_their_left(path):
+    relative = {name for name in imported_modules(path) if name.startswith(".")}
+    # The library's scan follows `from .sibling import x` and nothing else.
+    assert relative <= {f".{name}" for name in ALLOWED_SIBLINGS[path.stem]}
+
+
+@named(FLAT_FILES)
+def test_flat_files_need_nothing_that_a_user_of_the_checkpoint_lacks(path):
+    needs = top_level(imported_modules(path)) - STANDARD_LIBRARY
+    allowed = {"torch", "transformers", "safetensors"}
+    if path.stem == "routing_grinmoe":
+        allowed = {"torch"}
+    if path.stem == "kernels_grinmoe":
+        allowed = {"torch", "triton"}
+    assert needs <= allowed
+
+
+@named(TOKENIZATION_FILES)
+def test_tokenization_knows_neither_torch_nor_the_model(path):
+    names = imported_modules(path)
+    assert not top_level(names) & {"torch", "accelerate", "grinmoe"}
+    assert not any("_grinmoe" in name or name.startswith("..") for name in names)
+
+
+@named(PACKAGE_FILES)
+def test_the_package_imports_no_test_and_no_benchmark(path):
+    assert not top_level(imported_modules(path)) & {"tests", "benchmarks", "scripts", "grinmoe_cli"}
+
+
+def test_the_command_line_module_starts_with_the_standard_library_alone():
+    path = ROOT / "grinmoe_cli.py"
+    assert top_level(imported_modules(path, module_level_only=True)) <= STANDARD_LIBRARY
+
+
+def test_the_root_is_no_package():
+    """With an __init__.py there, pytest and type checkers would import every flat file twice."""
+    assert not (ROOT / "__init__.py").exists()
+
+
+def test_the_package_links_to_every_flat_file():
+    links = {path.name: os.readlink(path) for path in PACKAGE.iterdir() if path.is_symlink()}
+    for path in FLAT_FILES:
+        assert links.get(path.name) == f"../{path.name}", f"ln -s ../{path.name} grinmoe/{path.name}"
+    assert links.get("tokenization") == "../tokenization"
+    assert all((PACKAGE / name).exists() for name in links), "a link leads nowhere"
