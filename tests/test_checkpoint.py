@@ -21,7 +21,9 @@ CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {key: tensor for file in sorted(folder.glob("model*.safetensors")) for key, tensor in load_file(file).items()}
+    return {
+        key: tensor for file in sorted(folder.glob("model*.safetensors")) for key, tensor in load_file(file).items()
+    }
 
 
 @pytest.fixture
@@ -99,7 +101,9 @@ def test_a_headless_checkpoint_serves_a_model_with_a_head(tiny_config, tmp_path)
     base.save_pretrained(tmp_path)
     causal, info = GrinMoeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] == {"lm_head.weight", "lm_head.bias"}
-    assert torch.equal(causal.model.layers[0].block_sparse_moe.experts.down_proj, base.layers[0].block_sparse_moe.experts.down_proj)
+    assert torch.equal(
+        causal.model.layers[0].block_sparse_moe.experts.down_proj, base.layers[0].block_sparse_moe.experts.down_proj
+    )
 
 
 def test_tied_embeddings_round_trip(tiny_model, tmp_path):

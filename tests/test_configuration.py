@@ -9,7 +9,7 @@ import pickle
 import pytest
 from transformers import AutoConfig, DynamicCache, MixtralConfig, PhimoeConfig, StaticCache
 
-from grinmoe import GrinMoeConfig, GRINMoEConfig
+from grinmoe import GRINMoEConfig, GrinMoeConfig
 from grinmoe.configuration_grinmoe import AUTO_MAP
 
 RELEASED = {

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jinja2
 import pytest
 from transformers import AutoTokenizer
 
+import grinmoe.tokenization as tokenization
 from grinmoe import GrinMoeConfig
 from grinmoe.tokenization import SPECIAL_TOKENS, build_tokenizer, chat_template
 
-TEXT = ["The quick brown fox jumps over the lazy dog.", "Hello there, how are you today?", "two  spaces\nand lines"] * 20
+TEXT = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Hello there, how are you today?",
+    "two  spaces\nand lines",
+] * 20
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,16 @@ def saved(tokenizer, tmp_path_factory):
     return folder
 
 
-STRINGS = ["Hello", " Hello", "two  spaces", "a\nb\tc", "Zoë 😀", "<|user|>\nHello<|end|>\n<|assistant|>\n", "x</s> y", ""]
+STRINGS = [
+    "Hello",
+    " Hello",
+    "two  spaces",
+    "a\nb\tc",
+    "Zoë 😀",
+    "<|user|>\nHello<|end|>\n<|assistant|>\n",
+    "x</s> y",
+    "",
+]
 
 
 def test_special_tokens_close_the_vocabulary_in_the_familys_order(tokenizer):
@@ -107,10 +122,11 @@ def test_too_small_a_vocabulary_is_refused():
         build_tokenizer([])
 
 
-def test_tokenization_needs_no_torch():
-    script = "import sys; sys.path.insert(0, sys.argv[1]); import tokenization; assert 'torch' not in sys.modules"
-    import grinmoe.tokenization as module
-    from pathlib import Path
-
-    root = Path(module.__file__).resolve().parent.parent
+def test_a_tokenizer_is_built_where_torch_is_not_installed():
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['torch'] = None\n"
+        "from tokenization import build_tokenizer\n"
+        "assert build_tokenizer(['Hello there'], vocab_size=300)('Hello').input_ids"
+    )
+    root = Path(tokenization.__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", script, str(root)], check=True)

@@ -59,7 +59,11 @@ def test_resume_is_bit_identical(tiny_model, dataset, tmp_path, checkpointing):
     """Sampled routing, input jitter and dropout included: 2 steps, a stop and 2 more are 4 steps."""
     options = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     build = functools.partial(
-        tiny_model, router_jitter_noise=0.2, router_aux_loss_coef=0.01, hidden_dropout=0.1, router_aux_loss_scope="local"
+        tiny_model,
+        router_jitter_noise=0.2,
+        router_aux_loss_coef=0.01,
+        hidden_dropout=0.1,
+        router_aux_loss_scope="local",
     )
     straight = train(build(), dataset, tmp_path / "straight", **options).model
     first = train(build(), dataset, tmp_path / "half", save_strategy="steps", save_steps=2, **options)
