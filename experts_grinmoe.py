@@ -4,15 +4,18 @@ Shapes: T tokens, K experts per token, E experts, H hidden size, I expert width.
 
 On disk an expert has three matrices, w1 (gate, (I, H)), w3 (up, (I, H)) and w2 (down, (H, I)); in memory all experts
 of a layer share `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I). Transformers' experts interface picks
-the implementation by `experts_implementation`: `grouped_mm` by default, `eager` is the loop below.
+the implementation by `experts_implementation`: `grouped_mm` by default, `eager` is the reference loop below, and
+`grinmoe_cpu` a fast path for training on a CPU.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 # On-disk name -> (fused parameter, position of its rows in there).
 ON_DISK = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
@@ -49,23 +52,167 @@ class GrinMoeExperts(nn.Module):
         Returns:
             (T, H), in the dtype of `hidden_states`.
         """
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "experts_implementation='eager' loops over group sizes on the host and cannot be compiled; use "
-                "model.set_experts_implementation('grouped_mm') (or 'batched_mm' for decoding)"
-            )
+        _refuse_compilation("eager")
         top_k = top_k_index.shape[-1]
-        sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
-        group_sizes = torch.bincount(sorted_experts, minlength=self.num_experts + 1).tolist()  # last: served elsewhere
-        groups = hidden_states[order // top_k].split(group_sizes)
+        order, group_sizes = group_by_expert(top_k_index, self.num_experts)
+        served_elsewhere = order.numel() - sum(group_sizes)
+        *groups, elsewhere = hidden_states[order // top_k].split([*group_sizes, served_elsewhere])
         outputs = [
             nn.functional.linear(self._apply_gate(nn.functional.linear(group, gate_up)), down)
             for group, gate_up, down in zip(groups, self.gate_up_proj.unbind(0), self.down_proj.unbind(0))
         ]
-        outputs.append(torch.zeros_like(groups[-1]))
+        outputs.append(torch.zeros_like(elsewhere))
         weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order].unsqueeze(-1)  # (T * K, H)
         per_choice = weighted[order.argsort()].view(-1, top_k, self.hidden_dim)
         return per_choice.sum(dim=1).to(hidden_states.dtype)
+
+
+def cpu_experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    Fast path for training on a CPU: `experts_implementation="grinmoe_cpu"`. Contract of [`GrinMoeExperts.forward`].
+
+    One pass over the experts in each direction, so that what belongs to an expert stays in the cache. Only the input
+    and the pre-activations (T * K, 2I) are kept for the backward: activations are computed again, and the routing
+    weights' gradient is their inner product with their own gradient.
+
+    Raises:
+        ValueError: tensors on another device than the CPU, or an activation other than silu.
+    """
+    if hidden_states.device.type != "cpu":
+        raise ValueError(
+            f"experts_implementation='grinmoe_cpu' got tensors on {hidden_states.device}; choose 'grouped_mm' there"
+        )
+    if module.config.hidden_act not in ("silu", "swish"):
+        raise ValueError(
+            f"experts_implementation='grinmoe_cpu' is for hidden_act='silu', not {module.config.hidden_act!r}; choose "
+            "'grouped_mm'"
+        )
+    _refuse_compilation("grinmoe_cpu")
+    gate_up_proj, down_proj = module.gate_up_proj, module.down_proj
+    dtype = hidden_states.dtype
+    if torch.is_autocast_enabled("cpu"):
+        # Nothing inside of an autograd function is cast by itself.
+        autocast = torch.get_autocast_dtype("cpu")
+        hidden_states, gate_up_proj, down_proj = (t.to(autocast) for t in (hidden_states, gate_up_proj, down_proj))
+    top_k_weights = top_k_weights.to(hidden_states.dtype)
+    order, group_sizes = group_by_expert(top_k_index, module.num_experts)
+    return _CpuExperts.apply(hidden_states, top_k_weights, gate_up_proj, down_proj, order, group_sizes).to(dtype)
+
+
+class _CpuExperts(torch.autograd.Function):
+    """Sum over choices of weight * down(silu(gate) * up); `order` (T * K,) lists choices by expert."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weights, gate_up_proj, down_proj, order, group_sizes):
+        num_tokens, top_k = weights.shape
+        pre_activation = hidden_states.new_empty(order.numel(), gate_up_proj.shape[1])
+        per_choice = hidden_states.new_empty(order.numel(), hidden_states.shape[1])
+        for expert, rows, tokens in _groups(order, group_sizes, top_k):
+            pre_activation[rows] = _linear(hidden_states[tokens], gate_up_proj[expert])
+            gate, up = pre_activation[rows].chunk(2, dim=-1)
+            per_choice[rows] = _linear(nn.functional.silu(gate).mul_(up), down_proj[expert])
+        per_choice[sum(group_sizes) :] = 0  # served elsewhere (expert parallelism)
+        ctx.save_for_backward(hidden_states, weights, gate_up_proj, down_proj, order, pre_activation)
+        ctx.group_sizes = group_sizes
+        per_choice = per_choice[order.argsort()].view(num_tokens, top_k, hidden_states.shape[1])
+        return torch.bmm(weights.unsqueeze(1), per_choice).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        hidden_states, weights, gate_up_proj, down_proj, order, pre_activation = ctx.saved_tensors
+        num_tokens, top_k = weights.shape
+        weight_of_row = weights.reshape(-1)[order].unsqueeze(-1)
+        grad_weight = torch.zeros_like(weight_of_row)
+        grad_per_choice = hidden_states.new_empty(order.numel(), hidden_states.shape[1])
+        grad_gate_up = torch.empty_like(gate_up_proj) if ctx.needs_input_grad[2] else None
+        grad_down = torch.empty_like(down_proj) if ctx.needs_input_grad[3] else None
+        for expert, rows, tokens in _groups(order, ctx.group_sizes, top_k):
+            upstream = grad_output[tokens]  # (n, H)
+            gate, up = pre_activation[rows].chunk(2, dim=-1)
+            sigmoid = gate.sigmoid()
+            silu = gate * sigmoid
+            activation = silu * up
+            grad_activation = _linear(upstream, down_proj[expert].t())  # (n, I), not yet weighted
+            grad_weight[rows] = torch.linalg.vecdot(grad_activation, activation).unsqueeze(-1)
+            grad_activation *= weight_of_row[rows]
+            if grad_down is not None:
+                grad_down[expert] = _linear((upstream * weight_of_row[rows]).t(), activation.t())
+            grad_pre = torch.empty_like(pre_activation[rows])
+            grad_gate_part, grad_up_part = grad_pre.chunk(2, dim=-1)
+            torch.mul(grad_activation, silu, out=grad_up_part)
+            # d silu / d gate = sigmoid + silu * (1 - sigmoid)
+            torch.mul(grad_activation.mul_(up), sigmoid + silu * (1 - sigmoid), out=grad_gate_part)
+            if grad_gate_up is not None:
+                grad_gate_up[expert] = _linear(grad_pre.t(), hidden_states[tokens].t())
+            grad_per_choice[rows] = _linear(grad_pre, gate_up_proj[expert].t())
+        for expert, size in enumerate(ctx.group_sizes):
+            for gradient in (grad_gate_up, grad_down):
+                if size == 0 and gradient is not None:
+                    gradient[expert] = 0
+        grad_per_choice[sum(ctx.group_sizes) :] = 0
+        inverse = order.argsort()
+        grad_hidden = grad_per_choice[inverse].view(num_tokens, top_k, hidden_states.shape[1]).sum(dim=1)
+        return grad_hidden, grad_weight[inverse].view_as(weights), grad_gate_up, grad_down, None, None
+
+
+def group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
+    """
+    Sort the choices of all tokens by expert.
+
+    Args:
+        top_k_index: (T, K). Under expert parallelism, `num_experts` marks an expert that lives elsewhere.
+        num_experts: E.
+
+    Returns:
+        order (T * K,): positions in the flattened `top_k_index`, those of expert 0 first, those served elsewhere last;
+        and how many there are of each of the E experts, on the host.
+    """
+    sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
+    return order, torch.bincount(sorted_experts, minlength=num_experts)[:num_experts].tolist()
+
+
+def _groups(order: torch.Tensor, group_sizes: list[int], top_k: int):
+    """Per expert that has tokens: its number, its rows in sorted order, and their tokens."""
+    start = 0
+    for expert, size in enumerate(group_sizes):
+        rows = slice(start, start + size)
+        start += size
+        if size:
+            yield expert, rows, order[rows] // top_k
+
+
+def _onednn_linear():
+    """oneDNN's float32 product: (n, k) and (m, k) to (n, m), any strides; None where torch is built without it.
+
+    The one use of a private torch operator in this project. torch.mm is MKL in float32, which on AMD processors takes
+    twice the time of oneDNN, and no public function leads there. The operator is what torch's own compiler calls.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    return lambda left, right: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+
+
+_float32_linear = _onednn_linear() or nn.functional.linear
+
+
+def _linear(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(n, k) and (m, k) to (n, m) = left @ right.T."""
+    return _float32_linear(left, right) if left.dtype == torch.float32 else nn.functional.linear(left, right)
+
+
+def _refuse_compilation(implementation: str) -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"experts_implementation={implementation!r} loops over group sizes on the host and cannot be compiled; use "
+            "model.set_experts_implementation('grouped_mm') (or 'batched_mm' for decoding)"
+        )
+
+
+# Assigning again is harmless: this module may be imported under several names.
+ALL_EXPERTS_FUNCTIONS.register("grinmoe_cpu", cpu_experts_forward)
 
 
 def load_per_expert_weights(

@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, T = B * S tokens, H hidden size, E experts, K experts per token, L layers, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,13 +10,12 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
@@ -26,9 +23,8 @@ from .attention_grinmoe import GrinMoeAttention, GrinMoeRotaryEmbedding
 from .checkpoint_grinmoe import OfficialCheckpointMixin, register_weight_conversion
 from .configuration_grinmoe import GrinMoeConfig
 from .experts_grinmoe import GrinMoeExperts
+from .generation_grinmoe import GrinMoeGenerationMixin
 from .routing_grinmoe import RoutingNoise, load_balancing_loss, sparsemixer
-
-logger = logging.get_logger(__name__)
 
 register_weight_conversion()
 
@@ -144,6 +140,8 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
     config: GrinMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    # Reentrant checkpointing runs the layers without a graph: what they record for the balance loss has no gradient.
+    _supports_reentrant_checkpointing = False
     _no_split_modules = ["GrinMoeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -177,7 +175,7 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
         # The one place that every way of enabling checkpointing goes through, on all supported versions.
         options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and options.get("use_reentrant"):
+        if enable and options.get("use_reentrant") and not self._supports_reentrant_checkpointing:
             raise ValueError(
                 "use_reentrant=True: reentrant checkpointing drops the gradient of the balance loss without an error; "
                 'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
@@ -280,11 +278,12 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             raise ValueError(
                 f"at {length} tokens LongRoPE changes the frequencies of all positions "
                 f"(original_max_position_embeddings={self.rotary_emb.original_length}), and the cache holds the old ones; "
-                "drop past_key_values and pass the whole sequence (generate does that by itself)"
+                "drop past_key_values and pass the whole sequence at once (generate does that by itself, for input_ids "
+                "and without prefill_chunk_size)"
             )
 
 
-class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
+class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
     """GRIN-MoE with its language head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -371,76 +370,12 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             attention_mask,
         )
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        past_key_values=None,
-        attention_mask=None,
-        position_ids=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
-        """As in Transformers; LongRoPE recomputes the cache when the sequence outgrows the short factors."""
-        if is_first_iteration and input_ids.shape[1] > self.config.max_position_embeddings:
-            logger.warning_once(
-                f"The prompt has {input_ids.shape[1]} tokens, more than max_position_embeddings="
-                f"{self.config.max_position_embeddings}. Nothing is cut off: the model runs on positions that it was not "
-                "trained for, and the text will be worse. Shorten the prompt to avoid that."
-            )
-        if self._changes_longrope_regime(input_ids, past_key_values, attention_mask):
-            # What is cached was computed under the other regime, in every layer. All of it is computed again, once.
-            if isinstance(past_key_values, DynamicCache):
-                # In place, for whoever holds it; before Transformers 5.23 reset() leaves a dynamic cache its length.
-                past_key_values.__init__(config=self.config, offloading=past_key_values.offloading)
-            else:
-                past_key_values.reset()
-            kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-
-    def _changes_longrope_regime(
-        self, input_ids: torch.Tensor, past_key_values: Cache | None, attention_mask: torch.Tensor | None
-    ) -> bool:
-        rotary = self.model.rotary_emb
-        total = input_ids.shape[1]
-        if rotary.rope_type != "longrope" or past_key_values is None or total < rotary.original_length:
-            return False
-        cached = int(past_key_values.get_seq_length())
-        # Positions count tokens, not padding: the longest row decides for the batch.
-        longest = total if attention_mask is None else int(attention_mask[:, :total].sum(-1).max())
-        return cached > 0 and rotary.changes_regime(longest, total - cached)
-
-    def generate_batch(self, inputs, generation_config=None, **kwargs):
-        """As in Transformers (continuous batching), for texts within LongRoPE's short range.
-
-        Raises:
-            ValueError: LongRoPE, and a request could reach the long factors. They hold for a whole batch and change
-                what is cached, which a paged cache shared by requests of all lengths cannot follow.
-        """
-        rotary = self.model.rotary_emb
-        if rotary.rope_type == "longrope" and inputs:
-            options = generation_config or self.generation_config
-            new_tokens = kwargs.get("max_new_tokens") or options.max_new_tokens or 0
-            longest = max(len(prompt) for prompt in inputs) + new_tokens
-            # The last new token is never fed back.
-            if longest - 1 >= rotary.original_length:
-                raise ValueError(
-                    f"generate_batch with LongRoPE serves up to {rotary.original_length} tokens per request, prompt and "
-                    f"new tokens together; these could reach {longest}. Lower max_new_tokens, or use generate()"
-                )
-        return super().generate_batch(inputs, generation_config, **kwargs)
-
 
 class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoePreTrainedModel):
     """GRIN-MoE with a classification head on the last token that is not padding."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    _supports_reentrant_checkpointing = True  # it has no balance loss
 
     def __init__(self, config: GrinMoeConfig):
         # Not the generic one: it builds the base model through AutoModel, which refuses remote code.

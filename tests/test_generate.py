@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import grinmoe.modeling_grinmoe as modeling
+import grinmoe.generation_grinmoe as generation
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
 from grinmoe.generate import Chat, ChatOptions, load_chat, run_generate
 from grinmoe.tokenization import build_tokenizer
@@ -94,7 +94,7 @@ def test_an_empty_prompt_is_refused(chat, checkpoint, prompt):
 def test_a_prompt_beyond_the_trained_length_warns_and_is_not_cut(chat, caplog):
     prompt = "How are you? " * 20
     # The library warns once per process and message, whichever test came before.
-    modeling.logger.warning_once.__func__.cache_clear()
+    generation.logger.warning_once.__func__.cache_clear()
     answer = chat.answer(prompt)
     assert "max_position_embeddings=64. Nothing is cut off" in caplog.text
     assert answer == by_hand(chat, f"<|user|>\n{prompt}<|end|>\n<|assistant|>\n")

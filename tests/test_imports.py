@@ -17,6 +17,7 @@ ALLOWED_SIBLINGS = {
     "configuration_grinmoe": set(),
     "routing_grinmoe": set(),
     "kernels_grinmoe": set(),
+    "generation_grinmoe": set(),
     "experts_grinmoe": {"configuration_grinmoe", "routing_grinmoe", "kernels_grinmoe"},
     "attention_grinmoe": {"configuration_grinmoe"},
     "checkpoint_grinmoe": {"configuration_grinmoe", "experts_grinmoe"},
@@ -25,6 +26,7 @@ ALLOWED_SIBLINGS = {
         "checkpoint_grinmoe",
         "configuration_grinmoe",
         "experts_grinmoe",
+        "generation_grinmoe",
         "routing_grinmoe",
     },
 }

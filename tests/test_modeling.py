@@ -123,6 +123,29 @@ class TestLongRope:
         found = model.generate(padded, attention_mask=mask, **options)
         assert torch.equal(found[:, pads:], expected)
 
+    def test_a_prompt_of_embeddings_is_not_lost_at_the_switch(self, goldens, golden_models):
+        """It cannot be computed again from ids, so going on is refused; short of the switch it works."""
+        golden, model = goldens["golden-c"], golden_models["golden-c"]
+        embeddings = model.get_input_embeddings()(golden.inputs["generate.input_ids"])
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        found = model.generate(inputs_embeds=embeddings, max_new_tokens=10, **options)
+        assert torch.equal(found, golden["generate.sequences"][:, 22:32])
+        with pytest.raises(ValueError, match="at 32 tokens LongRoPE changes"):
+            model.generate(inputs_embeds=embeddings, max_new_tokens=20, **options)
+
+    def test_speculation_up_to_the_switch_and_no_further(self, goldens, golden_models):
+        """Candidates that are rejected would have decided the frequencies of the tokens that are kept."""
+        golden, model = goldens["golden-c"], golden_models["golden-c"]
+        ids = golden.inputs["generate.input_ids"][:1]
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "prompt_lookup_num_tokens": 3}
+        found = model.generate(ids, max_new_tokens=10, **options)
+        assert torch.equal(found, golden["generate.sequences"][:1, :32])
+        for more in ({"max_new_tokens": 11}, {"max_length": 40}, {}):
+            with pytest.raises(ValueError, match="speculative decoding with LongRoPE serves up to 32"):
+                model.generate(ids, **options, **more)
+        with pytest.raises(ValueError, match="speculative decoding"):
+            model.generate(ids, assistant_model=model, max_new_tokens=20, do_sample=False)
+
     def test_the_users_cache_object_is_kept(self, goldens, golden_models):
         golden, model = goldens["golden-c"], golden_models["golden-c"]
         cache = DynamicCache(config=model.config)
@@ -136,6 +159,25 @@ class TestLongRope:
         )
         assert torch.equal(sequences, golden["generate.sequences"])
         assert cache.get_seq_length() == sequences.shape[1] - 1
+
+
+@pytest.mark.parametrize("name", ["golden-a", "golden-b"])
+@pytest.mark.parametrize("way", ["embeddings", "prompt lookup", "assistant", "chunked prefill"])
+def test_every_way_of_generating_gives_the_same_text(goldens, golden_models, name, way):
+    golden, model = goldens[name], golden_models[name]
+    ids = golden.inputs["generate.input_ids"][:1]
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if way == "embeddings":
+        found = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
+        found = torch.cat([ids, found], dim=1)
+    else:
+        ways = {
+            "prompt lookup": {"prompt_lookup_num_tokens": 3},
+            "assistant": {"assistant_model": model},
+            "chunked prefill": {"prefill_chunk_size": 3},
+        }
+        found = model.generate(ids, **options, **ways[way])
+    assert torch.equal(found, golden["generate.sequences"][:1])
 
 
 def test_chunked_prefill_sees_the_whole_window(goldens, golden_models):

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import grinmoe.modeling_grinmoe as modeling
-from grinmoe import GrinMoeForCausalLM
+from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification
 from grinmoe.routing_grinmoe import load_balancing_loss, sparsemixer
 
 SEQUENCE = 12
@@ -197,6 +197,23 @@ def test_reentrant_checkpointing_is_refused(tiny_model, dataset, tmp_path, throu
             tiny_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         else:
             train(tiny_model(), dataset, tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
+
+
+def test_reentrant_checkpointing_of_a_classifier_is_exact(tiny_config):
+    """It has no balance loss, so nothing is dropped there."""
+    config = tiny_config(num_labels=3, router_jitter_noise=0.3)
+    ids = torch.arange(12).view(2, 6)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = GrinMoeForSequenceClassification(config).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.enable_input_require_grads()
+        torch.manual_seed(1)
+        model(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_evaluation_does_not_gather_router_logits(tiny_model, dataset, tmp_path):

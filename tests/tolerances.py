@@ -20,3 +20,5 @@ SPARSEMIXER = {
 
 # A fast path against the reference in float32: relative error in the maximum norm, outputs and gradients.
 FAST_PATH_FLOAT32 = 1e-5
+# The same where both compute in bfloat16, or one does and the other in float32.
+FAST_PATH_BFLOAT16 = 2e-2

@@ -92,10 +92,13 @@ def test_fsdp2_saves_a_checkpoint_that_loads(tmp_path):
     assert {file.name for file in folder.glob("*.py")} == {f.name for f in Path(folder).glob("*_grinmoe.py")}
 
 
-def parallel_forward(rank: int, folder: str, options: dict, expected_file: str) -> None:
+def parallel_forward(rank: int, folder: str, options: dict, experts: str, expected_file: str) -> None:
     expected = load_file(expected_file)
     model = GrinMoeForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, distributed_config=DistributedConfig(**options)
+        folder,
+        dtype=torch.float32,
+        distributed_config=DistributedConfig(**options),
+        experts_implementation=experts,
     ).eval()
     ids = torch.arange(24).view(2, 12)
     output = model(input_ids=ids, labels=ids)
@@ -112,8 +115,9 @@ EXPERT_PARALLEL = (
 )
 
 
+@pytest.mark.parametrize("experts", ["grouped_mm", "grinmoe_cpu"])
 @pytest.mark.parametrize("options", [{"tp_size": 2}, {"tp_size": 2, **EXPERT_PARALLEL}], ids=["tensor", "expert"])
-def test_parallel_plans_give_the_same_model(tmp_path, options):
+def test_parallel_plans_give_the_same_model(tmp_path, options, experts):
     model = tiny().eval()
     model.save_pretrained(tmp_path / "model")
     ids = torch.arange(24).view(2, 12)
@@ -121,7 +125,9 @@ def test_parallel_plans_give_the_same_model(tmp_path, options):
     output.loss.backward()
     gradient = model.model.layers[0].block_sparse_moe.gate.weight.grad
     save_file({"logits": output.logits.detach(), "gate_gradient": gradient}, tmp_path / "expected.safetensors")
-    run_on_two(parallel_forward, tmp_path, str(tmp_path / "model"), options, str(tmp_path / "expected.safetensors"))
+    run_on_two(
+        parallel_forward, tmp_path, str(tmp_path / "model"), options, experts, str(tmp_path / "expected.safetensors")
+    )
 
 
 def uneven_routing() -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from grinmoe.routing_grinmoe import RoutingNoise
 from tests.tolerances import GOLDEN, GOLDEN_DIGEST, GOLDEN_GRADIENT
 
 ATTENTION = ["eager", "sdpa", "flex_attention"]
-EXPERTS = ["eager", "grouped_mm", "batched_mm"]
+EXPERTS = ["eager", "grouped_mm", "batched_mm", "grinmoe_cpu"]
 CASES = [
     *[(name, case) for name in ("golden-a", "golden-b", "golden-c") for case in ("plain", "leftpad", "leftpad_pos")],
     ("golden-c", "long"),
@@ -104,6 +104,7 @@ GRADIENT_PATHS = [
     ("eager", "eager"),
     ("sdpa", "grouped_mm"),
     ("sdpa", "batched_mm"),
+    ("sdpa", "grinmoe_cpu"),
     # torch has no backward of flex attention on a CPU, and says so.
     pytest.param("flex_attention", "grouped_mm", marks=pytest.mark.gpu),
 ]
@@ -185,7 +186,8 @@ def greedy(model, golden, case: str, **kwargs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "attention, experts", [("eager", "eager"), ("sdpa", "grouped_mm"), ("flex_attention", "grouped_mm")]
+    "attention, experts",
+    [("eager", "eager"), ("sdpa", "grouped_mm"), ("sdpa", "grinmoe_cpu"), ("flex_attention", "grouped_mm")],
 )
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "recomputed"])
 @pytest.mark.parametrize("case", ["generate", "generate_leftpad"])

@@ -1,0 +1,114 @@
+"""Generation with GRIN-MoE: Transformers' own, and what LongRoPE asks of it.
+
+Under LongRoPE (Phi-3.5-MoE) the length of the longest text in a batch decides the frequencies of every position, so the
+keys in a cache are void once a text outgrows the short factors. `generate` then fills the cache again, once; where that
+cannot be done the call is refused, because going on would give other text without an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class GrinMoeGenerationMixin(GenerationMixin):
+    """`generate` and its kin, for a class with a decoder (`model`) that owns a `GrinMoeRotaryEmbedding`."""
+
+    config: Any
+    model: Any
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        position_ids=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """As in Transformers; LongRoPE recomputes the cache when the sequence outgrows the short factors."""
+        if is_first_iteration and input_ids.shape[1] > self.config.max_position_embeddings:
+            logger.warning_once(
+                f"The prompt has {input_ids.shape[1]} tokens, more than max_position_embeddings="
+                f"{self.config.max_position_embeddings}. Nothing is cut off: the model runs on positions that it was not "
+                "trained for, and the text will be worse. Shorten the prompt to avoid that."
+            )
+        # A prompt given as embeddings is not in input_ids and cannot be computed again; forward then says so.
+        if inputs_embeds is None and self._changes_longrope_regime(input_ids, past_key_values, attention_mask):
+            # What is cached was computed under the other regime, in every layer. All of it is computed again, once.
+            if isinstance(past_key_values, DynamicCache):
+                # In place, for whoever holds it; before Transformers 5.23 reset() leaves a dynamic cache its length.
+                past_key_values.__init__(config=self.config, offloading=past_key_values.offloading)
+            else:
+                past_key_values.reset()
+            kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _changes_longrope_regime(
+        self, input_ids: torch.Tensor, past_key_values: Cache | None, attention_mask: torch.Tensor | None
+    ) -> bool:
+        rotary = self.model.rotary_emb
+        total = input_ids.shape[1]
+        if rotary.rope_type != "longrope" or past_key_values is None or total < rotary.original_length:
+            return False
+        cached = int(past_key_values.get_seq_length())
+        # Positions count tokens, not padding: the longest row decides for the batch.
+        longest = total if attention_mask is None else int(attention_mask[:, :total].sum(-1).max())
+        return cached > 0 and rotary.changes_regime(longest, total - cached)
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        # Candidates of speculative decoding decide the regime of the whole text, also those that are then rejected.
+        if self.model.rotary_emb.rope_type == "longrope":
+            options = copy.deepcopy(generation_config or self.generation_config)
+            options.update(**kwargs)
+            speculates = options.prompt_lookup_num_tokens or options.assistant_early_exit is not None
+            if speculates or kwargs.get("assistant_model") is not None:
+                prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+                prompt_length = max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1)
+                self._refuse_to_reach_long_factors("speculative decoding", prompt_length, options)
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def generate_batch(self, inputs, generation_config=None, **kwargs):
+        """As in Transformers (continuous batching), for texts within LongRoPE's short range.
+
+        Raises:
+            ValueError: LongRoPE, and a request could reach the long factors. They hold for a whole batch and change
+                what is cached, which a paged cache shared by requests of all lengths cannot follow.
+        """
+        if self.model.rotary_emb.rope_type == "longrope" and inputs:
+            options = copy.deepcopy(generation_config or self.generation_config)
+            options.update(**kwargs)
+            self._refuse_to_reach_long_factors("generate_batch", max(map(len, inputs)), options)
+        return super().generate_batch(inputs, generation_config, **kwargs)
+
+    def _refuse_to_reach_long_factors(self, what: str, prompt_length: int, options: GenerationConfig) -> None:
+        original_length = self.model.rotary_emb.original_length
+        new_tokens = options.max_new_tokens
+        if new_tokens is None:
+            # 20 new tokens are the library's default.
+            new_tokens = 20 if options.max_length is None else max(0, options.max_length - prompt_length)
+        longest = prompt_length + new_tokens
+        # The last new token is never fed back.
+        if longest - 1 >= original_length:
+            raise ValueError(
+                f"{what} with LongRoPE serves up to {original_length} tokens per request, prompt and new tokens together; "
+                f"these could reach {longest}. Lower max_new_tokens, or use plain generate()"
+            )
