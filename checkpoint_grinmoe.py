@@ -1,7 +1,6 @@
-"""The GRIN-MoE checkpoint: official layout in and out, checked before it is read, replaced only when it is whole.
+"""Reading and writing GRIN-MoE checkpoints: checked before they are read, replaced only when they are whole.
 
-Official layout: sharded safetensors with one w1, w3 and w2 per expert. In memory they are fused (see
-`experts_grinmoe.py`); Transformers' weight conversion fuses them while it loads. See docs/checkpoint.md.
+The format is sharded safetensors in the official layout (`layout_grinmoe.py`) with the flat code beside it.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import create_and_tag_model_card
 
 from .configuration_grinmoe import AUTO_MAP, GrinMoeConfig
-from .experts_grinmoe import ON_DISK
+from .layout_grinmoe import can_alias, fused_name, fused_shapes, official_shapes, official_state_dict
 
 
 class CheckpointError(ValueError, RuntimeError):
@@ -35,81 +34,6 @@ class CheckpointError(ValueError, RuntimeError):
 
 class CheckpointFileError(CheckpointError, OSError):
     """A file of the checkpoint is missing, truncated or of a refused kind. An OSError, as in Transformers."""
-
-
-def register_weight_conversion() -> None:
-    """Teach Transformers' loader the official layout. Idempotent: this module may be imported under several names."""
-    gate, up, down = (f".experts.*.{name}.weight" for name in ("w1", "w3", "w2"))
-    register_checkpoint_conversion_mapping(
-        GrinMoeConfig.model_type,
-        [
-            WeightConverter([gate, up], ".experts.gate_up_proj", [MergeModulelist(dim=0), Concatenate(dim=1)]),
-            WeightConverter([down], ".experts.down_proj", [MergeModulelist(dim=0)]),
-        ],
-        overwrite=True,
-    )
-
-
-def official_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict in the official layout, without a copy: every expert matrix is an alias of its fused weight.
-
-    (Transformers' own reverse conversion copies all experts at once: peak memory 1.6x of the model.)
-
-    Args:
-        state_dict: fused weights, as `model.state_dict()` gives them; other entries pass through.
-
-    Returns:
-        A new dict, in the official order of keys.
-    """
-    official = {}
-    for key, tensor in state_dict.items():
-        prefix, _, name = key.rpartition(".")
-        if not prefix.endswith(".experts") or name not in ("gate_up_proj", "down_proj"):
-            official[key] = tensor
-            continue
-        matrices = [on_disk for on_disk in ON_DISK if ON_DISK[on_disk][0] == name]
-        for expert, fused in enumerate(tensor.detach().unbind(0)):
-            for on_disk, matrix in zip(matrices, fused.chunk(len(matrices))):
-                # Through DLPack the alias gets a storage of its own, which is what sharding by size goes by.
-                official[f"{prefix}.{expert}.{on_disk}.weight"] = torch.from_dlpack(matrix)
-    return official
-
-
-def can_alias(state_dict: dict[str, torch.Tensor]) -> bool:
-    """Whether `official_state_dict` applies: not to sharded (DTensor), offloaded (meta) or quantized weights."""
-    plain = (torch.Tensor, torch.nn.Parameter)
-    return all(type(tensor) in plain and not tensor.is_meta for tensor in state_dict.values())
-
-
-def official_shapes(config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of an official checkpoint, by its key."""
-    hidden, width, head = config.hidden_size, config.intermediate_size, config.head_size
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for layer in range(config.num_hidden_layers):
-        base = f"model.layers.{layer}"
-        for name, count in heads.items():
-            shapes[f"{base}.self_attn.{name}_proj.weight"] = (count * head, hidden)
-            if config.attention_bias:
-                shapes[f"{base}.self_attn.{name}_proj.bias"] = (count * head,)
-        shapes[f"{base}.self_attn.o_proj.weight"] = (hidden, config.num_attention_heads * head)
-        if config.attention_bias:
-            shapes[f"{base}.self_attn.o_proj.bias"] = (hidden,)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= {f"{base}.{norm}.weight": (hidden,), f"{base}.{norm}.bias": (hidden,)}
-        shapes[f"{base}.block_sparse_moe.gate.weight"] = (config.num_local_experts, hidden)
-        for expert in range(config.num_local_experts):
-            experts = f"{base}.block_sparse_moe.experts.{expert}"
-            shapes |= {f"{experts}.w1.weight": (width, hidden), f"{experts}.w3.weight": (width, hidden)}
-            shapes[f"{experts}.w2.weight"] = (hidden, width)
-    shapes |= {
-        "model.norm.weight": (hidden,),
-        "model.norm.bias": (hidden,),
-        "lm_head.weight": (config.vocab_size, hidden),
-    }
-    if config.lm_head_bias:
-        shapes["lm_head.bias"] = (config.vocab_size,)
-    return shapes
 
 
 def read_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
@@ -174,15 +98,12 @@ def check_shapes(
         head_keys: prefixes of further heads whose tensors are not checked.
 
     Raises:
-        CheckpointError: an unknown key, or a tensor of the wrong shape.
+        CheckpointError: an unknown key, a tensor of the wrong shape, or a weight of the network that is not there.
     """
-    expected = official_shapes(config)
-    # Our own fused names load as well (save_pretrained(save_original_format=False)).
-    num_experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
-    for layer in range(config.num_hidden_layers):
-        experts = f"model.layers.{layer}.block_sparse_moe.experts"
-        expected[f"{experts}.gate_up_proj"] = (num_experts, 2 * width, hidden)
-        expected[f"{experts}.down_proj"] = (num_experts, hidden, width)
+    official = official_shapes(config)
+    fused = fused_shapes(config)
+    expected = official | fused
+    names = {key if key in expected else f"model.{key}" for key in shapes}
     for key, shape in shapes.items():
         name = key if key in expected else f"model.{key}"
         if name not in expected:
@@ -198,6 +119,9 @@ def check_shapes(
                 f"{folder} holds {key} with shape {shape}, config.json makes it {expected[name]}; use the config that "
                 "the weights were saved with, or pass ignore_mismatched_sizes=True to initialise it anew"
             )
+    missing = [key for key in official if key not in names and fused_name(key) not in names]
+    if message := describe_missing(missing, head_prefixes=("lm_head.", *head_keys)):
+        raise CheckpointError(f"{folder}: {message}")
 
 
 def code_files() -> list[Path]:
@@ -210,7 +134,7 @@ def add_remote_code(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     for file in code_files():
         shutil.copyfile(file, folder / file.name)
-    config_file = folder / "config.json"
+    config_file = folder / CONFIG_NAME
     content = json.loads(config_file.read_text(encoding="utf-8"))
     content["auto_map"] = AUTO_MAP
     config_file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -225,38 +149,74 @@ def refuse_checkout(folder: str | os.PathLike) -> None:
         )
 
 
+# Without one of these a folder does not load. So they leave first and come last, and a process that is killed in between
+# leaves no mixture of two checkpoints that would load.
+_KEYSTONES = (CONFIG_NAME, "adapter_config.json")
+_WORKSPACE = ".saving-"
+
+
 @contextlib.contextmanager
 def replaced_when_whole(folder: str | os.PathLike) -> Iterator[Path]:
     """Write a checkpoint beside its final place; move it there only when all of it has been written.
 
-    Yields an empty temporary folder inside `folder` (the same file system, so that moving is a rename). If the body
-    raises (a full disk, say), what was in `folder` stays as it was. Files of the new checkpoint replace their
-    namesakes, shards of the previous one that are not among them are removed, other files stay.
+    Yields an empty temporary folder inside `folder` (the same file system, so that moving is a rename). If the body or a
+    move raises (a full disk, say), `folder` stays, or becomes again, what it was. Files of the new checkpoint replace
+    their namesakes, shards of the previous one that are not among them are removed, other files stay. If the process is
+    killed while files are moved, both checkpoints are in the hidden folder `.saving-*`, and `folder` does not load; the
+    next save that succeeds removes that.
+
+    Raises:
+        ValueError: `folder` is a file or a link that leads nowhere, or its name is empty.
     """
+    if not os.fspath(folder):
+        raise ValueError("save_directory is empty; give a folder ('.' is the current one)")
     folder = Path(folder)
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_directory={os.fspath(folder)!r} is a file; give a folder")
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"save_directory={os.fspath(folder)!r} is a link that leads nowhere; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    workspace = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=folder))
     try:
+        staging = workspace / "new"
+        staging.mkdir()
         yield staging
-        written = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-        # The index goes last: until then it names the previous shards.
-        for path in sorted(written, key=lambda path: path.name.endswith(".index.json")):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / path, folder / path)
-        if any(path.suffix == ".safetensors" for path in written):
-            _remove_stale_weights(folder, {path.name for path in written})
+        _move_in(staging, folder, workspace / "previous")
+        for leftover in folder.glob(f"{_WORKSPACE}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
-def _remove_stale_weights(folder: Path, written: set[str]) -> None:
-    stem = next((re.sub(r"-\d{5}-of-\d{5}|\.safetensors", "", n) for n in written if n.endswith(".safetensors")), "")
-    ours = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-    for path in folder.iterdir():
-        if ours.fullmatch(path.name) and path.name not in written:
-            path.unlink()
+def _move_in(staging: Path, folder: Path, previous: Path) -> None:
+    """Move all files of `staging` into `folder`, and what they replace to `previous`; undone if a move fails."""
+    entering = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+    entering.sort(key=lambda path: path.name in _KEYSTONES)
+    stale = _stale_weights(folder, {path.name for path in entering})
+    leaving = [path for path in entering if (folder / path).exists()] + stale
+    leaving.sort(key=lambda path: path.name not in _KEYSTONES)
+    moves = [(folder / path, previous / path) for path in leaving]
+    moves += [(staging / path, folder / path) for path in entering]
+    with contextlib.ExitStack() as undo:
+        for source, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            undo.callback(os.replace, target, source)
+        undo.pop_all()
+
+
+def _stale_weights(folder: Path, entering: set[str]) -> list[Path]:
+    """Weights of the checkpoint in `folder` that the new one does not replace: another number of shards."""
+    weights = next((name for name in entering if name.endswith(".safetensors")), None)
+    if weights is None:
+        return []
+    # "model", or "model.fp16" for a variant; the index of that is model.safetensors.index.fp16.json.
+    stem = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", weights)
+    name, _, variant = stem.partition(".")
+    index = f"{name}.safetensors.index{'.' + variant if variant else ''}.json"
+    ours = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(index)}")
+    present = [path.relative_to(folder) for path in folder.iterdir() if ours.fullmatch(path.name)]
+    return [path for path in present if path.name not in entering]
 
 
 def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
@@ -269,9 +229,9 @@ def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
         ) from error
 
 
-def describe_missing(missing_keys: list[str], head_prefixes: tuple[str, ...]) -> str | None:
+def describe_missing(missing_keys: Iterable[str], head_prefixes: tuple[str, ...]) -> str | None:
     """A message if weights of the network itself (not of a head) were not in the checkpoint, else None."""
-    missing = sorted(key for key in missing_keys if not key.startswith(head_prefixes))
+    missing = [key for key in missing_keys if not key.startswith(head_prefixes)]
     if not missing:
         return None
     return (
@@ -321,27 +281,61 @@ class OfficialCheckpointMixin:
                 that does not fit the config.
             ValueError: config of another model_type.
         """
-        quantized = kwargs.get("quantization_config") is not None
-        if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
+        checked = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
+        if checked:
             kwargs = safetensors_only(kwargs)
-            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
-            shapes = read_shapes(folder) if folder.is_dir() and not kwargs.get("variant") else None
-            if shapes and not (output_loading_info or ignore_mismatched_sizes or quantized):
-                config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
-                if getattr(config, "quantization_config", None) is None:
-                    check_shapes(shapes, config, folder, head_keys=("score.",))
-        model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            **kwargs,
-        )
+        checked = checked and not (output_loading_info or ignore_mismatched_sizes or kwargs.get("variant"))
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
+        is_local = folder.is_dir()
+        if checked and is_local:
+            cls._check_folder(folder, kwargs)
+        try:
+            model, loading_info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                **kwargs,
+            )
+        except (SafetensorError, RuntimeError):
+            if checked and not is_local:
+                # What the library says names neither file nor remedy; if the checkpoint is at fault, this does.
+                cls._check_download(str(pretrained_model_name_or_path), kwargs)
+            raise
         if output_loading_info:
             return model, loading_info
+        if checked and not is_local:
+            cls._check_download(str(pretrained_model_name_or_path), kwargs)
         if message := describe_missing(loading_info["missing_keys"], cls._head_prefixes):
             raise CheckpointError(f"{pretrained_model_name_or_path}: {message}")
         return model
+
+    @classmethod
+    def _check_folder(cls, folder: Path, kwargs: dict[str, Any]) -> None:
+        """Raise CheckpointError unless the shards in `folder` are whole and those of its config."""
+        if kwargs.get("config") is None and not any((folder / name).is_file() for name in _KEYSTONES):
+            # The library would go on with the default config, that of the released model.
+            interrupted = next(folder.glob(f"{_WORKSPACE}*"), None)
+            remedy = (
+                f"a save was interrupted, and its files are in {interrupted}" if interrupted else "give a checkpoint"
+            )
+            raise CheckpointFileError(f"{folder} holds no {CONFIG_NAME}; {remedy}")
+        shapes = read_shapes(folder)
+        if not shapes or kwargs.get("quantization_config") is not None:
+            return
+        config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
+        if getattr(config, "quantization_config", None) is None:
+            check_shapes(shapes, config, folder, head_keys=("score.",))
+
+    @classmethod
+    def _check_download(cls, repo_id: str, kwargs: dict[str, Any]) -> None:
+        """The same for what has been downloaded of a Hub repository."""
+        where = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
+        for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
+            file = try_to_load_from_cache(repo_id, os.path.join(kwargs.get("subfolder", ""), name), **where)
+            if isinstance(file, str):
+                cls._check_folder(Path(file).parent, kwargs)
+                return
 
     def save_pretrained(
         self,
@@ -357,7 +351,9 @@ class OfficialCheckpointMixin:
         Save in the official layout, with the flat code and a full `auto_map`, so that the folder loads on its own.
 
         Beyond Transformers: the folder's previous checkpoint is replaced only once the new one is completely written
-        (a full disk leaves it whole), and no copy of the weights is made. Further arguments are passed on.
+        (a full disk leaves it whole), and no copy of the weights is made. With `push_to_hub=True` the folder's new files
+        are uploaded when they are in place; `repo_id`, `private`, `token`, `commit_message` and `create_pr` as in
+        Transformers. Further arguments are passed on.
 
         Raises:
             ValueError: `save_directory` is the folder of this source code, or a file.
@@ -368,8 +364,10 @@ class OfficialCheckpointMixin:
             kwargs |= {"state_dict": state_dict, "save_original_format": save_original_format}
             super().save_pretrained(save_directory, **kwargs)
             return
-        if push_to_hub:
-            kwargs.setdefault("repo_id", Path(save_directory).name)
+        hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs} if push_to_hub else {}
+        kwargs["push_to_hub"] = False
+        if "token" in hub_options:
+            kwargs["token"] = hub_options["token"]
         adapter_only = getattr(self, "_hf_peft_config_loaded", False)
         if save_original_format and not adapter_only and getattr(self, "hf_quantizer", None) is None:
             weights = self.state_dict() if state_dict is None else state_dict
@@ -379,13 +377,43 @@ class OfficialCheckpointMixin:
             super().save_pretrained(staging, state_dict=state_dict, save_original_format=save_original_format, **kwargs)
             if not adapter_only:
                 add_remote_code(staging)
+            written = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
+        if push_to_hub:
+            # After the folder is whole, so that a failed upload costs no checkpoint.
+            _upload(Path(save_directory), written, self.model_tags, **hub_options)
+
+
+_HUB_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr")
+
+
+def _upload(
+    folder: Path,
+    files: list[str],
+    tags: list[str] | None,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> None:
+    """Upload `files` of `folder` in one commit, and a model card if neither the repository nor the folder has one."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id or folder.resolve().name, private=private, exist_ok=True).repo_id
+    card = folder / "README.md"
+    if not card.exists():
+        create_and_tag_model_card(repo_id, tags, token=token).save(card)
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=[*files, card.name],
+        commit_message=commit_message or "Upload model",
+        create_pr=create_pr,
+    )
 
 
 __all__ = [
     "CheckpointError",
     "CheckpointFileError",
     "OfficialCheckpointMixin",
-    "official_shapes",
-    "official_state_dict",
     "read_shapes",
 ]

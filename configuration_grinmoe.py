@@ -15,7 +15,28 @@ from transformers.activations import ACT2FN
 
 ROUTER_ESTIMATORS = ("sparsemixer_v2",)
 ROUTER_AUX_LOSS_SCOPES = ("released", "local", "global")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+# What each type of RoPE cannot do without, by the names that Transformers reads.
+_ROPE_REQUIRES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+_ROPE_NUMBERS = {
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "short_mscale",
+    "long_mscale",
+}
 
 # Values that a phimoe config.json may leave out mean phimoe's own defaults, which differ from ours.
 _PHIMOE_DEFAULTS: dict[str, Any] = {
@@ -62,10 +83,12 @@ class GrinMoeConfig(PreTrainedConfig):
         router_estimator (`str`): gradient estimator of the router, one of `ROUTER_ESTIMATORS`.
         router_jitter_noise (`float`): half-width eps of the router's mask (MaskedSoftmax), in training and evaluation.
         input_jitter_noise (`float`): in training the MoE block's input is multiplied by U(1 - eps, 1 + eps).
-        router_aux_loss_coef (`float`): weight of the balance loss. Non-zero: it is part of the training loss.
+        router_aux_loss_coef (`float`):
+            Weight of the balance loss. Non-zero: it is part of the language model's training loss.
         router_aux_loss_scope (`str`):
             `"released"` pools the tokens of all layers and counts the plain top-k of the softmax; `"local"` counts, per
-            layer, the experts that were actually used; `"global"` sums those counts over data-parallel ranks.
+            layer, the experts that were actually used; `"global"` sums those counts over data-parallel ranks, in
+            training (evaluation counts locally: ranks go at their own pace there).
         output_router_logits (`bool`): return router logits, selected experts and the balance loss.
         attention_dropout, hidden_dropout (`float`):
             Dropout of attention probabilities, and of both blocks' outputs before the residual sum.
@@ -123,12 +146,7 @@ class GrinMoeConfig(PreTrainedConfig):
         rope = kwargs.get("rope_scaling") or self.rope_parameters or {}
         _check_rope({"rope_theta": kwargs["rope_theta"], **rope} if "rope_theta" in kwargs else rope, self.head_size)
         super().__post_init__(**kwargs)
-        head_dim = getattr(self, "head_dim", None)
-        if head_dim is not None and head_dim != self.head_size:
-            raise ValueError(
-                f"head_dim={head_dim} is not hidden_size / num_attention_heads = {self.head_size}, the only head size "
-                "of this architecture; leave head_dim out"
-            )
+        self.check()
         if getattr(self, "auto_map", None):
             self.auto_map = _completed_auto_map(self.auto_map)
 
@@ -175,17 +193,40 @@ class GrinMoeConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        Build from a config.json's content. `model_type` must be `grinmoe`, or `phimoe`, which is converted.
+        Build from a config.json's content. `model_type` must be `grinmoe`, or `phimoe`, which is converted. Keyword
+        arguments override fields.
 
         Raises:
             ValueError: another `model_type`, or a wrong value.
         """
-        return super().from_dict(_of_this_model(config_dict), **kwargs)
+        # The library assigns overrides to the finished config. As part of the content they are checked and standardised.
+        overrides = {name: kwargs.pop(name) for name in GrinMoeConfig.__annotations__ if name in kwargs}
+        result = super().from_dict({**_of_this_model(config_dict), **overrides}, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config.check()  # the other overrides
+        return result
 
     @classmethod
     def from_phimoe(cls, config: PreTrainedConfig) -> GrinMoeConfig:
         """Convert Transformers' `PhimoeConfig` (Phi-3.5-MoE): same network, LongRoPE and its own defaults."""
         return cls.from_dict({**config.to_dict(), "model_type": "phimoe"})
+
+    def check(self) -> None:
+        """
+        Hold all fields against each other. The constructor does it, and so does a model that is built from this config:
+        what was assigned in between is checked too.
+
+        Raises:
+            ValueError: names the field, its value and the remedy.
+        """
+        self._check_fields()
+        _check_rope(self.rope_parameters or {}, self.head_size)
+        head_dim = getattr(self, "head_dim", None)
+        if head_dim is not None and head_dim != self.head_size:
+            raise ValueError(
+                f"head_dim={head_dim} is not hidden_size / num_attention_heads = {self.head_size}, the only head size "
+                "of this architecture; leave head_dim out"
+            )
 
     def _check_fields(self) -> None:
         for name in (
@@ -313,25 +354,29 @@ def _check_rope(rope: dict[str, Any], head_size: int) -> None:
     """Check what was given, in the current (`rope_type`) or the released (`type`) spelling."""
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters={rope!r} is not a dict; give at least {{'rope_type': 'default'}}")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    _require_choice("rope_type", rope_type, ROPE_TYPES)
-    theta = rope.get("rope_theta")
-    if theta is not None and (not _is_number(theta) or theta <= 0):
-        raise ValueError(f"rope_theta={theta!r} is not a positive number; the released value is 10000.0")
+    rope_type: Any = rope.get("rope_type", rope.get("type", "default"))
+    _require_choice("rope_type", rope_type, tuple(_ROPE_REQUIRES))
+    for name in _ROPE_REQUIRES[rope_type]:
+        if rope.get(name) is None:
+            raise ValueError(
+                f"rope_parameters has no {name}, which rope_type={rope_type!r} needs; it needs "
+                f"{', '.join(_ROPE_REQUIRES[rope_type])}"
+            )
+    for name, value in rope.items():
+        # null is how a file leaves a field out; booleans are switches ("truncate"), factor lists come below.
+        if name in _ROPE_NUMBERS and value is not None and not (_is_number(value) and 0 < value < math.inf):
+            raise ValueError(f"{name}={value!r} is not a positive number; correct it, or leave it out for the default")
     if rope_type != "longrope":
         return
     for name in ("short_factor", "long_factor"):
-        factors = rope.get(name)
-        if not isinstance(factors, (list, tuple)) or not all(_is_number(f) and f > 0 for f in factors):
+        factors = rope[name]
+        if not isinstance(factors, (list, tuple)) or not all(_is_number(f) and 0 < f < math.inf for f in factors):
             raise ValueError(f"{name}={factors!r} is not a list of positive numbers; longrope needs one per frequency")
         if len(factors) != head_size // 2:
             raise ValueError(
                 f"{name} has {len(factors)} entries, heads of size {head_size} have {head_size // 2} frequencies; give "
                 "one factor for each"
             )
-    for name in ("short_mscale", "long_mscale"):
-        if name in rope and (not _is_number(rope[name]) or rope[name] <= 0):
-            raise ValueError(f"{name}={rope[name]!r} is not a positive number; leave it out for the default scale")
 
 
 # The name in the released config.json's auto_map.

@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, T = B * S tokens, H hidden size, E experts, K experts per token, L layers, V vocabulary.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,28 +21,33 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .attention_grinmoe import GrinMoeAttention, GrinMoeRotaryEmbedding
-from .checkpoint_grinmoe import OfficialCheckpointMixin, register_weight_conversion
+from .checkpoint_grinmoe import OfficialCheckpointMixin
 from .configuration_grinmoe import GrinMoeConfig
 from .experts_grinmoe import GrinMoeExperts
 from .generation_grinmoe import GrinMoeGenerationMixin
+from .layout_grinmoe import register_weight_conversion
 from .routing_grinmoe import RoutingNoise, load_balancing_loss, sparsemixer
 
 register_weight_conversion()
 
 
-class GrinMoeRouter(nn.Linear):
-    """The gate: (T, H) to router logits, routing weights and selected experts."""
+class GrinMoeRouter(nn.Module):
+    """The gate: (T, H) to router logits, routing weights and selected experts.
+
+    Not an nn.Linear: tools that adapt or quantise every linear layer expect one tensor from it.
+    """
 
     def __init__(self, config: GrinMoeConfig):
-        super().__init__(config.hidden_size, config.num_local_experts, bias=False)
+        super().__init__()
         self.num_experts = config.num_local_experts  # read by the library's expert parallelism
         self.top_k = config.num_experts_per_tok
         self.jitter_eps = config.router_jitter_noise
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
 
     def forward(
         self, hidden_states: torch.Tensor, noise: RoutingNoise | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        router_logits = super().forward(hidden_states)  # (T, E)
+        router_logits = nn.functional.linear(hidden_states, self.weight)  # (T, E)
         routing_weights, selected_experts = sparsemixer(
             router_logits, self.top_k, self.jitter_eps, self.training, noise=noise
         )
@@ -156,11 +162,17 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
         "attentions": GrinMoeAttention,
     }
 
+    def __init__(self, config: GrinMoeConfig, *args, **kwargs):
+        config.check()  # fields may have been assigned since it was built
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, GrinMoeExperts):
+        if isinstance(module, GrinMoeRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, GrinMoeExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, GrinMoeRotaryEmbedding) and module.rope_type == "longrope":
@@ -174,12 +186,15 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
         # The one place that every way of enabling checkpointing goes through, on all supported versions.
-        options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and options.get("use_reentrant") and not self._supports_reentrant_checkpointing:
-            raise ValueError(
-                "use_reentrant=True: reentrant checkpointing drops the gradient of the balance loss without an error; "
-                'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
+        if enable and gradient_checkpointing_func is not None and not self._supports_reentrant_checkpointing:
+            options = getattr(gradient_checkpointing_func, "keywords", {})
+            if options.get("use_reentrant"):
+                raise ValueError(
+                    "use_reentrant=True: reentrant checkpointing drops the gradient of the balance loss without an "
+                    'error; pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
+            # torch's own default is True, and callers that do not choose (PEFT's k-bit preparation) get it.
+            gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, use_reentrant=False)
         if gradient_checkpointing_func is not None:
             kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
@@ -362,17 +377,21 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             # With a cache the mask also covers what is cached; a prepared 4-D mask does not tell padding.
             sequence = outputs.last_hidden_state.shape[1]
             attention_mask = attention_mask[:, -sequence:] if attention_mask.dim() == 2 else None
+        scope = self.config.router_aux_loss_scope
+        if scope == "global" and not self.training:
+            # Ranks evaluate and generate at their own pace: a collective here would wait for ever.
+            scope = "local"
         return load_balancing_loss(
             outputs.router_logits,
             outputs.selected_experts,
             self.config.num_experts_per_tok,
-            self.config.router_aux_loss_scope,
+            scope,
             attention_mask,
         )
 
 
 class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoePreTrainedModel):
-    """GRIN-MoE with a classification head on the last token that is not padding."""
+    """GRIN-MoE with a classification head on the last token that is not padding. It trains without a balance loss."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
     _supports_reentrant_checkpointing = True  # it has no balance loss

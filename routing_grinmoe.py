@@ -196,7 +196,12 @@ def load_balancing_loss(
 
     Returns:
         float32 scalar, 0 where no token counts.
+
+    Raises:
+        ValueError: an unknown scope, or a mask for another number of tokens.
     """
+    if scope not in ("released", "local", "global"):
+        raise ValueError(f"scope={scope!r} is unknown; choose released, local or global")
     logits = torch.stack([layer.float() for layer in router_logits])  # (L, T, E)
     probs = torch.softmax(logits, dim=-1)
     num_layers, num_tokens, num_experts = probs.shape

@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import grinmoe.checkpoint_grinmoe as checkpoint
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
-from grinmoe.checkpoint_grinmoe import CheckpointError, CheckpointFileError, official_shapes, official_state_dict
+from grinmoe.checkpoint_grinmoe import CheckpointError, CheckpointFileError
+from grinmoe.layout_grinmoe import official_shapes, official_state_dict
 
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
@@ -220,6 +224,23 @@ class TestBadCheckpoint:
         with pytest.raises(CheckpointError, match=r"lacks .* weights of the network, model\.layers\.3"):
             GrinMoeForCausalLM.from_pretrained(snapshot)
 
+    @pytest.mark.parametrize("in_one_file", [False, True])
+    def test_a_missing_expert_matrix(self, snapshot, in_one_file):
+        key = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+        if in_one_file:
+            weights = weights_of(snapshot)
+            for file in snapshot.glob("model*"):
+                file.unlink()
+            save_file(weights, snapshot / "model.safetensors", metadata={"format": "pt"})
+            self.rewrite(snapshot / "model.safetensors", lambda tensors: tensors.pop(key))
+        else:
+            file = snapshot / "model.safetensors.index.json"
+            index = json.loads(file.read_text())
+            self.rewrite(snapshot / index["weight_map"].pop(key), lambda tensors: tensors.pop(key))
+            file.write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=f"lacks 1 weights of the network, {re.escape(key)}"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
     def test_index_that_promises_too_much(self, snapshot):
         file = snapshot / "model.safetensors.index.json"
         index = json.loads(file.read_text())
@@ -263,6 +284,97 @@ class TestBadCheckpoint:
         assert model.model.embed_tokens.weight.shape == (320, 64)
 
 
+class TestBadDownload:
+    """The same for a Hub id: the library's loader takes some of these without a word."""
+
+    @pytest.fixture
+    def cached(self, snapshot, tmp_path):
+        """The snapshot as the Hub's client caches a repository, and the arguments that load it from there."""
+        repository = tmp_path / "cache" / "models--someone--grin"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        folder = repository / "snapshots" / ("0" * 40)
+        folder.parent.mkdir()
+        snapshot.rename(folder)
+        return folder, ("someone/grin",), {"cache_dir": tmp_path / "cache", "local_files_only": True}
+
+    def change_config(self, folder: Path, **fields) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+    def test_a_whole_one_loads(self, cached):
+        folder, arguments, options = cached
+        model = GrinMoeForCausalLM.from_pretrained(*arguments, **options)
+        assert torch.equal(model.lm_head.weight, weights_of(folder)["lm_head.weight"])
+
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            ({"num_hidden_layers": 2}, "num_hidden_layers=2"),
+            ({"attention_bias": False}, "attention_bias=False"),
+            ({"lm_head_bias": False}, "lm_head_bias=False"),
+            ({"num_hidden_layers": 4}, "lacks .* weights of the network"),
+            ({"intermediate_size": 16}, "config.json makes it"),
+        ],
+        ids=str,
+    )
+    def test_a_config_of_another_checkpoint(self, cached, fields, message):
+        folder, arguments, options = cached
+        self.change_config(folder, **fields)
+        with pytest.raises(CheckpointError, match=message):
+            GrinMoeForCausalLM.from_pretrained(*arguments, **options)
+
+    def test_a_truncated_shard(self, cached):
+        folder, arguments, options = cached
+        shard = folder / "model-00003-of-00003.safetensors"
+        shard.write_bytes(shard.read_bytes()[:1000])
+        with pytest.raises(CheckpointFileError, match="model-00003-of-00003.safetensors .* truncated"):
+            GrinMoeForCausalLM.from_pretrained(*arguments, **options)
+
+
+class FakeHub:
+    """Stands in for the Hub's client and remembers what a call would have uploaded."""
+
+    def __init__(self, folder: Path, fails: bool = False):
+        self.folder, self.fails, self.uploaded = folder, fails, None
+
+    def __call__(self, token=None):
+        return self
+
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message, create_pr):
+        if self.fails:
+            raise ConnectionError("the Hub is away")
+        self.uploaded = repo_id, {name: (Path(folder_path) / name).read_bytes() for name in allow_patterns}
+
+
+class TestPushWhileSaving:
+    @pytest.fixture
+    def hub(self, monkeypatch, tmp_path):
+        hub = FakeHub(tmp_path)
+        monkeypatch.setattr(checkpoint, "HfApi", hub)
+        monkeypatch.setattr(checkpoint, "create_and_tag_model_card", lambda *args, **options: ModelCard("---\n---\n"))
+        return hub
+
+    def test_the_repository_gets_code_and_auto_map(self, hub, tiny_model, tmp_path):
+        (tmp_path / "grin").mkdir()
+        (tmp_path / "grin" / "notes.txt").write_text("mine")
+        tiny_model().save_pretrained(tmp_path / "grin", push_to_hub=True, max_shard_size="20KB")
+        repo_id, files = hub.uploaded
+        assert repo_id == "someone/grin" and "notes.txt" not in files
+        assert {file.name for file in checkpoint.code_files()} <= files.keys()
+        assert json.loads(files["config.json"])["auto_map"] == checkpoint.AUTO_MAP
+        assert {"README.md", "generation_config.json", "model.safetensors.index.json"} <= files.keys()
+
+    def test_a_failed_upload_costs_no_checkpoint(self, hub, tiny_model, tmp_path):
+        hub.fails = True
+        with pytest.raises(ConnectionError, match="the Hub is away"):
+            tiny_model().save_pretrained(tmp_path / "grin", push_to_hub=True)
+        GrinMoeForCausalLM.from_pretrained(tmp_path / "grin")
+
+
 class TestSafeSaving:
     """A save that fails leaves the previous checkpoint as it was."""
 
@@ -293,6 +405,59 @@ class TestSafeSaving:
         assert self.content(saved) == before
         GrinMoeForCausalLM.from_pretrained(saved)
 
+    @pytest.mark.parametrize("failing_move", [0, 1, 5, 9, 14, 22])
+    @pytest.mark.parametrize("max_shard_size", ["20KB", "5GB"])
+    def test_a_move_that_fails_is_undone(self, saved, tiny_model, monkeypatch, failing_move, max_shard_size):
+        """Same shard names or others: there is never a mixture of the two checkpoints."""
+        before, moves, replace = self.content(saved), [], os.replace
+
+        def failing(source, target):
+            moves.append(target)
+            if len(moves) == failing_move + 1:
+                raise OSError(errno.EIO, "Input/output error", str(target))
+            replace(source, target)
+
+        monkeypatch.setattr("os.replace", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            tiny_model(seed=1, rope_theta=5e5).save_pretrained(saved, max_shard_size=max_shard_size)
+        assert len(moves) > failing_move
+        assert self.content(saved) == before
+
+    @pytest.mark.parametrize("killed_at", [0, 3, 11, 19])
+    def test_a_killed_save_leaves_nothing_that_loads_wrongly(self, saved, tiny_model, killed_at):
+        before = weights_of(saved)
+        process = os.fork()
+        if process == 0:  # dies like by SIGKILL: no handler, no finally
+            moves, replace = [], os.replace
+            os.replace = lambda *paths: (
+                os._exit(9) if len(moves) == killed_at else (moves.append(paths), replace(*paths))
+            )
+            tiny_model(seed=1, rope_theta=5e5).save_pretrained(saved, max_shard_size="20KB")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+        if killed_at == 0:
+            assert all(torch.equal(tensor, before[key]) for key, tensor in weights_of(saved).items())
+        else:
+            with pytest.raises(CheckpointFileError, match=r"holds no config\.json; a save was interrupted"):
+                GrinMoeForCausalLM.from_pretrained(saved)
+            kept = [load_file(file) for file in saved.rglob("*.safetensors")]
+            assert sum(torch.equal(t[key], before[key]) for t in kept for key in t) >= len(before), "nothing is lost"
+        tiny_model(seed=2).save_pretrained(saved, max_shard_size="20KB")
+        assert not list(saved.glob(".saving-*"))
+        again = GrinMoeForCausalLM.from_pretrained(saved).state_dict()
+        assert all(torch.equal(tensor, again[key]) for key, tensor in tiny_model(seed=2).state_dict().items())
+
+    def test_variants_replace_only_their_own_shards(self, saved, tiny_model):
+        tiny_model().save_pretrained(saved, variant="fp16", max_shard_size="20KB")
+        assert (saved / "model.safetensors.index.fp16.json").exists()
+        tiny_model(seed=1).save_pretrained(saved, variant="fp16")
+        names = {file.name for file in saved.iterdir()}
+        assert not (saved / "model.safetensors.index.fp16.json").exists() and "model.fp16.safetensors" in names
+        assert not [name for name in names if name.startswith("model.fp16-")]
+        assert (saved / "model.safetensors.index.json").exists()
+        GrinMoeForCausalLM.from_pretrained(saved)
+        GrinMoeForCausalLM.from_pretrained(saved, variant="fp16")
+
     def test_shards_of_the_previous_checkpoint_go(self, saved, tiny_model):
         (saved / "notes.txt").write_text("mine")
         tiny_model(seed=1).save_pretrained(saved)
@@ -320,6 +485,15 @@ class TestSafeSaving:
         (tmp_path / "taken").write_text("")
         with pytest.raises(ValueError, match="is a file"):
             tiny_model().save_pretrained(tmp_path / "taken")
+
+    def test_no_name_and_a_dangling_link_are_refused(self, tiny_model, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "link").symlink_to("nowhere")
+        with pytest.raises(ValueError, match="save_directory is empty"):
+            tiny_model().save_pretrained("")
+        with pytest.raises(ValueError, match="leads nowhere"):
+            tiny_model().save_pretrained("link")
+        assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
     def test_code_and_auto_map_travel_along(self, saved):
         names = {file.name for file in saved.glob("*.py")}

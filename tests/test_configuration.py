@@ -7,9 +7,10 @@ import json
 import pickle
 
 import pytest
+import torch
 from transformers import AutoConfig, DynamicCache, MixtralConfig, PhimoeConfig, StaticCache
 
-from grinmoe import GRINMoEConfig, GrinMoeConfig
+from grinmoe import GRINMoEConfig, GrinMoeConfig, GrinMoeForCausalLM
 from grinmoe.configuration_grinmoe import AUTO_MAP
 
 RELEASED = {
@@ -107,7 +108,17 @@ WRONG = [
     ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta=-1.0"),
     ({"rope_theta": 0}, "rope_theta=0"),
     ({**SMALL, "rope_parameters": {**LONGROPE, "long_factor": [1.0]}}, "long_factor has 1 entries"),
-    ({**SMALL, "rope_parameters": {**LONGROPE, "short_factor": None}}, "short_factor=None"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "short_factor": None}}, "no short_factor, which rope_type='longrope'"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "short_factor": 1.0}}, "short_factor=1.0 is not a list"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 0}}, "embeddings=0"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": "32"}}, "embeddings='32'"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "no factor, which rope_type='linear' needs"),
+    ({"rope_parameters": {"rope_type": "dynamic"}}, "no factor, which rope_type='dynamic' needs"),
+    ({"rope_scaling": {"type": "yarn"}}, "no factor, which rope_type='yarn' needs"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "no low_freq_factor, which rope_type='llama3'"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor='2'"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": float("nan")}}, "factor=nan"),
+    ({"rope_theta": float("nan")}, "rope_theta=nan"),
     ({**SMALL, "rope_parameters": {**LONGROPE, "long_mscale": 0}}, "long_mscale=0"),
 ]
 
@@ -116,6 +127,59 @@ WRONG = [
 def test_wrong_values_are_named(fields, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         GrinMoeConfig(**fields)
+
+
+OVERRIDES = [
+    ({"router_aux_loss_scope": "globl"}, "router_aux_loss_scope='globl'"),
+    ({"router_aux_loss_coef": "0.02"}, "router_aux_loss_coef='0.02'"),
+    ({"num_experts_per_tok": 17}, "num_experts_per_tok=17 exceeds"),
+    ({"num_attention_heads": 5}, "num_attention_heads=5"),
+    ({"sliding_window": 0}, "sliding_window=0"),
+    ({"rope_parameters": {"rope_type": "nope"}}, "rope_type='nope'"),
+    ({"rope_theta": -1.0}, "rope_theta=-1.0"),
+]
+
+
+@pytest.mark.parametrize("fields, message", OVERRIDES, ids=[message for _, message in OVERRIDES])
+def test_overrides_are_checked_like_the_file(goldens, fields, message):
+    folder = goldens["golden-a"].folder
+    with pytest.raises(ValueError, match=message):
+        GrinMoeConfig.from_pretrained(folder, **fields)
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(folder, **fields)
+    with pytest.raises(ValueError, match=message):
+        GrinMoeForCausalLM.from_pretrained(folder, **fields)
+
+
+@pytest.mark.parametrize("fields, message", OVERRIDES, ids=[message for _, message in OVERRIDES])
+def test_a_model_refuses_what_was_assigned_since(tiny_config, fields, message):
+    config = tiny_config(num_local_experts=16)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        GrinMoeForCausalLM(config)
+
+
+def test_overrides_replace_what_the_file_says(goldens):
+    folder = goldens["golden-a"].folder
+    config, unused = GrinMoeConfig.from_pretrained(
+        folder, sliding_window=9, rope_theta=5e4, num_labels=4, extra=1, return_unused_kwargs=True
+    )
+    assert (config.sliding_window, config.rope_theta, config.num_labels, unused) == (9, 5e4, 4, {"extra": 1})
+    scaled = GrinMoeConfig.from_pretrained(folder, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    assert scaled.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def test_every_rope_type_builds_a_model(tiny_config):
+    shared = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for rope in (
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": None},
+        {**shared, "original_max_position_embeddings": 32},
+        LONGROPE,
+    ):
+        GrinMoeForCausalLM(tiny_config(rope_parameters=rope))(torch.arange(6)[None])
 
 
 def test_another_model_type_is_refused(tmp_path):

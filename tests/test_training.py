@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import peft
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -199,6 +200,23 @@ def test_reentrant_checkpointing_is_refused(tiny_model, dataset, tmp_path, throu
             train(tiny_model(), dataset, tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
 
 
+@pytest.mark.parametrize("enable", ["no options", "empty options", "peft"])
+def test_checkpointing_is_not_reentrant_where_nothing_is_chosen(tiny_model, dataset, enable):
+    """torch's own default is reentrant; the balance loss must keep its gradient all the same."""
+    batch = torch.stack([row["input_ids"] for row in dataset[:4]])
+    norms = []
+    for checkpointing in (False, True):
+        model = tiny_model(router_aux_loss_coef=1.0, router_jitter_noise=1e-6, input_jitter_noise=0.0)
+        if checkpointing and enable == "peft":
+            model = peft.prepare_model_for_kbit_training(model)
+            model.requires_grad_(True)
+        elif checkpointing:
+            model.gradient_checkpointing_enable(None if enable == "no options" else {})
+        model.train()(input_ids=batch, labels=batch).loss.backward()
+        norms.append(model.model.layers[0].block_sparse_moe.gate.weight.grad.norm())
+    torch.testing.assert_close(norms[0], norms[1])
+
+
 def test_reentrant_checkpointing_of_a_classifier_is_exact(tiny_config):
     """It has no balance loss, so nothing is dropped there."""
     config = tiny_config(num_labels=3, router_jitter_noise=0.3)
@@ -214,6 +232,40 @@ def test_reentrant_checkpointing_of_a_classifier_is_exact(tiny_config):
         model(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_global_scope_talks_to_other_ranks_in_training_only(tiny_model, dataset, monkeypatch):
+    """Ranks evaluate and generate at their own pace; a collective there would wait for ever."""
+    calls = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: calls.append(tensor.shape))
+    model = tiny_model(router_aux_loss_coef=0.1, router_aux_loss_scope="global", output_router_logits=True)
+    batch = torch.stack([row["input_ids"] for row in dataset[:2]])
+    model(input_ids=batch, labels=batch)
+    model.generate(batch, max_new_tokens=2, do_sample=False)
+    assert calls == []
+    model.train()(input_ids=batch, labels=batch)
+    assert calls == [(2, 5)], "one collective of all layers' counts"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
+def test_lora_adapts_the_linear_layers(tiny_model, dataset, targets):
+    """The router is not one of them: it returns a tuple, which adapters of linear layers cannot handle."""
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    batch = torch.stack([row["input_ids"] for row in dataset[:2]])
+    model(input_ids=batch, labels=batch).loss.backward()
+    adapted = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any("q_proj.lora_B" in name for name in adapted) and not any(".gate." in name for name in adapted)
+
+
+def test_lora_can_train_the_router_by_its_parameter(tiny_model, dataset):
+    options = peft.LoraConfig(r=2, target_modules=[], target_parameters=["gate.weight"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model(router_jitter_noise=0.5), options)
+    batch = torch.stack([row["input_ids"] for row in dataset[:2]])
+    model.train()(input_ids=batch, labels=batch).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert len(gradients) == 2 and all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_evaluation_does_not_gather_router_logits(tiny_model, dataset, tmp_path):
@@ -267,3 +319,7 @@ class TestBalanceLoss:
     def test_a_mask_of_another_batch_is_refused(self):
         with pytest.raises(ValueError, match="marks 3 positions, the router saw 4"):
             load_balancing_loss((torch.randn(4, 4),), None, 2, "released", torch.ones(1, 3))
+
+    def test_an_unknown_scope_is_refused(self):
+        with pytest.raises(ValueError, match="scope='globl' is unknown"):
+            load_balancing_loss((torch.randn(4, 4),), None, 2, "globl")
