@@ -306,6 +306,8 @@ def _require(*modules: str) -> None:
 def _check_target(target: Path) -> None:
     if target.is_file():
         raise ValueError(f"--output {target} is a file; give a folder")
+    if target.is_mount():
+        raise ValueError(f"--output {target} is a mount point, which cannot be replaced; give a folder inside of it")
     if not target.is_dir():
         return
     present = {path.name for path in target.iterdir()}

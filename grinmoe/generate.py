@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from transformers import TextStreamer, TokenizersBackend
 from transformers.utils import logging
 
+from .configuration_grinmoe import GrinMoeConfig
 from .modeling_grinmoe import GrinMoeForCausalLM
 
 
@@ -112,15 +114,29 @@ def load_chat(model: str, options: ChatOptions) -> Chat:
             f"--device {device} cannot be used here ({error}); leave it out for the best there is"
         ) from error
     model = _folder_or_repository(model)
-    loaded = GrinMoeForCausalLM.from_pretrained(model, dtype=options.dtype)
+    # The small files first: what is wrong with them is said before gigabytes have been read.
+    config = GrinMoeConfig.from_pretrained(model)
+    tokenizer = _load_tokenizer(model)
+    loaded = GrinMoeForCausalLM.from_pretrained(model, config=config, dtype=options.dtype)
+    return Chat(loaded.to(device).eval(), tokenizer, options)
+
+
+def _load_tokenizer(model: str) -> TokenizersBackend:
     # Not AutoTokenizer: unless the checkpoint names this class, it builds a Llama tokenizer for this model type, which
     # drops the normaliser of tokenizer.json and gives other ids. The released checkpoint does not name it.
-    tokenizer = TokenizersBackend.from_pretrained(model)
-    return Chat(loaded.to(device).eval(), tokenizer, options)
+    try:
+        return TokenizersBackend.from_pretrained(model)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{model} has no tokenizer that can be loaded; put the tokenizer.json and tokenizer_config.json of the model "
+            f"beside its weights (the library says: {error})"
+        ) from error
 
 
 def _folder_or_repository(model: str) -> str:
     """`model` as it is to be loaded. What can only be meant as a folder is not looked for on the Hub, with its waits."""
+    if not model:
+        raise ValueError("--model is empty; give a checkpoint's folder or the id of a Hub repository")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return str(folder)
@@ -150,6 +166,9 @@ def run_generate(model: str, prompt: str | None, options: ChatOptions) -> None:
         chat.answer(prompt)
         return
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text become "\ufffd"; by default they may become characters that no tokenizer takes.
+        sys.stdin.reconfigure(errors="replace")
     if interactive:
         print("/reset forgets the conversation, /quit ends it.")
     while True:

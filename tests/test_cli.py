@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -77,10 +78,10 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(arguments, message, 
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
-def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(goldens, tmp_path, capsys):
-    for file in goldens["golden-a"].folder.iterdir():
-        if file.name in ("config.json", "model.safetensors.index.json"):
-            (tmp_path / file.name).write_bytes(file.read_bytes())
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(goldens, tiny_tokenizer_folder, tmp_path, capsys):
+    shutil.copytree(tiny_tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(goldens["golden-a"].folder / name, tmp_path)
     assert run_main("generate", "--model", str(tmp_path), "--prompt", "x") == 2
     assert "which is not there; download that shard again" in capsys.readouterr().err
 

@@ -177,6 +177,12 @@ def test_an_earlier_demo_is_replaced(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
+def test_a_mount_point_is_refused_before_anything_is_trained():
+    """It cannot be replaced by a rename, which is the last step."""
+    with pytest.raises(ValueError, match="is a mount point"):
+        demo.run_demo("/")
+
+
 @pytest.mark.parametrize("names", [["thesis.txt"], ["demo.json", "thesis.txt"], ["model"]], ids=str)
 def test_a_folder_with_anything_else_in_it_is_refused(tmp_path, names):
     for name in names:

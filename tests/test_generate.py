@@ -164,6 +164,27 @@ def test_the_tokenizer_is_the_right_one_even_where_the_checkpoint_names_another(
     assert load_chat(str(folder), ChatOptions(device="cpu")).tokenizer(text).input_ids == expected
 
 
+def test_a_folder_without_a_tokenizer_says_what_is_missing_before_weights_are_read(checkpoint, tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    shutil.copy(checkpoint / "config.json", folder)
+    with pytest.raises(ValueError, match=r"no tokenizer that can be loaded; put the tokenizer\.json"):
+        load_chat(str(folder), ChatOptions(device="cpu"))
+
+
+def test_no_model_at_all_is_not_the_current_folder(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    with pytest.raises(ValueError, match="--model is empty"):
+        load_chat("", ChatOptions(device="cpu"))
+
+
+def test_bytes_that_are_no_text_are_answered_too(checkpoint, monkeypatch, capsys):
+    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", piped)
+    run_generate(str(checkpoint), None, ChatOptions(max_new_tokens=6, temperature=0, device="cpu"))
+    assert capsys.readouterr().out.strip()
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "other")
     config_file = folder / "config.json"
