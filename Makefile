@@ -7,7 +7,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 PIP    := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check clean
+.PHONY: help demo test test-oldest check bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -45,6 +45,10 @@ check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@find . -xtype l -not -path './.venv*' | (! grep .) || (echo "broken symbolic links above" >&2; exit 1)
+
+bench: $(VENV)/.stamp  ## measure on this CPU and write dated reports (about 3 minutes; leave the machine alone meanwhile)
+	@$(BIN)/python -m benchmarks block
+	@$(BIN)/python -m benchmarks load
 
 clean:  ## remove environments and build output
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache

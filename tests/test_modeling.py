@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import logging
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, GenerationConfig
+from transformers import AttentionInterface, CompileConfig, DynamicCache, GenerationConfig
+from transformers.modeling_flash_attention_utils import _process_flash_attention_kwargs
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import grinmoe
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
+from tests.tolerances import GOLDEN
 
 
 def test_the_released_names_are_aliases():
@@ -295,3 +299,42 @@ def test_input_jitter_is_applied_once_and_not_in_place(tiny_model):
     assert torch.equal(hidden_states, torch.ones(1, 200, 32))
     assert torch.equal(seen["gate"], seen["experts"])
     assert 0.5 <= seen["gate"].min() < 0.55 and 1.45 < seen["gate"].max() <= 1.5
+
+
+class TestFlashAttention:
+    """Without its package: what Transformers would pass to it, and what its documented semantics make of that."""
+
+    @staticmethod
+    def like_flash(module, query, key, value, attention_mask, scaling, sliding_window, **kwargs):
+        """Causal attention with flash-attn's window: query i sees keys i - left to i. No mask is given to it."""
+        assert attention_mask is None
+        length, groups = query.shape[2], module.num_key_value_groups
+        options = _process_flash_attention_kwargs(
+            length,
+            length,
+            is_causal=True,
+            sliding_window=sliding_window,
+            supports_mapping=collections.defaultdict(lambda: True),
+        )
+        left, _ = options["window_size"]
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        scores = (query @ key.transpose(2, 3) * scaling).masked_fill((distance < 0) | (distance > left), float("-inf"))
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    def test_it_gets_the_released_window(self, goldens):
+        """(W, W) in its arguments, as in the released call: W + 1 visible keys."""
+        golden = goldens["golden-b"]
+        model = golden.load()
+        AttentionInterface.register("given_window", self.like_flash)
+        try:
+            model.set_attn_implementation("given_window")
+            with torch.no_grad():
+                logits = model(golden.inputs["plain.input_ids"], use_cache=False).logits
+        finally:
+            del ALL_ATTENTION_FUNCTIONS._global_mapping["given_window"]
+        torch.testing.assert_close(logits, golden["plain.logits"], **GOLDEN["logits"])
+
+    def test_asking_for_it_without_the_package_says_so(self, tiny_config):
+        with pytest.raises((ImportError, ValueError), match=r"[Ff]lash"):
+            GrinMoeForCausalLM._from_config(tiny_config(), attn_implementation="flash_attention_2")

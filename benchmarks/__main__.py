@@ -1,0 +1,52 @@
+"""`python -m benchmarks NAME`: run one benchmark and write its result under benchmarks/results/."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure, print, and write a dated report with hardware, versions and commit to benchmarks/results/.",
+        epilog="example: python -m benchmarks block",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="NAME", required=True)
+    block = commands.add_parser(
+        "block",
+        help="one sparse block, forward and backward, against Transformers' own",
+        epilog="example: python -m benchmarks block --rounds 20",
+    )
+    block.add_argument("--tokens", type=int, default=1024, metavar="T")
+    block.add_argument("--hidden-size", type=int, default=512, metavar="H")
+    block.add_argument("--intermediate-size", type=int, default=800, metavar="I")
+    block.add_argument("--experts", type=int, default=16, metavar="E")
+    block.add_argument("--warmup", type=int, default=5, metavar="N", help="uncounted rounds (default: 5)")
+    block.add_argument("--rounds", type=int, default=20, metavar="N", help="counted rounds (default: 20)")
+    load = commands.add_parser(
+        "load",
+        help="memory and time of loading and saving a checkpoint, against Transformers' phimoe on the same files",
+        epilog="example: python -m benchmarks load --layers 8",
+    )
+    load.add_argument("--layers", type=int, default=8, metavar="L", help="175 MB each in bfloat16 (default: 8)")
+    load.add_argument("--rounds", type=int, default=3, metavar="N", help="processes per arm (default: 3)")
+    load.add_argument("--folder", default=None, metavar="DIR", help="where the checkpoint is made (default: temporary)")
+    return parser
+
+
+def main() -> None:
+    options = vars(build_parser().parse_args())
+    # Imported after parsing: --help should not wait for torch.
+    if options.pop("command") == "block":
+        from benchmarks.bench_block import BlockSettings, run
+
+        path = run(BlockSettings(**options))
+    else:
+        from benchmarks.bench_load import LoadSettings, run
+
+        path = run(LoadSettings(**options))
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()
