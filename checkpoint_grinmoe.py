@@ -284,11 +284,12 @@ class OfficialCheckpointMixin:
         checked = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
         if checked:
             kwargs = safetensors_only(kwargs)
-        checked = checked and not (output_loading_info or ignore_mismatched_sizes or kwargs.get("variant"))
-        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
+        checked = checked and not kwargs.get("variant")
+        tensors_checked = not (output_loading_info or ignore_mismatched_sizes)
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         is_local = folder.is_dir()
         if checked and is_local:
-            cls._check_folder(folder, kwargs)
+            cls._check_folder(folder, kwargs, tensors_checked)
         try:
             model, loading_info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -300,19 +301,19 @@ class OfficialCheckpointMixin:
         except (SafetensorError, RuntimeError):
             if checked and not is_local:
                 # What the library says names neither file nor remedy; if the checkpoint is at fault, this does.
-                cls._check_download(str(pretrained_model_name_or_path), kwargs)
+                cls._check_download(str(pretrained_model_name_or_path), kwargs, tensors_checked)
             raise
         if output_loading_info:
             return model, loading_info
         if checked and not is_local:
-            cls._check_download(str(pretrained_model_name_or_path), kwargs)
+            cls._check_download(str(pretrained_model_name_or_path), kwargs, tensors_checked)
         if message := describe_missing(loading_info["missing_keys"], cls._head_prefixes):
             raise CheckpointError(f"{pretrained_model_name_or_path}: {message}")
         return model
 
     @classmethod
-    def _check_folder(cls, folder: Path, kwargs: dict[str, Any]) -> None:
-        """Raise CheckpointError unless the shards in `folder` are whole and those of its config."""
+    def _check_folder(cls, folder: Path, kwargs: dict[str, Any], tensors_checked: bool) -> None:
+        """Raise CheckpointError unless the shards in `folder` are whole and, if asked, those of its config."""
         if kwargs.get("config") is None and not any((folder / name).is_file() for name in _KEYSTONES):
             # The library would go on with the default config, that of the released model.
             interrupted = next(folder.glob(f"{_WORKSPACE}*"), None)
@@ -321,20 +322,20 @@ class OfficialCheckpointMixin:
             )
             raise CheckpointFileError(f"{folder} holds no {CONFIG_NAME}; {remedy}")
         shapes = read_shapes(folder)
-        if not shapes or kwargs.get("quantization_config") is not None:
+        if not shapes or not tensors_checked or kwargs.get("quantization_config") is not None:
             return
         config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
         if getattr(config, "quantization_config", None) is None:
             check_shapes(shapes, config, folder, head_keys=("score.",))
 
     @classmethod
-    def _check_download(cls, repo_id: str, kwargs: dict[str, Any]) -> None:
+    def _check_download(cls, repo_id: str, kwargs: dict[str, Any], tensors_checked: bool) -> None:
         """The same for what has been downloaded of a Hub repository."""
         where = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
         for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
-            file = try_to_load_from_cache(repo_id, os.path.join(kwargs.get("subfolder", ""), name), **where)
+            file = try_to_load_from_cache(repo_id, os.path.join(kwargs.get("subfolder") or "", name), **where)
             if isinstance(file, str):
-                cls._check_folder(Path(file).parent, kwargs)
+                cls._check_folder(Path(file).parent, kwargs, tensors_checked)
                 return
 
     def save_pretrained(
@@ -377,10 +378,18 @@ class OfficialCheckpointMixin:
             super().save_pretrained(staging, state_dict=state_dict, save_original_format=save_original_format, **kwargs)
             if not adapter_only:
                 add_remote_code(staging)
+            _make_readable(staging)
             written = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
         if push_to_hub:
             # After the folder is whole, so that a failed upload costs no checkpoint.
             _upload(Path(save_directory), written, self.model_tags, **hub_options)
+
+
+def _make_readable(folder: Path) -> None:
+    """Give the weights the permissions of the other files: safetensors writes them for their owner alone."""
+    config = next(folder.glob("*config.json"))
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(config.stat().st_mode)
 
 
 _HUB_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr")

@@ -276,6 +276,12 @@ class TestBadCheckpoint:
         with pytest.raises(ValueError, match="model_type='mixtral'"):
             GrinMoeForCausalLM.from_pretrained(snapshot)
 
+    def test_a_caller_who_looks_at_the_keys_still_gets_whole_shards(self, snapshot):
+        shard = self.shards(snapshot)[0]
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with pytest.raises(CheckpointFileError, match="truncated"):
+            GrinMoeForCausalLM.from_pretrained(snapshot, output_loading_info=True)
+
     def test_shapes_can_be_left_to_the_library(self, snapshot):
         key = "model.embed_tokens.weight"
         index = json.loads((snapshot / "model.safetensors.index.json").read_text())
@@ -494,6 +500,10 @@ class TestSafeSaving:
         with pytest.raises(ValueError, match="leads nowhere"):
             tiny_model().save_pretrained("link")
         assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+    def test_whoever_may_read_the_config_may_read_the_weights(self, saved):
+        """safetensors writes files that only their owner can read, which a shared folder is not for."""
+        assert len({file.stat().st_mode for file in saved.iterdir()}) == 1
 
     def test_code_and_auto_map_travel_along(self, saved):
         names = {file.name for file in saved.glob("*.py")}
