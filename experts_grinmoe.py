@@ -96,66 +96,104 @@ def cpu_experts_forward(
         # Nothing inside of an autograd function is cast by itself.
         autocast = torch.get_autocast_dtype("cpu")
         hidden_states, gate_up_proj, down_proj = (t.to(autocast) for t in (hidden_states, gate_up_proj, down_proj))
-    top_k_weights = top_k_weights.to(hidden_states.dtype)
-    order, group_sizes = group_by_expert(top_k_index, module.num_experts)
-    return _CpuExperts.apply(hidden_states, top_k_weights, gate_up_proj, down_proj, order, group_sizes).to(dtype)
+    blocks = _Blocks(top_k_index, module.num_experts)
+    weights = top_k_weights.to(hidden_states.dtype)
+    return _CpuExperts.apply(hidden_states, weights, gate_up_proj, down_proj, blocks).to(dtype)
+
+
+class _Blocks:
+    """
+    The choices of all tokens, sorted by expert into blocks of rows whose lengths are rounded up.
+
+    oneDNN compiles a product for every shape that it meets, and keeps some hundreds. Rounded to sixteenths of a power of
+    two, the lengths that occur in training are few; the rows that fill a block up (3 % on average) have weight zero.
+
+    Attributes:
+        tokens: (rows,) the token of every row; of a filling row, any.
+        row_of_choice: (T * K,) where a choice is; the row after the last block is for those served elsewhere.
+        experts: number and rows (a slice) of each expert that has tokens.
+        idle: the experts that have none.
+    """
+
+    def __init__(self, top_k_index: torch.Tensor, num_experts: int):
+        order, sizes = group_by_expert(top_k_index, num_experts)
+        self.experts: list[tuple[int, slice]] = []
+        self.idle = [expert for expert, size in enumerate(sizes) if size == 0]
+        first_choice = first_row = 0
+        rows_in_order = []
+        for expert, size in enumerate(sizes):
+            if size:
+                length = _rounded_up(size)
+                self.experts.append((expert, slice(first_row, first_row + length)))
+                rows_in_order.append(torch.arange(first_row, first_row + size))
+                first_choice, first_row = first_choice + size, first_row + length
+        self.num_rows = first_row
+        rows_in_order.append(torch.full((order.numel() - first_choice,), self.num_rows))
+        self.row_of_choice = torch.empty_like(order)
+        self.row_of_choice[order] = torch.cat(rows_in_order)
+        choices = torch.zeros(self.num_rows + 1, dtype=torch.int64)
+        choices[self.row_of_choice] = torch.arange(order.numel())
+        self.tokens = choices[:-1] // top_k_index.shape[1]
+
+
+def _rounded_up(size: int) -> int:
+    step = max(8, 2 ** (size.bit_length() - 5))
+    return -(-size // step) * step
 
 
 class _CpuExperts(torch.autograd.Function):
-    """Sum over choices of weight * down(silu(gate) * up); `order` (T * K,) lists choices by expert."""
+    """Sum over choices of weight * down(silu(gate) * up)."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weights, gate_up_proj, down_proj, order, group_sizes):
-        num_tokens, top_k = weights.shape
-        pre_activation = hidden_states.new_empty(order.numel(), gate_up_proj.shape[1])
-        per_choice = hidden_states.new_empty(order.numel(), hidden_states.shape[1])
-        for expert, rows, tokens in _groups(order, group_sizes, top_k):
-            pre_activation[rows] = _linear(hidden_states[tokens], gate_up_proj[expert])
+    def forward(ctx, hidden_states, weights, gate_up_proj, down_proj, blocks):
+        pre_activation = hidden_states.new_empty(blocks.num_rows, gate_up_proj.shape[1])
+        outputs = hidden_states.new_empty(blocks.num_rows + 1, hidden_states.shape[1])
+        for expert, rows in blocks.experts:
+            pre_activation[rows] = _linear(hidden_states[blocks.tokens[rows]], gate_up_proj[expert])
             gate, up = pre_activation[rows].chunk(2, dim=-1)
-            per_choice[rows] = _linear(nn.functional.silu(gate).mul_(up), down_proj[expert])
-        per_choice[sum(group_sizes) :] = 0  # served elsewhere (expert parallelism)
-        ctx.save_for_backward(hidden_states, weights, gate_up_proj, down_proj, order, pre_activation)
-        ctx.group_sizes = group_sizes
-        per_choice = per_choice[order.argsort()].view(num_tokens, top_k, hidden_states.shape[1])
+            outputs[rows] = _linear(nn.functional.silu(gate).mul_(up), down_proj[expert])
+        outputs[-1] = 0  # served elsewhere (expert parallelism)
+        ctx.save_for_backward(hidden_states, weights, gate_up_proj, down_proj, pre_activation)
+        ctx.blocks = blocks
+        per_choice = outputs[blocks.row_of_choice].view(*weights.shape, hidden_states.shape[1])  # (T, K, H)
         return torch.bmm(weights.unsqueeze(1), per_choice).squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        hidden_states, weights, gate_up_proj, down_proj, order, pre_activation = ctx.saved_tensors
-        num_tokens, top_k = weights.shape
-        weight_of_row = weights.reshape(-1)[order].unsqueeze(-1)
-        grad_weight = torch.zeros_like(weight_of_row)
-        grad_per_choice = hidden_states.new_empty(order.numel(), hidden_states.shape[1])
+        hidden_states, weights, gate_up_proj, down_proj, pre_activation = ctx.saved_tensors
+        blocks = ctx.blocks
+        row_weight = weights.new_zeros(blocks.num_rows + 1, 1)
+        row_weight[blocks.row_of_choice] = weights.reshape(-1, 1)
+        grad_row_weight = torch.zeros_like(row_weight)
+        grad_rows = hidden_states.new_empty(blocks.num_rows + 1, hidden_states.shape[1])
         grad_gate_up = torch.empty_like(gate_up_proj) if ctx.needs_input_grad[2] else None
         grad_down = torch.empty_like(down_proj) if ctx.needs_input_grad[3] else None
-        for expert, rows, tokens in _groups(order, ctx.group_sizes, top_k):
-            upstream = grad_output[tokens]  # (n, H)
+        for expert, rows in blocks.experts:
+            upstream = grad_output[blocks.tokens[rows]]  # (n, H)
             gate, up = pre_activation[rows].chunk(2, dim=-1)
             sigmoid = gate.sigmoid()
             silu = gate * sigmoid
             activation = silu * up
             grad_activation = _linear(upstream, down_proj[expert].t())  # (n, I), not yet weighted
-            grad_weight[rows] = torch.linalg.vecdot(grad_activation, activation).unsqueeze(-1)
-            grad_activation *= weight_of_row[rows]
+            grad_row_weight[rows] = torch.linalg.vecdot(grad_activation, activation).unsqueeze(-1)
+            grad_activation *= row_weight[rows]
             if grad_down is not None:
-                grad_down[expert] = _linear((upstream * weight_of_row[rows]).t(), activation.t())
+                grad_down[expert] = _linear((upstream * row_weight[rows]).t(), activation.t())
             grad_pre = torch.empty_like(pre_activation[rows])
             grad_gate_part, grad_up_part = grad_pre.chunk(2, dim=-1)
             torch.mul(grad_activation, silu, out=grad_up_part)
             # d silu / d gate = sigmoid + silu * (1 - sigmoid)
             torch.mul(grad_activation.mul_(up), sigmoid + silu * (1 - sigmoid), out=grad_gate_part)
             if grad_gate_up is not None:
-                grad_gate_up[expert] = _linear(grad_pre.t(), hidden_states[tokens].t())
-            grad_per_choice[rows] = _linear(grad_pre, gate_up_proj[expert].t())
-        for expert, size in enumerate(ctx.group_sizes):
-            for gradient in (grad_gate_up, grad_down):
-                if size == 0 and gradient is not None:
-                    gradient[expert] = 0
-        grad_per_choice[sum(ctx.group_sizes) :] = 0
-        inverse = order.argsort()
-        grad_hidden = grad_per_choice[inverse].view(num_tokens, top_k, hidden_states.shape[1]).sum(dim=1)
-        return grad_hidden, grad_weight[inverse].view_as(weights), grad_gate_up, grad_down, None, None
+                grad_gate_up[expert] = _linear(grad_pre.t(), hidden_states[blocks.tokens[rows]].t())
+            grad_rows[rows] = _linear(grad_pre, gate_up_proj[expert].t())
+        for gradient in (grad_gate_up, grad_down):
+            if gradient is not None:
+                gradient[blocks.idle] = 0
+        grad_rows[-1] = 0
+        grad_hidden = grad_rows[blocks.row_of_choice].view(*weights.shape, hidden_states.shape[1]).sum(dim=1)
+        return grad_hidden, grad_row_weight[blocks.row_of_choice].view_as(weights), grad_gate_up, grad_down, None
 
 
 def group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
@@ -172,16 +210,6 @@ def group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.
     """
     sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
     return order, torch.bincount(sorted_experts, minlength=num_experts)[:num_experts].tolist()
-
-
-def _groups(order: torch.Tensor, group_sizes: list[int], top_k: int):
-    """Per expert that has tokens: its number, its rows in sorted order, and their tokens."""
-    start = 0
-    for expert, size in enumerate(group_sizes):
-        rows = slice(start, start + size)
-        start += size
-        if size:
-            yield expert, rows, order[rows] // top_k
 
 
 def _onednn_linear():

@@ -3,8 +3,9 @@
     python -m benchmarks block
     python -m benchmarks block --hidden-size 1024 --intermediate-size 1600 --rounds 8
 
-Every arm has the same weights and the same input, whose routing is fixed beforehand: exactly even over the experts, or
-skewed (a quarter of the experts get four times as many tokens as the others). The blocks are in training mode; with a
+Every arm has the same weights and, in each round, the same input, whose routing is drawn beforehand: evenly over the
+experts, or skewed (a quarter of the experts get four times as many tokens as the others). Every round has a draw of its
+own, so that group sizes vary as they do in training. The blocks are in training mode; with a
 mask width of nearly zero each draw has one candidate, so sampling takes the intended expert in every arm. Input jitter is
 off, since Transformers' block applies it twice. Before anything is timed, the output and all gradients of each arm are
 held against the same block in float64.
@@ -68,26 +69,18 @@ def build_block(arm: str, options: BlockSettings) -> nn.Module:
 
 
 def choose_experts(tokens: int, experts: int, skewed: bool) -> torch.Tensor:
-    """(T, K) distinct experts per token, all equally loaded, or the first quarter four times as much as the others."""
-    share = torch.ones(experts)
+    """(T, K) distinct experts per token, drawn with equal chances, or the first quarter with four times the others'."""
+    chances = torch.ones(experts)
     if skewed:
-        share[: experts // 4] = 4.0
-    # Walking around the circle of experts in steps of 1/T gives each its share to within one token.
-    edges = share.cumsum(0) / share.sum()
-    start = (torch.arange(tokens) + 0.5) / tokens
-    positions = torch.stack([start, (start + 0.5) % 1.0], dim=1)
-    chosen = torch.searchsorted(edges, positions.contiguous())
-    return chosen[torch.randperm(tokens)]
+        chances[: experts // 4] = 4.0
+    return torch.multinomial(chances.expand(tokens, -1), TOP_K)
 
 
-def routed_input(chosen: torch.Tensor, hidden_size: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Router weight (E, H) and input (1, T, H) for which the router chooses `chosen`, in that order."""
-    directions, _ = torch.linalg.qr(torch.randn(hidden_size, experts))
-    directions = directions.T.contiguous()  # (E, H), orthonormal
-    noise = torch.randn(chosen.shape[0], hidden_size)
+def routed_input(chosen: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Input (1, T, H) for which a router with the orthonormal rows `directions` (E, H) chooses `chosen`, in that order."""
+    noise = torch.randn(chosen.shape[0], directions.shape[1])
     noise -= noise @ directions.T @ directions
-    hidden_states = noise + 4.0 * directions[chosen[:, 0]] + 2.0 * directions[chosen[:, 1]]
-    return directions, hidden_states.unsqueeze(0)
+    return (noise + 4.0 * directions[chosen[:, 0]] + 2.0 * directions[chosen[:, 1]]).unsqueeze(0)
 
 
 def step(block: nn.Module, hidden_states: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
@@ -118,23 +111,25 @@ def gate(blocks: dict[str, nn.Module], hidden_states: torch.Tensor, upstream: to
 
 def run_load(options: BlockSettings, skewed: bool) -> tuple[dict[str, Timing], dict[str, float]]:
     torch.manual_seed(0)
-    chosen = choose_experts(options.tokens, options.experts, skewed)
-    router_weight, hidden_states = routed_input(chosen, options.hidden_size, options.experts)
-    upstream = torch.randn_like(hidden_states)
+    directions, _ = torch.linalg.qr(torch.randn(options.hidden_size, options.experts))
+    directions = directions.T.contiguous()  # (E, H)
+    choices = [choose_experts(options.tokens, options.experts, skewed) for _ in range(options.warmup + options.rounds)]
+    inputs = [routed_input(chosen, directions) for chosen in choices]
+    upstream = torch.randn_like(inputs[0])
     blocks = {name: build_block(name, options) for name in ARMS}
     first = next(iter(blocks.values()))
     for parameter in first.parameters():
         nn.init.normal_(parameter, std=0.02)
     for block in blocks.values():  # the same memory, not just the same values
         router, experts = (getattr(block, "gate", None) or block.router), block.experts
-        router.weight = nn.Parameter(router_weight)
+        router.weight = nn.Parameter(directions)
         experts.gate_up_proj, experts.down_proj = first.experts.gate_up_proj, first.experts.down_proj
-        seen = router(hidden_states[0])[2]
-        assert torch.equal(seen, chosen), "the router does not choose what was intended"
-    errors = gate(blocks, hidden_states, upstream)
+        for chosen, hidden_states in zip(choices, inputs, strict=True):
+            assert torch.equal(router(hidden_states[0])[2], chosen), "the router does not choose what was intended"
+    errors = gate(blocks, inputs[0], upstream)
 
-    def runner(block: nn.Module) -> Callable[[], object]:
-        return lambda: step(block, hidden_states, upstream)
+    def runner(block: nn.Module) -> Callable[[int], object]:
+        return lambda number: step(block, inputs[number], upstream)
 
     timings = interleave({name: runner(block) for name, block in blocks.items()}, options.warmup, options.rounds)
     return timings, errors
@@ -169,7 +164,7 @@ def run(options: BlockSettings) -> Path:
     intro = (
         f"One sparse block, float32, forward and backward with all weight gradients; T {options.tokens}, "
         f"H {options.hidden_size}, I {options.intermediate_size}, E {options.experts}, K {TOP_K}. Arms interleaved, "
-        f"{options.warmup} warm-up and {options.rounds} counted rounds; the ratio is the median over rounds. `error` is "
-        "the largest relative error of output and gradients against float64."
+        f"{options.warmup} warm-up and {options.rounds} counted rounds, every round with a routing draw of its own; the "
+        "ratio is the median over rounds. `error` is the largest relative error of output and gradients against float64."
     )
     return write_result("block", facts, "\n\n".join([intro, *sections]))

@@ -44,12 +44,12 @@ class Timing:
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def interleave(arms: dict[str, Callable[[], Any]], warmup: int = 5, rounds: int = 20) -> dict[str, Timing]:
+def interleave(arms: dict[str, Callable[[int], Any]], warmup: int = 5, rounds: int = 20) -> dict[str, Timing]:
     """
     Time `arms` in turn, `warmup` uncounted rounds first.
 
     Args:
-        arms: what to run, by name. Each must do all of its work before it returns.
+        arms: what to run, by name, given the number of the round. Each must do all of its work before it returns.
         warmup, rounds: how often each arm runs.
 
     Returns:
@@ -59,7 +59,7 @@ def interleave(arms: dict[str, Callable[[], Any]], warmup: int = 5, rounds: int 
     for number in range(warmup + rounds):
         for name, run in arms.items():
             start = time.perf_counter()
-            run()
+            run(number)
             if number >= warmup:
                 timings[name].seconds.append(time.perf_counter() - start)
     return timings
