@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import create_and_tag_model_card
 
@@ -122,6 +124,21 @@ def check_shapes(
     missing = [key for key in official if key not in names and fused_name(key) not in names]
     if message := describe_missing(missing, head_prefixes=("lm_head.", *head_keys)):
         raise CheckpointError(f"{folder}: {message}")
+
+
+def gather_sharded_weights(model: Any) -> dict[str, Any] | None:
+    """
+    All weights of a model that `torch.distributed.fsdp.fully_shard` has sharded, on the CPU of rank 0; collective.
+
+    Returns:
+        The full state dict on rank 0, an empty one elsewhere; None for a model that is not sharded, or whose sharding is
+        the library's own (a `distributed_config`), which it gathers itself.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    if getattr(model.config, "distributed_config", None) is not None:
+        return None
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def code_files() -> list[Path]:
@@ -356,10 +373,15 @@ class OfficialCheckpointMixin:
         are uploaded when they are in place; `repo_id`, `private`, `token`, `commit_message` and `create_pr` as in
         Transformers. Further arguments are passed on.
 
+        A model that `fully_shard` has sharded is gathered to the first rank, so every rank must call this, with
+        `is_main_process` as it is; where `state_dict` is given (as the Trainer does), nothing is gathered.
+
         Raises:
             ValueError: `save_directory` is the folder of this source code, or a file.
         """
         refuse_checkout(save_directory)
+        if state_dict is None and not kwargs.get("distributed_checkpoint"):
+            state_dict = gather_sharded_weights(self)
         kwargs |= {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             kwargs |= {"state_dict": state_dict, "save_original_format": save_original_format}

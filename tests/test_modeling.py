@@ -68,9 +68,10 @@ class TestCompilation:
         for eager, compiled in zip(results[0][1], results[1][1], strict=True):
             assert (eager - compiled).abs().max() <= 0.05 * eager.abs().max() + 1e-4
 
-    def test_what_cannot_be_compiled_says_so(self, tiny_model):
+    @pytest.mark.parametrize("experts", ["eager", "grinmoe_cpu"])
+    def test_what_cannot_be_compiled_says_so(self, tiny_model, experts):
         model = tiny_model()
-        model.set_experts_implementation("eager")
+        model.set_experts_implementation(experts)
         compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
         with pytest.raises(Exception, match="set_experts_implementation"):
             compiled(input_ids=torch.arange(6)[None])

@@ -62,7 +62,7 @@ def tiny(**overrides) -> GrinMoeForCausalLM:
     return GrinMoeForCausalLM(GrinMoeConfig(**{**fields, **overrides}))
 
 
-def fsdp_save(rank: int, folder: str) -> None:
+def fsdp_save(rank: int, folder: str, gathered_by_caller: bool) -> None:
     model = tiny(router_aux_loss_coef=0.1)
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model.model.layers:
@@ -74,14 +74,17 @@ def fsdp_save(rank: int, folder: str) -> None:
     assert output.aux_loss is not None
     output.loss.backward()
     assert model.model.layers[0].block_sparse_moe.experts.down_proj.grad is not None
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = None
+    if gathered_by_caller:
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     model.save_pretrained(folder, is_main_process=rank == 0, state_dict=state, max_shard_size="20KB")
 
 
-def test_fsdp2_saves_a_checkpoint_that_loads(tmp_path):
+@pytest.mark.parametrize("gathered_by_caller", [True, False])
+def test_fsdp2_saves_a_checkpoint_that_loads(tmp_path, gathered_by_caller):
     """Official keys, our code and our auto_map: not those of the class that FSDP2 made."""
     folder = tmp_path / "model"
-    run_on_two(fsdp_save, tmp_path, str(folder))
+    run_on_two(fsdp_save, tmp_path, str(folder), gathered_by_caller)
     expected = tiny().state_dict()
     again = GrinMoeForCausalLM.from_pretrained(folder)
     assert all(torch.equal(expected[name], tensor) for name, tensor in again.state_dict().items())
