@@ -5,17 +5,32 @@ Shapes: B batch, S sequence, H hidden size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_grinmoe import GrinMoeConfig
+
+# What the installed Transformers calls a cache, as an argument and in outputs: `cache` since 5.24. Before, that name was
+# for the paged cache of continuous batching, which goes straight to the attention function.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def take_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
+    """The cache of a call that may have it by either name; takes the newer one out of `kwargs`."""
+    cache = kwargs.pop(CACHE, None)
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    return past_key_values if cache is None else cache
 
 
 class GrinMoeRotaryEmbedding(nn.Module):
@@ -39,8 +54,19 @@ class GrinMoeRotaryEmbedding(nn.Module):
         if self.rope_type == "longrope":
             self.original_length = config.rope_parameters["original_max_position_embeddings"]
             self.long_inv_freq = nn.Buffer(self.long_rope_init(config), persistent=False)
-            self.short_mscale = config.rope_parameters.get("short_mscale", self.attention_scaling)
-            self.long_mscale = config.rope_parameters.get("long_mscale", self.attention_scaling)
+            self.short_mscale = config.rope_parameters.get("short_mscale") or self.attention_scaling
+            self.long_mscale = config.rope_parameters.get("long_mscale") or self.attention_scaling
+
+    def _apply(self, fn, recurse: bool = True):
+        # Moved with the model, but kept in float32: after model.to(bfloat16) the frequencies would be off by up to 0.4 %,
+        # whole turns at late positions, where loading in bfloat16 keeps them.
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, nn.Buffer(buffer.to(moved.device), persistent=False))
+        return self
 
     @property
     def rope_init(self) -> Callable:
@@ -158,7 +184,8 @@ class GrinMoeAttention(nn.Module):
         value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            # kwargs: a paged cache (continuous batching, since 5.24) puts there what its attention function reads.
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

@@ -97,7 +97,7 @@ class GrinMoeConfig(PreTrainedConfig):
     """
 
     model_type = "grinmoe"
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "selected_experts", "aux_loss"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "router_logits", "selected_experts", "aux_loss"]
     attribute_map = {"num_experts": "num_local_experts"}
     default_theta = 10000.0
     # Not parameters of RoPE itself, so the library's own check has to be told about them.
@@ -315,18 +315,23 @@ def _from_phimoe_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
     rope = config_dict.get("rope_parameters") or {}
     defaults = {**_PHIMOE_DEFAULTS, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
     converted = {**defaults, **config_dict, "model_type": GrinMoeConfig.model_type}
-    # They name phimoe's own classes and files.
-    converted.pop("auto_map", None)
+    # They name phimoe's own classes and files, unless somebody has put our code beside the weights.
+    if not _is_our_auto_map(converted.get("auto_map")):
+        converted.pop("auto_map", None)
     converted.pop("architectures", None)
     return converted
 
 
+def _is_our_auto_map(auto_map: dict[str, Any] | None) -> bool:
+    reference = (auto_map or {}).get("AutoConfig")
+    return isinstance(reference, str) and reference.rpartition("--")[2].startswith("configuration_grinmoe.")
+
+
 def _completed_auto_map(auto_map: dict[str, Any]) -> dict[str, Any]:
     """The released config.json maps only AutoConfig and AutoModelForCausalLM; our files serve every auto class."""
-    reference = auto_map.get("AutoConfig")
-    if not isinstance(reference, str) or not reference.rpartition("--")[2].startswith("configuration_grinmoe."):
+    if not _is_our_auto_map(auto_map):
         return auto_map
-    repository = reference.rpartition("--")[0]
+    repository = auto_map["AutoConfig"].rpartition("--")[0]
     prefix = f"{repository}--" if repository else ""
     return {**{auto_class: prefix + target for auto_class, target in AUTO_MAP.items()}, **auto_map}
 

@@ -16,6 +16,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
+from .attention_grinmoe import CACHE, take_cache
+
 logger = logging.get_logger(__name__)
 
 
@@ -33,9 +35,11 @@ class GrinMoeGenerationMixin(GenerationMixin):
         inputs_embeds=None,
         position_ids=None,
         is_first_iteration=False,
+        cache=None,
         **kwargs,
     ):
         """As in Transformers; LongRoPE recomputes the cache when the sequence outgrows the short factors."""
+        cache = take_cache(past_key_values, {"cache": cache})
         if is_first_iteration and input_ids.shape[1] > self.config.max_position_embeddings:
             logger.warning_once(
                 f"The prompt has {input_ids.shape[1]} tokens, more than max_position_embeddings="
@@ -43,34 +47,41 @@ class GrinMoeGenerationMixin(GenerationMixin):
                 "trained for, and the text will be worse. Shorten the prompt to avoid that."
             )
         # A prompt given as embeddings is not in input_ids and cannot be computed again; forward then says so.
-        if inputs_embeds is None and self._changes_longrope_regime(input_ids, past_key_values, attention_mask):
+        if inputs_embeds is None and self._changes_longrope_regime(input_ids, cache, attention_mask, position_ids):
             # What is cached was computed under the other regime, in every layer. All of it is computed again, once.
-            if isinstance(past_key_values, DynamicCache):
+            if isinstance(cache, DynamicCache):
                 # In place, for whoever holds it; before Transformers 5.23 reset() leaves a dynamic cache its length.
-                past_key_values.__init__(config=self.config, offloading=past_key_values.offloading)
+                cache.__init__(config=self.config, offloading=cache.offloading)
             else:
-                past_key_values.reset()
+                cache.reset()
             kwargs["next_sequence_length"] = None
         return super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
             **kwargs,
         )
 
     def _changes_longrope_regime(
-        self, input_ids: torch.Tensor, past_key_values: Cache | None, attention_mask: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        cache: Cache | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
     ) -> bool:
         rotary = self.model.rotary_emb
         total = input_ids.shape[1]
-        if rotary.rope_type != "longrope" or past_key_values is None or total < rotary.original_length:
+        if rotary.rope_type != "longrope" or cache is None or total < rotary.original_length:
             return False
-        cached = int(past_key_values.get_seq_length())
-        # Positions count tokens, not padding: the longest row decides for the batch.
-        longest = total if attention_mask is None else int(attention_mask[:, :total].sum(-1).max())
+        cached = int(cache.get_seq_length())
+        # The largest position decides for the batch. Unless they are given, positions count tokens, not padding.
+        if position_ids is not None:
+            longest = int(position_ids.max()) + 1
+        else:
+            longest = total if attention_mask is None else int(attention_mask[:, :total].sum(-1).max())
         return cached > 0 and rotary.changes_regime(longest, total - cached)
 
     @functools.wraps(GenerationMixin.generate)

@@ -20,7 +20,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
-from .attention_grinmoe import GrinMoeAttention, GrinMoeRotaryEmbedding
+from .attention_grinmoe import CACHE, GrinMoeAttention, GrinMoeRotaryEmbedding, take_cache
 from .checkpoint_grinmoe import OfficialCheckpointMixin
 from .configuration_grinmoe import GrinMoeConfig
 from .experts_grinmoe import GrinMoeExperts
@@ -67,17 +67,15 @@ class GrinMoeSparseMoeBlock(nn.Module):
         """(B, S, H) to (B, S, H). `noise` replays recorded draws in training; None draws them."""
         shape = hidden_states.shape
         hidden_states = hidden_states.reshape(-1, shape[-1])  # (T, H)
-        if self.training and self.input_jitter_noise > 0:
+        if self.training:
             # Once, seen by the router and the experts but not by the residual stream, and never in place.
-            hidden_states = hidden_states * self._input_jitter(hidden_states, noise)
+            if noise is not None and noise.input_jitter is not None:
+                hidden_states = hidden_states * noise.input_jitter.reshape(hidden_states.shape).to(hidden_states.dtype)
+            elif self.input_jitter_noise > 0:
+                eps = self.input_jitter_noise
+                hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1.0 - eps, 1.0 + eps)
         _, routing_weights, selected_experts = self.gate(hidden_states, noise)
         return self.experts(hidden_states, selected_experts, routing_weights).reshape(shape)
-
-    def _input_jitter(self, hidden_states: torch.Tensor, noise: RoutingNoise | None) -> torch.Tensor:
-        if noise is not None and noise.input_jitter is not None:
-            return noise.input_jitter.reshape(hidden_states.shape)
-        eps = self.input_jitter_noise
-        return torch.empty_like(hidden_states).uniform_(1.0 - eps, 1.0 + eps)
 
 
 class GrinMoeDecoderLayer(GradientCheckpointingLayer):
@@ -149,7 +147,7 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
     # Reentrant checkpointing runs the layers without a graph: what they record for the balance loss has no gradient.
     _supports_reentrant_checkpointing = False
     _no_split_modules = ["GrinMoeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -236,13 +234,14 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             input_ids: (B, S) int64, or `inputs_embeds` (B, S, H).
             attention_mask: (B, past + S), 1 for tokens and 0 for padding; or a prepared 4-D mask.
             position_ids: (B, S); by default the positions after what the cache holds, for every row alike.
-            past_key_values: any Transformers cache.
+            past_key_values: any Transformers cache; since Transformers 5.24 it may be called `cache`.
             routing_noise: one `RoutingNoise` per layer, to replay recorded draws in training.
             output_router_logits, output_selected_experts, output_hidden_states, output_attentions: what to record.
 
         Raises:
-            ValueError: neither or both of the inputs, or no token at all.
+            ValueError: neither or both of the inputs, no token at all, or a cache in training with checkpointing.
         """
+        cache = take_cache(past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -252,20 +251,24 @@ class GrinMoeModel(GrinMoePreTrainedModel):
                 f"the input has no tokens (shape {tuple(inputs_embeds.shape[:2])}): an empty prompt; give at least one "
                 "token, for instance the beginning-of-sequence token"
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "a cache with gradient checkpointing: recomputed layers would write to it twice; pass no cache in training"
+            )
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
-        self._refuse_regime_change(position_ids, past_key_values)
+        self._refuse_regime_change(position_ids, cache)
         create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         causal_mask = create_mask(
             config=self.window_config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -275,25 +278,24 @@ class GrinMoeModel(GrinMoePreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
-        return GrinMoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-        )
+        return GrinMoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
-    def _refuse_regime_change(self, position_ids: torch.Tensor, past_key_values: Cache | None) -> None:
+    def _refuse_regime_change(self, position_ids: torch.Tensor, cache: Cache | None) -> None:
         """Under LongRoPE the cache is void once the text outgrows the short factors; `generate` then rebuilds it."""
-        if self.rotary_emb.rope_type != "longrope" or past_key_values is None or torch.compiler.is_compiling():
+        if self.rotary_emb.rope_type != "longrope" or torch.compiler.is_compiling():
+            return
+        if not isinstance(cache, Cache):  # none, or the paged cache of generate_batch, which has its own limit
             return
         length = int(position_ids.max()) + 1
-        if past_key_values.get_seq_length() > 0 and self.rotary_emb.changes_regime(length, position_ids.shape[-1]):
+        if cache.get_seq_length() > 0 and self.rotary_emb.changes_regime(length, position_ids.shape[-1]):
             raise ValueError(
                 f"at {length} tokens LongRoPE changes the frequencies of all positions "
                 f"(original_max_position_embeddings={self.rotary_emb.original_length}), and the cache holds the old ones; "
-                "drop past_key_values and pass the whole sequence at once (generate does that by itself, for input_ids "
+                "drop the cache and pass the whole sequence at once (generate does that by itself, for input_ids "
                 "and without prefill_chunk_size)"
             )
 
@@ -365,11 +367,11 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
             selected_experts=outputs.selected_experts if output_router_logits else None,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _balance_loss(self, outputs: GrinMoeModelOutputWithPast, attention_mask: torch.Tensor | None) -> torch.Tensor:

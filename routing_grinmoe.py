@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 # The released literal; Heun's rule has 1/3 (Algorithm 1).
 _HEUN_SCALE = 0.3333
@@ -143,6 +144,7 @@ class _ScoreFunctionWeight(torch.autograd.Function):
         return chosen_prob.clone() if scale is None else chosen_prob * scale
 
     @staticmethod
+    @once_differentiable  # an estimate has no derivative of its own
     def backward(ctx, grad_weight):
         masked_probs, choice, chosen_prob = ctx.saved_tensors
         grad_choice = grad_weight * chosen_prob

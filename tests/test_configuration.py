@@ -178,6 +178,7 @@ def test_every_rope_type_builds_a_model(tiny_config):
         {"rope_type": "yarn", "factor": 2.0, "attention_factor": None},
         {**shared, "original_max_position_embeddings": 32},
         LONGROPE,
+        {**LONGROPE, "short_mscale": None, "long_mscale": None},
     ):
         GrinMoeForCausalLM(tiny_config(rope_parameters=rope))(torch.arange(6)[None])
 
@@ -203,6 +204,13 @@ def test_phimoe_converts_with_phimoes_own_defaults():
 def test_phimoe_drops_its_own_classes(goldens):
     config = GrinMoeConfig.from_pretrained(goldens["golden-c"].folder)
     assert getattr(config, "auto_map", None) is None and config.architectures is None
+
+
+def test_phimoe_keeps_an_auto_map_that_is_ours(goldens):
+    """Our files beside a phimoe checkpoint: trust_remote_code must find them."""
+    content = json.loads((goldens["golden-c"].folder / "config.json").read_text())
+    config = GrinMoeConfig.from_dict({**content, "auto_map": {"AutoConfig": "configuration_grinmoe.GrinMoeConfig"}})
+    assert config.auto_map == AUTO_MAP
 
 
 @pytest.mark.parametrize("prefix", ["", "microsoft/GRIN-MoE--"])

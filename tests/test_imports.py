@@ -17,7 +17,7 @@ ALLOWED_SIBLINGS = {
     "configuration_grinmoe": set(),
     "routing_grinmoe": set(),
     "kernels_grinmoe": set(),
-    "generation_grinmoe": set(),
+    "generation_grinmoe": {"attention_grinmoe"},
     "experts_grinmoe": {"configuration_grinmoe", "routing_grinmoe", "kernels_grinmoe"},
     "attention_grinmoe": {"configuration_grinmoe"},
     "layout_grinmoe": {"configuration_grinmoe", "experts_grinmoe"},

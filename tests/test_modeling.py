@@ -14,6 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import grinmoe
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
+from grinmoe.attention_grinmoe import CACHE
+from grinmoe.routing_grinmoe import RoutingNoise
 from tests.tolerances import GOLDEN
 
 
@@ -128,6 +130,20 @@ class TestLongRope:
         found = model.generate(padded, attention_mask=mask, **options)
         assert torch.equal(found[:, pads:], expected)
 
+    def test_given_positions_decide_the_switch(self, goldens, golden_models):
+        """Positions that count padding reach the switch before the tokens do."""
+        golden, model = goldens["golden-c"], golden_models["golden-c"]
+        ids = torch.nn.functional.pad(golden.inputs["generate.input_ids"][:1], (5, 0))
+        mask = torch.ones_like(ids)
+        mask[:, :5] = 0
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        positions = torch.arange(ids.shape[1])[None]
+        runs = [
+            model.generate(ids, attention_mask=mask, position_ids=positions, use_cache=use_cache, **options)
+            for use_cache in (True, False)
+        ]
+        assert torch.equal(*runs)
+
     def test_a_prompt_of_embeddings_is_not_lost_at_the_switch(self, goldens, golden_models):
         """It cannot be computed again from ids, so going on is refused; short of the switch it works."""
         golden, model = goldens["golden-c"], golden_models["golden-c"]
@@ -185,15 +201,34 @@ def test_every_way_of_generating_gives_the_same_text(goldens, golden_models, nam
     assert torch.equal(found, golden["generate.sequences"][:1])
 
 
-def test_chunked_prefill_sees_the_whole_window(goldens, golden_models):
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_chunked_prefill_sees_the_whole_window(goldens, golden_models, name):
     """A cache that is filled in pieces gives what one pass gives, with a window shorter than the text."""
     golden, model = goldens["golden-b"], golden_models["golden-b"]
     ids = golden.inputs["plain.input_ids"]
     cache, pieces = DynamicCache(config=model.config), []
     with torch.no_grad():
         for start in range(0, ids.shape[1], 5):
-            pieces.append(model(ids[:, start : start + 5], past_key_values=cache).logits)
+            output = model(ids[:, start : start + 5], **{name: cache})
+            assert getattr(output, name) is cache
+            pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), golden["plain.logits"], atol=2e-4, rtol=0)
+
+
+@pytest.mark.skipif(CACHE == "past_key_values", reason="this Transformers has one name only")
+def test_a_cache_by_both_names_is_refused(tiny_model):
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(torch.arange(4)[None], cache=cache, past_key_values=cache)
+
+
+def test_a_cache_in_training_with_checkpointing_is_refused(tiny_model):
+    """The recomputed layers would write to it a second time."""
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="pass no cache in training"):
+        model(torch.arange(4)[None], past_key_values=DynamicCache(config=model.config))
 
 
 def test_packed_sequences_do_not_see_each_other(tiny_model):
@@ -287,6 +322,30 @@ def test_meta_device_initialisation_restores_rope(goldens):
         built = GrinMoeModel(loaded.config).rotary_emb
         for buffer in buffers:
             assert torch.equal(getattr(loaded, buffer), getattr(built, buffer)), (name, buffer)
+
+
+@pytest.mark.parametrize("name", ["golden-a", "golden-c"])
+def test_casting_the_model_leaves_the_frequencies_exact(goldens, name):
+    """model.to(bfloat16), as bf16_full_eval does it: the weights are bfloat16 already, so nothing may change."""
+    golden = goldens[name]
+    model, ids = golden.load(), torch.arange(300)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        found = model.to(torch.bfloat16).float()(ids).logits
+    torch.testing.assert_close(found, expected)
+    assert all(buffer.dtype == torch.float32 for buffer in model.model.rotary_emb.buffers())
+
+
+def test_recorded_input_jitter_is_replayed_whatever_the_config_says(tiny_model):
+    """Also in another dtype than it was recorded in."""
+    block = tiny_model(input_jitter_noise=0.0).model.layers[0].block_sparse_moe.train()
+    seen = []
+    block.gate.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    hidden_states, jitter = torch.ones(1, 3, 32), torch.rand(3, 32)
+    noise = RoutingNoise(torch.ones(2, 3, 4), torch.zeros(2, 3, 1), jitter)
+    block(hidden_states, noise)
+    block.bfloat16()(hidden_states.bfloat16(), noise)
+    assert torch.equal(seen[0], jitter) and torch.equal(seen[1], jitter.bfloat16())
 
 
 def test_input_jitter_is_applied_once_and_not_in_place(tiny_model):

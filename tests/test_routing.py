@@ -96,6 +96,16 @@ def test_weights_keep_the_dtype_of_the_logits(logits, dtype):
         assert weights.dtype == leaf.grad.dtype == dtype and leaf.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_second_derivatives_are_refused(logits, training):
+    """The backward is an estimate; its own derivative would be a number without a meaning."""
+    leaf = logits.clone().requires_grad_()
+    weights, _ = sparsemixer(leaf, 2, 0.3, training)
+    (gradient,) = torch.autograd.grad((weights**2).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_no_tokens_is_fine():
     weights, experts = sparsemixer(torch.empty(0, 4), 2, 0.1, True)
     assert weights.shape == experts.shape == (0, 2)
