@@ -33,12 +33,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protocol import markdown_table, write_result
+from benchmarks.protocol import ROOT, markdown_table, write_result
 
 ARMS = ("grinmoe", "transformers phimoe")
 MAX_SHARD_SIZE = "400MB"
 ALLOWED_LOAD = 1.05
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)

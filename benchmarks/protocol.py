@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass
@@ -120,10 +121,15 @@ def _write(path: Path, text: str) -> None:
 
 
 def _commit() -> str:
-    """Short hash of the checkout, with -dirty where files differ from it; "unknown" outside of git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """Short hash of the checkout, with -dirty where files other than results differ from it; "unknown" outside of git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    dirty = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return f"{commit}-dirty" if commit and dirty else commit or "unknown"
 
 
 def _cpu_name() -> str:
