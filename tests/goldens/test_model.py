@@ -100,60 +100,59 @@ def check_gradients(golden, case: str, model) -> None:
     assert listed or len(digests)
 
 
+# attention, experts, device
 GRADIENT_PATHS = [
-    ("eager", "eager"),
-    ("sdpa", "grouped_mm"),
-    ("sdpa", "batched_mm"),
-    ("sdpa", "grinmoe_cpu"),
-    # torch has no backward of flex attention on a CPU, and says so.
-    pytest.param("flex_attention", "grouped_mm", marks=pytest.mark.gpu),
+    ("eager", "eager", "cpu"),
+    ("sdpa", "grouped_mm", "cpu"),
+    ("sdpa", "batched_mm", "cpu"),
+    ("sdpa", "grinmoe_cpu", "cpu"),
+    ("flex_attention", "eager", "cpu"),
+    ("flex_attention", "grouped_mm", "cpu"),
+    pytest.param("flex_attention", "grouped_mm", "cuda", marks=pytest.mark.gpu),
 ]
 
 
-def device_of(attention: str) -> str:
-    return "cuda" if attention == "flex_attention" else "cpu"
+@pytest.fixture
+def flex_with_backward(monkeypatch, request):
+    """On a CPU torch has no compiled backward of flex attention and refuses; uncompiled, its mathematics has one."""
+    if request.node.callspec.params["device"] != "cpu":
+        yield
+        return
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda query, key, value: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def on_device(tensors: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("attention, experts", GRADIENT_PATHS)
+@pytest.mark.parametrize("attention, experts, device", GRADIENT_PATHS)
 @pytest.mark.parametrize(
     "name, case",
     [(name, case) for name in ("golden-a", "golden-b", "golden-c") for case in ("plain", "leftpad")]
     + [("golden-c", "long")],
 )
-def test_evaluation_gradients_match(goldens, name, case, attention, experts):
-    golden, device = goldens[name], device_of(attention)
+def test_evaluation_gradients_match(goldens, flex_with_backward, name, case, attention, experts, device):
+    golden = goldens[name]
     model = use(golden.load(), attention, experts).to(device)
     model(**on_device(golden.model_inputs(case), device)).loss.backward()
     check_gradients(golden, case, model)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("attention, experts", GRADIENT_PATHS)
+@pytest.mark.parametrize("attention, experts, device", GRADIENT_PATHS)
 @pytest.mark.parametrize("case", ["train", "train_leftpad"])
-def test_training_replay_matches(goldens, case, attention, experts, checkpointing):
+def test_training_replay_matches(goldens, flex_with_backward, case, attention, experts, device, checkpointing):
     """Loss and all gradients of a training step with the reference's recorded draws."""
     golden = goldens["golden-a"]
     field = recorded_training(golden, case)
-    device = device_of(attention)
     model = use(golden.load(), attention, experts).to(device).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     output = replay(model, golden, case, field, device)
     output.loss.backward()
     check_gradients(golden, case, model)
-
-
-def test_training_replay_matches_on_flex_attention(goldens):
-    """Without gradients, which torch does not have for flex attention on a CPU."""
-    golden = goldens["golden-a"]
-    field = recorded_training(golden, "train_leftpad")
-    model = use(golden.load(), "flex_attention", "grouped_mm").train()
-    with torch.no_grad():
-        replay(model, golden, "train_leftpad", field, "cpu")
 
 
 def recorded_training(golden, case: str) -> dict[str, torch.Tensor]:
