@@ -179,8 +179,8 @@ def replaced_when_whole(folder: str | os.PathLike) -> Iterator[Path]:
     Yields an empty temporary folder inside `folder` (the same file system, so that moving is a rename). If the body or a
     move raises (a full disk, say), `folder` stays, or becomes again, what it was. Files of the new checkpoint replace
     their namesakes, shards of the previous one that are not among them are removed, other files stay. If the process is
-    killed while files are moved, both checkpoints are in the hidden folder `.saving-*`, and `folder` does not load; the
-    next save that succeeds removes that.
+    killed while files are moved, or a move can neither be done nor undone, what was moved aside is in the hidden folder
+    `.saving-*`, and `folder` does not load; the next save that succeeds removes that.
 
     Raises:
         ValueError: `folder` is a file or a link that leads nowhere, or its name is empty.
@@ -194,15 +194,20 @@ def replaced_when_whole(folder: str | os.PathLike) -> Iterator[Path]:
         raise ValueError(f"save_directory={os.fspath(folder)!r} is a link that leads nowhere; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=folder))
+    staging, previous = workspace / "new", workspace / "previous"
+    staging.mkdir()
+    previous.mkdir()
+    replaced = False
     try:
-        staging = workspace / "new"
-        staging.mkdir()
         yield staging
-        _move_in(staging, folder, workspace / "previous")
+        _move_in(staging, folder, previous)
+        replaced = True
         for leftover in folder.glob(f"{_WORKSPACE}*"):
             shutil.rmtree(leftover, ignore_errors=True)
     finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        # A move that could not be undone either has left the only copy of an old file here.
+        if replaced or not any(path.is_file() for path in previous.rglob("*")):
+            shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _move_in(staging: Path, folder: Path, previous: Path) -> None:

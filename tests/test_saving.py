@@ -110,6 +110,26 @@ class TestSafeSaving:
         assert len(moves) > failing_move
         assert self.content(saved) == before
 
+    @pytest.mark.parametrize("failing_from", [1, 5, 14])
+    def test_a_disk_that_goes_on_failing_costs_no_file(self, saved, tiny_model, monkeypatch, failing_from):
+        """Moves that can neither be done nor undone: the old files are all still there, and nothing loads wrongly."""
+        before, moves, replace = weights_of(saved), [], os.replace
+
+        def failing(source, target):
+            if len(moves) >= failing_from:
+                raise OSError(errno.EIO, "Input/output error", str(target))
+            moves.append(target)
+            replace(source, target)
+
+        monkeypatch.setattr("os.replace", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            tiny_model(seed=1).save_pretrained(saved, max_shard_size="20KB")
+        kept = [load_file(file) for file in saved.rglob("*.safetensors")]
+        for key, tensor in before.items():
+            assert any(torch.equal(shard[key], tensor) for shard in kept if key in shard), key
+        with pytest.raises(CheckpointFileError, match=r"holds no config\.json; a save was interrupted"):
+            GrinMoeForCausalLM.from_pretrained(saved)
+
     @pytest.mark.parametrize("killed_at", [0, 3, 11, 19])
     def test_a_killed_save_leaves_nothing_that_loads_wrongly(self, saved, tiny_model, killed_at):
         before = weights_of(saved)
