@@ -74,7 +74,7 @@ class GrinMoeGenerationMixin(GenerationMixin):
     ) -> bool:
         rotary = self.model.rotary_emb
         total = input_ids.shape[1]
-        if rotary.rope_type != "longrope" or cache is None or total < rotary.original_length:
+        if rotary.rope_type != "longrope" or cache is None:
             return False
         cached = int(cache.get_seq_length())
         # The largest position decides for the batch. Unless they are given, positions count tokens, not padding.

@@ -130,14 +130,16 @@ class TestLongRope:
         found = model.generate(padded, attention_mask=mask, **options)
         assert torch.equal(found[:, pads:], expected)
 
-    def test_given_positions_decide_the_switch(self, goldens, golden_models):
-        """Positions that count padding reach the switch before the tokens do."""
+    @pytest.mark.parametrize("offset", [0, 8], ids=["counting padding", "beginning late"])
+    def test_given_positions_decide_the_switch(self, goldens, golden_models, offset):
+        """They reach the switch before the tokens do."""
         golden, model = goldens["golden-c"], golden_models["golden-c"]
-        ids = torch.nn.functional.pad(golden.inputs["generate.input_ids"][:1], (5, 0))
+        ids = golden.inputs["generate.input_ids"][:1]
         mask = torch.ones_like(ids)
-        mask[:, :5] = 0
-        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        positions = torch.arange(ids.shape[1])[None]
+        if not offset:
+            ids, mask = (torch.nn.functional.pad(tensor, (5, 0)) for tensor in (ids, mask))
+        positions = torch.arange(ids.shape[1])[None] + offset
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         runs = [
             model.generate(ids, attention_mask=mask, position_ids=positions, use_cache=use_cache, **options)
             for use_cache in (True, False)
