@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 import traceback
 from pathlib import Path
 
@@ -39,11 +41,19 @@ def _worker(rank: int, function, store: str, failures, arguments) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     try:
         function(rank, *arguments)
-        dist.barrier()  # gloo aborts the slower rank if the other one tears its connections down first
     except BaseException:
         failures.put(f"rank {rank}:\n{traceback.format_exc()}")
-    finally:
-        dist.destroy_process_group()
+        os._exit(1)
+    # gloo aborts a rank at times while it tears its threads down, or while the other one does. So both wait for each
+    # other without it, and leave without the teardown.
+    Path(f"{store}-{rank}").touch()
+    deadline = time.monotonic() + 120
+    while not all(Path(f"{store}-{other}").exists() for other in range(WORLD)):
+        if time.monotonic() > deadline:
+            failures.put(f"rank {rank}: the other rank did not finish")
+            os._exit(1)
+        time.sleep(0.01)
+    os._exit(0)
 
 
 def tiny(**overrides) -> GrinMoeForCausalLM:
