@@ -13,7 +13,15 @@ from typing import Any
 from transformers import MixtralConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-ROUTER_ESTIMATORS = ("sparsemixer_v2",)
+# What each of them does is said at its function in estimators_grinmoe.py.
+ROUTER_ESTIMATORS = (
+    "sparsemixer_v2",
+    "sparsemixer_v2_printed",
+    "sparsemixer_v2_star",
+    "sparsemixer_togo",
+    "sparsemixer_joint",
+    "topk",
+)
 ROUTER_AUX_LOSS_SCOPES = ("released", "local", "global")
 
 # What each type of RoPE cannot do without, by the names that Transformers reads.
@@ -80,24 +88,38 @@ class GrinMoeConfig(PreTrainedConfig):
             W as the released file spells it. A token sees **W + 1** keys, itself included (the released code's mask and
             flash-attention call agree on that; see [`~GrinMoeConfig.get_text_config`]). `None` is full attention.
         num_local_experts, num_experts_per_tok (`int`): E and K, the experts and how many of them a token uses.
-        router_estimator (`str`): gradient estimator of the router, one of `ROUTER_ESTIMATORS`.
+        router_estimator (`str`):
+            Gradient estimator of the router, one of `ROUTER_ESTIMATORS`. Evaluation is the same greedy routing for all
+            but two: `sparsemixer_v2_star` halves the logits, and `topk` is GShard's gating (no mask).
         router_jitter_noise (`float`): half-width eps of the router's mask (MaskedSoftmax), in training and evaluation.
         input_jitter_noise (`float`): in training the MoE block's input is multiplied by U(1 - eps, 1 + eps).
         router_aux_loss_coef (`float`):
             Weight of the balance loss. Non-zero: it is part of the language model's training loss.
         router_aux_loss_scope (`str`):
             `"released"` pools the tokens of all layers and counts the plain top-k of the softmax; `"local"` counts, per
-            layer, the experts that were actually used; `"global"` sums those counts over data-parallel ranks, in
-            training (evaluation counts locally: ranks go at their own pace there).
+            layer, the experts that were actually used; `"global"` sums those counts over data-parallel ranks and the
+            accumulation window, in training (evaluation counts locally: ranks go at their own pace there).
+        router_z_loss_coef (`float`): weight of the router z-loss (ST-MoE), which keeps router logits small.
+        router_capacity_factor (`float` or `None`):
+            For comparison with GShard and Switch only: in training an expert takes at most this many times an even
+            share of the choices, and the rest are dropped. `None`, the default, drops nothing.
         output_router_logits (`bool`): return router logits, selected experts and the balance loss.
         attention_dropout, hidden_dropout (`float`):
             Dropout of attention probabilities, and of both blocks' outputs before the residual sum.
+        expert_dropout (`float`): dropout inside of the experts, of their activations before the down projection.
         rope_parameters (`dict`): RoPE type and parameters. `longrope` takes `short_mscale` and `long_mscale` as well.
         initializer_range, use_cache, tie_word_embeddings, bos_token_id, eos_token_id, pad_token_id: as everywhere.
     """
 
     model_type = "grinmoe"
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "router_logits", "selected_experts", "aux_loss"]
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "router_logits",
+        "selected_experts",
+        "aux_loss",
+        "z_loss",
+    ]
     attribute_map = {"num_experts": "num_local_experts"}
     default_theta = 10000.0
     # Not parameters of RoPE itself, so the library's own check has to be told about them.
@@ -129,6 +151,7 @@ class GrinMoeConfig(PreTrainedConfig):
     lm_head_bias: bool = True
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
+    expert_dropout: float | int = 0.0
     num_local_experts: int = 16
     num_experts_per_tok: int = 2
     router_estimator: str = "sparsemixer_v2"
@@ -136,6 +159,8 @@ class GrinMoeConfig(PreTrainedConfig):
     input_jitter_noise: float | int = 0.01
     router_aux_loss_coef: float | int = 0.0
     router_aux_loss_scope: str = "released"
+    router_z_loss_coef: float | int = 0.0
+    router_capacity_factor: float | int | None = None
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs):
@@ -236,10 +261,15 @@ class GrinMoeConfig(PreTrainedConfig):
             _require_int(name, getattr(self, name), minimum=1)
         if self.sliding_window is not None:
             _require_int("sliding_window", self.sliding_window, minimum=1, remedy=", or None for full attention")
-        for name in ("router_jitter_noise", "router_aux_loss_coef", "initializer_range"):
+        for name in ("router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef", "initializer_range"):
             _require_number(name, getattr(self, name), 0.0, math.inf)
-        for name in ("input_jitter_noise", "attention_dropout", "hidden_dropout"):
+        for name in ("input_jitter_noise", "attention_dropout", "hidden_dropout", "expert_dropout"):
             _require_number(name, getattr(self, name), 0.0, 1.0)
+        capacity = self.router_capacity_factor
+        if capacity is not None and not (_is_number(capacity) and 0 < capacity < math.inf):
+            raise ValueError(
+                f"router_capacity_factor={capacity!r} is not a positive number; give one, or None to drop no token"
+            )
         if not _is_number(self.rms_norm_eps) or not 0 < self.rms_norm_eps < math.inf:
             raise ValueError(f"rms_norm_eps={self.rms_norm_eps!r} is not a positive number; the released value is 1e-5")
         for name in "use_cache attention_bias lm_head_bias tie_word_embeddings output_router_logits".split():

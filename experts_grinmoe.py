@@ -33,6 +33,7 @@ class GrinMoeExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = config.expert_dropout
         self.register_load_state_dict_pre_hook(load_per_expert_weights)
 
     def forward(
@@ -66,6 +67,11 @@ class GrinMoeExperts(nn.Module):
         per_choice = weighted[order.argsort()].view(-1, top_k, self.hidden_dim)
         return per_choice.sum(dim=1).to(hidden_states.dtype)
 
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """(n, 2I) to (n, I): SwiGLU, and dropout. The library's experts functions call it by this name."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return nn.functional.dropout(self.act_fn(gate) * up, self.dropout, self.training)
+
 
 def cpu_experts_forward(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -98,7 +104,11 @@ def cpu_experts_forward(
         hidden_states, gate_up_proj, down_proj = (t.to(autocast) for t in (hidden_states, gate_up_proj, down_proj))
     blocks = _Blocks(top_k_index, module.num_experts)
     weights = top_k_weights.to(hidden_states.dtype)
-    return _CpuExperts.apply(hidden_states, weights, gate_up_proj, down_proj, blocks).to(dtype)
+    keep = None
+    if module.training and module.dropout > 0:
+        keep = hidden_states.new_empty((blocks.num_rows, module.down_proj.shape[2]))
+        keep = keep.bernoulli_(1 - module.dropout).div_(1 - module.dropout)
+    return _CpuExperts.apply(hidden_states, weights, gate_up_proj, down_proj, blocks, keep).to(dtype)
 
 
 class _Blocks:
@@ -142,19 +152,22 @@ def _rounded_up(size: int) -> int:
 
 
 class _CpuExperts(torch.autograd.Function):
-    """Sum over choices of weight * down(silu(gate) * up)."""
+    """Sum over choices of weight * down(silu(gate) * up * keep); `keep` (rows, I) is dropout, None for none."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weights, gate_up_proj, down_proj, blocks):
+    def forward(ctx, hidden_states, weights, gate_up_proj, down_proj, blocks, keep):
         pre_activation = hidden_states.new_empty(blocks.num_rows, gate_up_proj.shape[1])
         outputs = hidden_states.new_empty(blocks.num_rows + 1, hidden_states.shape[1])
         for expert, rows in blocks.experts:
             pre_activation[rows] = _linear(hidden_states[blocks.tokens[rows]], gate_up_proj[expert])
             gate, up = pre_activation[rows].chunk(2, dim=-1)
-            outputs[rows] = _linear(nn.functional.silu(gate).mul_(up), down_proj[expert])
+            activation = nn.functional.silu(gate).mul_(up)
+            if keep is not None:
+                activation *= keep[rows]
+            outputs[rows] = _linear(activation, down_proj[expert])
         outputs[-1] = 0  # served elsewhere (expert parallelism)
         ctx.save_for_backward(hidden_states, weights, gate_up_proj, down_proj, pre_activation)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.keep = blocks, keep
         per_choice = outputs[blocks.row_of_choice].view(*weights.shape, hidden_states.shape[1])  # (T, K, H)
         return torch.bmm(weights.unsqueeze(1), per_choice).squeeze(1)
 
@@ -176,8 +189,12 @@ class _CpuExperts(torch.autograd.Function):
             silu = gate * sigmoid
             activation = silu * up
             grad_activation = _linear(upstream, down_proj[expert].t())  # (n, I), not yet weighted
+            if ctx.keep is not None:
+                activation *= ctx.keep[rows]
             grad_row_weight[rows] = torch.linalg.vecdot(grad_activation, activation).unsqueeze(-1)
             grad_activation *= row_weight[rows]
+            if ctx.keep is not None:
+                grad_activation *= ctx.keep[rows]
             if grad_down is not None:
                 grad_down[expert] = _linear((upstream * row_weight[rows]).t(), activation.t())
             grad_pre = torch.empty_like(pre_activation[rows])
@@ -193,7 +210,7 @@ class _CpuExperts(torch.autograd.Function):
                 gradient[blocks.idle] = 0
         grad_rows[-1] = 0
         grad_hidden = grad_rows[blocks.row_of_choice].view(*weights.shape, hidden_states.shape[1]).sum(dim=1)
-        return grad_hidden, grad_row_weight[blocks.row_of_choice].view_as(weights), grad_gate_up, grad_down, None
+        return grad_hidden, grad_row_weight[blocks.row_of_choice].view_as(weights), grad_gate_up, grad_down, None, None
 
 
 def group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:

@@ -4,7 +4,7 @@ Shapes: B batch, S sequence, T = B * S tokens, H hidden size, E experts, K exper
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +21,20 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .attention_grinmoe import CACHE, GrinMoeAttention, GrinMoeRotaryEmbedding, take_cache
+from .balance_grinmoe import BalanceWindow, router_z_loss
 from .checkpoint_grinmoe import OfficialCheckpointMixin
 from .configuration_grinmoe import GrinMoeConfig
+from .estimators_grinmoe import RoutingNoise, scale_gradient
 from .experts_grinmoe import GrinMoeExperts
 from .generation_grinmoe import GrinMoeGenerationMixin
 from .layout_grinmoe import register_weight_conversion
-from .routing_grinmoe import RoutingNoise, load_balancing_loss, sparsemixer
+from .routing_grinmoe import (
+    load_balancing_loss,
+    route,
+    routing_generator,
+    routing_seed,
+    within_capacity,
+)
 
 register_weight_conversion()
 
@@ -37,45 +45,115 @@ class GrinMoeRouter(nn.Module):
     Not an nn.Linear: tools that adapt or quantise every linear layer expect one tensor from it.
     """
 
-    def __init__(self, config: GrinMoeConfig):
+    def __init__(self, config: GrinMoeConfig, layer_idx: int | None = None):
         super().__init__()
+        self.layer_idx = layer_idx
         self.num_experts = config.num_local_experts  # read by the library's expert parallelism
         self.top_k = config.num_experts_per_tok
         self.jitter_eps = config.router_jitter_noise
+        self.estimator = config.router_estimator
+        self.capacity_factor = config.router_capacity_factor
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
 
     def forward(
-        self, hidden_states: torch.Tensor, noise: RoutingNoise | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        hidden_states: torch.Tensor,
+        noise: RoutingNoise | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Draws in training are `noise`, or come from `generator`, or from torch's default one.
+
+        Returns:
+            router_logits (T, E); routing_weights (T, K), 0 for a choice beyond an expert's capacity; selected_experts
+            (T, K), what was chosen, dropped or not; and the scale of the experts' own gradient (T, K), or None.
+        """
         router_logits = nn.functional.linear(hidden_states, self.weight)  # (T, E)
-        routing_weights, selected_experts = sparsemixer(
-            router_logits, self.top_k, self.jitter_eps, self.training, noise=noise
+        routing_weights, selected_experts, expert_gradient_scale = route(
+            router_logits,
+            self.top_k,
+            self.jitter_eps,
+            self.training,
+            noise,
+            self.estimator,
+            generator=generator,
+            layer=self.layer_idx,
         )
-        return router_logits, routing_weights, selected_experts
+        if self.training and self.capacity_factor is not None:
+            fits = within_capacity(selected_experts, self.num_experts, self.capacity_factor)
+            routing_weights = routing_weights.masked_fill(~fits, 0.0)
+        return router_logits, routing_weights, selected_experts, expert_gradient_scale
 
 
 class GrinMoeSparseMoeBlock(nn.Module):
-    """Route every token to K experts and sum their weighted outputs. No token is dropped."""
+    """Route every token to K experts and sum their weighted outputs.
 
-    def __init__(self, config: GrinMoeConfig):
+    No token is dropped, unless the config sets `router_capacity_factor` to compare with recipes that do.
+    """
+
+    def __init__(self, config: GrinMoeConfig, layer_idx: int | None = None):
         super().__init__()
+        self.layer_idx = layer_idx
         self.input_jitter_noise = config.input_jitter_noise
-        self.gate = GrinMoeRouter(config)
+        self.gate = GrinMoeRouter(config, layer_idx)
         self.experts = GrinMoeExperts(config)
 
-    def forward(self, hidden_states: torch.Tensor, noise: RoutingNoise | None = None) -> torch.Tensor:
-        """(B, S, H) to (B, S, H). `noise` replays recorded draws in training; None draws them."""
+    def forward(
+        self, hidden_states: torch.Tensor, noise: RoutingNoise | None = None, routing_seed: int | None = None
+    ) -> torch.Tensor:
+        """(B, S, H) to (B, S, H).
+
+        In training `noise` replays recorded draws; else they come from this layer's stream of `routing_seed`, or from
+        torch's default generator where there is none.
+        """
         shape = hidden_states.shape
         hidden_states = hidden_states.reshape(-1, shape[-1])  # (T, H)
+        generator = None
         if self.training:
-            # Once, seen by the router and the experts but not by the residual stream, and never in place.
-            if noise is not None and noise.input_jitter is not None:
-                hidden_states = hidden_states * noise.input_jitter.reshape(hidden_states.shape).to(hidden_states.dtype)
-            elif self.input_jitter_noise > 0:
-                eps = self.input_jitter_noise
-                hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1.0 - eps, 1.0 + eps)
-        _, routing_weights, selected_experts = self.gate(hidden_states, noise)
-        return self.experts(hidden_states, selected_experts, routing_weights).reshape(shape)
+            if routing_seed is not None:
+                generator = routing_generator(routing_seed, self.layer_idx, hidden_states.device)
+            hidden_states = self._jittered(hidden_states, noise, generator)
+        _, routing_weights, selected_experts, expert_gradient_scale = self.gate(hidden_states, noise, generator)
+        if expert_gradient_scale is None:
+            output = self.experts(hidden_states, selected_experts, routing_weights)
+        else:
+            output = self._scaled_gradient_output(
+                hidden_states, selected_experts, routing_weights, expert_gradient_scale
+            )
+        return output.reshape(shape)
+
+    def _jittered(
+        self, hidden_states: torch.Tensor, noise: RoutingNoise | None, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        # Once, seen by the router and the experts but not by the residual stream, and never in place.
+        if noise is not None and noise.input_jitter is not None:
+            return hidden_states * noise.input_jitter.reshape(hidden_states.shape).to(hidden_states.dtype)
+        if self.input_jitter_noise == 0:
+            return hidden_states
+        low, high = 1.0 - self.input_jitter_noise, 1.0 + self.input_jitter_noise
+        return hidden_states * torch.empty_like(hidden_states).uniform_(low, high, generator=generator)
+
+    def _scaled_gradient_output(
+        self,
+        hidden_states: torch.Tensor,
+        selected_experts: torch.Tensor,
+        routing_weights: torch.Tensor,
+        expert_gradient_scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """The experts' output, where only their own gradient is scaled, choice by choice.
+
+        Each choice becomes a token of its own, so that any experts implementation serves. What the weights get is
+        scaled back.
+        """
+        top_k = selected_experts.shape[1]
+        routing_weights = scale_gradient(routing_weights, 1 / expert_gradient_scale)
+        per_choice = self.experts(
+            hidden_states.repeat_interleave(top_k, dim=0),
+            selected_experts.reshape(-1, 1),
+            routing_weights.reshape(-1, 1),
+        )  # (T * K, H)
+        per_choice = scale_gradient(per_choice, expert_gradient_scale.reshape(-1, 1))
+        return per_choice.view(-1, top_k, hidden_states.shape[1]).sum(dim=1)
 
 
 class GrinMoeDecoderLayer(GradientCheckpointingLayer):
@@ -86,7 +164,7 @@ class GrinMoeDecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.hidden_dropout = config.hidden_dropout
         self.self_attn = GrinMoeAttention(config, layer_idx)
-        self.block_sparse_moe = GrinMoeSparseMoeBlock(config)
+        self.block_sparse_moe = GrinMoeSparseMoeBlock(config, layer_idx)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -97,6 +175,7 @@ class GrinMoeDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         routing_noise: Sequence[RoutingNoise] | None = None,
+        routing_seed: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attention_output, _ = self.self_attn(
@@ -110,6 +189,7 @@ class GrinMoeDecoderLayer(GradientCheckpointingLayer):
         moe_output = self.block_sparse_moe(
             self.post_attention_layernorm(hidden_states),
             noise=None if routing_noise is None else routing_noise[self.layer_idx],
+            routing_seed=routing_seed,
         )
         return hidden_states + self._dropout(moe_output)
 
@@ -131,10 +211,12 @@ class GrinMoeModelOutputWithPast(MoeModelOutputWithPast):
 class GrinMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """Output of [`GrinMoeForCausalLM`].
 
-    Beyond Transformers' fields: `selected_experts`, one (T, K) int64 per layer, with `output_router_logits=True`.
+    Beyond Transformers' fields: `selected_experts`, one (T, K) int64 per layer, with `output_router_logits=True`; and
+    `z_loss`, the unscaled router z-loss, where `router_z_loss_coef` is not 0 and the balance loss is computed.
     """
 
     selected_experts: tuple[torch.Tensor, ...] | None = None
+    z_loss: torch.Tensor | None = None
 
 
 class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
@@ -175,6 +257,12 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, GrinMoeRotaryEmbedding) and module.rope_type == "longrope":
             init.copy_(module.long_inv_freq, module.long_rope_init(module.config))
+
+    def _ranks_per_batch(self) -> int:
+        """How many consecutive ranks share a batch: the tensor-parallel group's size, 1 without one."""
+        # The library writes it to the config that all parts of a model share; `tp_size` is known to the outermost only.
+        distributed_config = self.config.__dict__.get("distributed_config")
+        return 1 if distributed_config is None else max(1, distributed_config.tp_size)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -236,6 +324,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             position_ids: (B, S); by default the positions after what the cache holds, for every row alike.
             past_key_values: any Transformers cache; since Transformers 5.24 it may be called `cache`.
             routing_noise: one `RoutingNoise` per layer, to replay recorded draws in training.
+            routing_seed: int from which the layers' draws in training follow; by default drawn from torch's generator
+                and agreed on by the ranks that share a batch (docs/numerics.md).
             output_router_logits, output_selected_experts, output_hidden_states, output_attentions: what to record.
 
         Raises:
@@ -270,6 +360,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             position_ids=position_ids,
             **{CACHE: cache},
         )
+        if self.training and kwargs.get("routing_seed") is None:
+            kwargs["routing_seed"] = routing_seed(inputs_embeds.device, self._ranks_per_batch())
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
@@ -313,6 +405,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
         self.model = GrinMoeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.balance_window = BalanceWindow()
         self.post_init()
 
     @can_return_tuple
@@ -333,16 +426,16 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
         Args:
             labels: (B, S), -100 where no loss is wanted; shifted inside. The loss is the mean cross entropy, or its sum
                 over `num_items_in_batch` where the Trainer gives it.
-            output_router_logits: return router_logits, selected_experts and the unscaled aux_loss; with `labels` the
-                loss then includes `router_aux_loss_coef * aux_loss`. In training it does so in any case.
+            output_router_logits: return router_logits, selected_experts and the unscaled aux_loss (and z_loss); with
+                `labels` the loss then includes them, times their coefficients. In training it does so in any case.
             logits_to_keep: the last n positions (0: all), or positions (n,) or (B, n), or a (B, S) bool mask.
 
         Others as in [`GrinMoeModel`]. Example: see the model card.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        trains_balance = self.training and labels is not None and self.config.router_aux_loss_coef > 0
-        records_routing = output_router_logits or trains_balance
+        has_router_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
+        records_routing = output_router_logits or (self.training and labels is not None and has_router_loss)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -354,18 +447,19 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             output_selected_experts=records_routing,
             **kwargs,
         )
+        share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+        losses_of_router = self._router_losses(outputs, attention_mask, share) if records_routing else None
         logits = self.lm_head(_keep_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = aux_loss = None
+        loss = aux_loss = z_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        if records_routing:
-            aux_loss = self._balance_loss(outputs, attention_mask)
-            if loss is not None:
-                share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
-                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+        if losses_of_router is not None:
+            aux_loss, z_loss, weighted = losses_of_router()
+            loss = None if loss is None else loss + weighted.to(loss.device)
         return GrinMoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
+            z_loss=z_loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -374,22 +468,39 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             **{CACHE: outputs.get(CACHE)},
         )
 
-    def _balance_loss(self, outputs: GrinMoeModelOutputWithPast, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _router_losses(
+        self, outputs: GrinMoeModelOutputWithPast, attention_mask: torch.Tensor | None, share: torch.Tensor | None
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+        """Start the router's losses; the result waits for what other ranks have to say.
+
+        It gives the unscaled balance loss, the unscaled z-loss or None, and their sum weighted by the coefficients and
+        by the micro-batch's share of the optimizer step.
+        """
+        config = self.config
         if attention_mask is not None:
             # With a cache the mask also covers what is cached; a prepared 4-D mask does not tell padding.
             sequence = outputs.last_hidden_state.shape[1]
             attention_mask = attention_mask[:, -sequence:] if attention_mask.dim() == 2 else None
-        scope = self.config.router_aux_loss_scope
-        if scope == "global" and not self.training:
-            # Ranks evaluate and generate at their own pace: a collective here would wait for ever.
-            scope = "local"
-        return load_balancing_loss(
-            outputs.router_logits,
-            outputs.selected_experts,
-            self.config.num_experts_per_tok,
-            scope,
-            attention_mask,
-        )
+        routing = outputs.router_logits, outputs.selected_experts, config.num_experts_per_tok
+        pending = None
+        # Ranks evaluate and generate at their own pace: a collective there would wait for ever.
+        if config.router_aux_loss_scope == "global" and self.training:
+            pending = self.balance_window.start(*routing, attention_mask, share, self._ranks_per_batch())
+
+        def finish():
+            if pending is None:
+                scope = "local" if config.router_aux_loss_scope == "global" else config.router_aux_loss_scope
+                aux_loss, aux_share = load_balancing_loss(*routing, scope, attention_mask), share
+            else:
+                aux_loss, aux_share = pending.finish()
+            weighted = config.router_aux_loss_coef * _times(aux_loss, aux_share)
+            z_loss = None
+            if config.router_z_loss_coef > 0:
+                z_loss = router_z_loss(outputs.router_logits, attention_mask)
+                weighted = weighted + config.router_z_loss_coef * _times(z_loss, share)
+            return aux_loss, z_loss, weighted
+
+        return finish
 
 
 class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoePreTrainedModel):
@@ -417,16 +528,20 @@ def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Ten
     return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
-def _share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-    """Share of this micro-batch in the optimizer step, by target tokens.
+def _share_of_batch(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
+    """Share of this micro-batch in the optimizer step, by target tokens; None where the step is one forward.
 
     The Trainer adds up the losses of a step's micro-batches. The language loss is divided by the step's
-    `num_items_in_batch` and adds up to a mean; weighted by this share the balance loss does too, so that it does not
+    `num_items_in_batch` and adds up to a mean; weighted by this share the router's losses do too, so that they do not
     grow with gradient accumulation.
     """
-    if num_items_in_batch is None:
-        return 1.0
+    if labels is None or num_items_in_batch is None:
+        return None
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
+def _times(loss: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
+    return loss if share is None else loss * share.to(loss.device)
 
 
 # The names in the released config.json's auto_map and its file.

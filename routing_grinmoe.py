@@ -1,37 +1,37 @@
-"""Routing of GRIN-MoE: SparseMixer-v2 and the balance losses, as pure functions of tensors.
+"""Routing of GRIN-MoE as functions of tensors: sparsemixer, its noise and its checks, capacity, the balance loss.
 
 Source: "GRIN: GRadient-INformed MoE", arXiv:2409.12136, sections 2 and 3, and the behaviour of the released code,
 which decides where the two differ (the differences are named at each function).
 
-Shapes: T tokens, E experts, K experts per token.
+Shapes: T tokens, E experts, K experts per token, L layers. The estimators themselves are in estimators_grinmoe.py.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
-# The released literal; Heun's rule has 1/3 (Algorithm 1).
-_HEUN_SCALE = 0.3333
-# A non-argmax draw keeps its full weight when its uniform draw exceeds this: probability 1/4 (Algorithm 1).
-_HEUN_THRESHOLD = 0.75
+from .estimators_grinmoe import ESTIMATORS, Routing, RoutingNoise, masked_softmax
 
 
-class RoutingNoise(NamedTuple):
-    """The random draws of one routing decision, so that it can be replayed.
+class NonFiniteRouterLogitsError(ValueError):
+    """Router logits that no choice can be made from: NaN, +inf, or fewer finite ones than a token needs experts.
 
     Attributes:
-        exponential: (K, T, E) unit exponentials; draw k samples argmax(z - log exponential[k]).
-        uniform: (K, T, 1) uniforms in [0, 1) that choose between full and Heun-scaled weight.
-        input_jitter: (T, H) factors for the MoE block's input, or None to draw them. Not used by `sparsemixer`.
+        layer: index of the layer, where it is known.
+        step: optimizer step, where it is known.
     """
 
-    exponential: torch.Tensor
-    uniform: torch.Tensor
-    input_jitter: torch.Tensor | None = None
+    def __init__(self, problem: str, layer: int | None = None, step: int | None = None):
+        super().__init__(problem)
+        self.layer = layer
+        self.step = step
+
+    def __str__(self) -> str:
+        where = [f"layer {self.layer}"] * (self.layer is not None) + [f"step {self.step}"] * (self.step is not None)
+        return f"{', '.join(where)}{': ' if where else ''}{self.args[0]}"
 
 
 def draw_routing_noise(
@@ -48,12 +48,58 @@ def draw_routing_noise(
     return RoutingNoise(exponential, uniform)
 
 
+def routing_generator(seed: int, stream: int, device: torch.device | str) -> torch.Generator:
+    """A generator on `device` for one stream (a layer, a rank) of a seed.
+
+    Seed and stream are mixed by the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), so that neighbours are
+    unrelated: the CPU's generator looks at 32 bits of its seed only.
+    """
+    return torch.Generator(device).manual_seed(mix_seed(seed, stream))
+
+
+def mix_seed(seed: int, stream: int) -> int:
+    """A seed in [0, 2**63) for one stream of `seed`."""
+    bits = (seed + (stream + 1) * 0x9E3779B97F4A7C15) % 2**64
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+    return (bits ^ (bits >> 31)) >> 1
+
+
+def routing_seed(device: torch.device, ranks_per_batch: int = 1) -> int | None:
+    """The seed of one training forward: the layers' draws follow from it, on recomputation too.
+
+    It is drawn from torch's CPU generator, so that runs repeat with their seed and resume with its state. Ranks that
+    share a batch take the seed of the first of them; the others' are made to differ, whether or not they were seeded
+    alike.
+
+    Args:
+        device: of the model's input.
+        ranks_per_batch: how many consecutive ranks share a batch (tensor parallel). Above 1 this is a collective.
+
+    Returns:
+        The seed, or None where seeded generators do not work: compiled code, and the meta device.
+    """
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return None
+    seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+    ranks = number_of_ranks()
+    if ranks == 1:
+        return seed
+    batch = dist.get_rank() // ranks_per_batch
+    if ranks_per_batch > 1:
+        seeds = torch.empty(ranks, dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(seeds, torch.tensor([seed], device=device))
+        seed = int(seeds[batch * ranks_per_batch])
+    return mix_seed(seed, batch)
+
+
 def sparsemixer(
     router_logits: torch.Tensor,
     top_k: int,
     jitter_eps: float,
     training: bool,
     noise: RoutingNoise | None = None,
+    estimator: str = "sparsemixer_v2",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose K experts for each token (GRIN Algorithm 3; SparseMixer-v2, Algorithm 1, in training).
 
@@ -63,96 +109,97 @@ def sparsemixer(
     not renormalised: they do not sum to 1. All arithmetic is in the logits' dtype, as released.
 
     Args:
-        router_logits: (T, E), floating point.
+        router_logits: (T, E), floating point. -inf closes an expert to a token.
         top_k: K, from 1 to E.
         jitter_eps: half-width eps of the mask (the config's `router_jitter_noise`), at least 0.
         training: sample (True) or take the argmax (False).
         noise: the draws to use in training; None draws them from torch's generator. Ignored in evaluation.
+        estimator: one of `ESTIMATORS`, each described at its function.
 
     Returns:
-        routing_weights (T, K) in the logits' dtype, differentiable; selected_experts (T, K) int64.
+        routing_weights (T, K) in the logits' dtype, differentiable; selected_experts (T, K) int64. What the estimator
+        asks of the experts' own gradient is in [`route`].
 
     Raises:
-        ValueError: `router_logits` is not (T, E), `top_k` is not in [1, E], `jitter_eps` is negative, or `noise` does
-            not have the shapes of [`RoutingNoise`].
+        ValueError: `router_logits` is not (T, E), `top_k` is not in [1, E], `jitter_eps` is negative, `estimator` is
+            unknown, or `noise` does not have the shapes of [`RoutingNoise`].
+        NonFiniteRouterLogitsError: a ValueError, see [`check_router_logits`].
     """
-    _check_arguments(router_logits, top_k, jitter_eps, noise if training else None)
-    if training and noise is None:
-        noise = draw_routing_noise(router_logits, top_k)
-    remaining = router_logits.detach()  # (T, E), -inf where an earlier choice took the expert
-    routing_weights, selected_experts = [], []
-    for k in range(top_k):
-        masked_probs, dropped = masked_softmax(router_logits.detach(), remaining, jitter_eps)
-        greedy = remaining.argmax(dim=-1, keepdim=True)  # (T, 1)
-        if training:
-            choice = _sample(remaining, dropped, noise.exponential[k])
-            scale = _heun_scale(choice == masked_probs.argmax(dim=-1, keepdim=True), noise.uniform[k], masked_probs)
-        else:
-            choice, scale = greedy, None
-        routing_weights.append(_ScoreFunctionWeight.apply(router_logits, masked_probs, choice, scale))
-        selected_experts.append(choice)
-        remaining = remaining.scatter(-1, choice, float("-inf"))
-    return torch.cat(routing_weights, dim=-1), torch.cat(selected_experts, dim=-1)
+    routing = route(router_logits, top_k, jitter_eps, training, noise, estimator)
+    return routing.routing_weights, routing.selected_experts
 
 
-def masked_softmax(
-    router_logits: torch.Tensor, remaining: torch.Tensor, jitter_eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """MaskedSoftmax over the remaining experts: those too far below the best get probability 0.
+def route(
+    router_logits: torch.Tensor,
+    top_k: int,
+    jitter_eps: float,
+    training: bool,
+    noise: RoutingNoise | None = None,
+    estimator: str = "sparsemixer_v2",
+    generator: torch.Generator | None = None,
+    layer: int | None = None,
+) -> Routing:
+    """As [`sparsemixer`], with all that an estimator asks for. Missing noise is drawn from `generator`; `layer` is named
+    in errors.
+    """
+    _check_arguments(router_logits, top_k, jitter_eps, noise if training else None, estimator)
+    check_router_logits(router_logits, top_k, layer)
+    if training and noise is None and estimator != "topk":
+        noise = draw_routing_noise(router_logits, top_k, generator)
+    return ESTIMATORS[estimator](router_logits, top_k, jitter_eps, noise if training else None)
 
-    The released rule keeps expert i when (top - z_i) / max(|z_i|, top) <= 2 eps, top being the best remaining logit
-    and 0/0 counting as kept. (GRIN Eq. 2 has z* - z_i <= r (|z_i| + |z*|); 0.06 % of random rows differ.)
+
+def within_capacity(selected_experts: torch.Tensor, num_experts: int, capacity_factor: float) -> torch.Tensor:
+    """Which choices fit when an expert takes at most ceil(capacity_factor * T * K / E) of them (GShard, Switch).
+
+    All first choices come before all second ones, and tokens in their order, padding included.
 
     Args:
-        router_logits: (T, E) the raw logits, whose |z_i| the rule uses.
-        remaining: (T, E) the same with -inf for the experts already chosen.
-        jitter_eps: eps.
+        selected_experts: (T, K).
+        num_experts: E.
+        capacity_factor: 1 gives every expert an even share, and no more.
 
     Returns:
-        masked_probs (T, E), summing to 1; dropped (T, E) bool, experts with probability 0.
+        (T, K) bool; False is a choice that is dropped.
     """
-    top = remaining.amax(dim=-1, keepdim=True)
-    gap = (top - router_logits) / router_logits.abs().clamp(min=top)
-    # NaN (0/0) compares false: kept.
-    dropped = (gap > 2 * jitter_eps) | (remaining == float("-inf"))
-    return torch.softmax(remaining.masked_fill(dropped, float("-inf")), dim=-1), dropped
+    num_tokens, top_k = selected_experts.shape
+    capacity = math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+    one_hot = torch.nn.functional.one_hot(selected_experts.t().reshape(-1), num_experts)  # (K * T, E)
+    place = (one_hot.cumsum(0) * one_hot).sum(-1)  # 1 for the first that an expert gets
+    return (place <= capacity).view(top_k, num_tokens).t()
 
 
-def _sample(remaining: torch.Tensor, dropped: torch.Tensor, exponential: torch.Tensor) -> torch.Tensor:
-    """One draw per row from the masked softmax by the Gumbel trick: -log(exponential) is Gumbel noise. (T, 1)."""
-    perturbed = remaining - exponential.log()
-    return perturbed.masked_fill(dropped, float("-inf")).argmax(dim=-1, keepdim=True)
-
-
-def _heun_scale(is_argmax: torch.Tensor, uniform: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """m of Algorithm 1: 1 for the argmax; else 1 with probability 1/4 and 0.3333 otherwise. (T, 1)."""
-    full = is_argmax | (uniform > _HEUN_THRESHOLD)
-    return torch.where(full, 1.0, _HEUN_SCALE).to(like.dtype)
-
-
-class _ScoreFunctionWeight(torch.autograd.Function):
-    """Weight of the chosen expert, `scale * p_D`, whose backward ignores `scale`.
-
-    dL/dz_j = g * p_D * (1[j = D] - p_j) with g = dL/d(weight): Algorithm 1's router gradient, and with no scale the
-    plain derivative of the masked softmax. One kept expert (p_D = 1) gives zero.
+def check_router_logits(router_logits: torch.Tensor, top_k: int, layer: int | None = None) -> None:
     """
+    Raises:
+        NonFiniteRouterLogitsError: a token has NaN or +inf among its logits, or fewer than K finite ones.
 
-    @staticmethod
-    def forward(ctx, router_logits, masked_probs, choice, scale):
-        chosen_prob = masked_probs.gather(-1, choice)  # (T, 1)
-        ctx.save_for_backward(masked_probs, choice, chosen_prob)
-        return chosen_prob.clone() if scale is None else chosen_prob * scale
+    On a CPU only. Elsewhere the check would make the host wait for the device in every layer; the training monitor
+    (`RoutingMonitor`) makes it once per step there.
+    """
+    if router_logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    finite = router_logits.isfinite()
+    # The common case costs one reduction.
+    if bool(finite.all()):
+        return
+    impossible = router_logits.isnan() | (router_logits == float("inf"))
+    bad = impossible.any(-1) | (finite.sum(-1) < top_k)
+    if bool(bad.any()):
+        raise NonFiniteRouterLogitsError(
+            f"{int(bad.sum())} of {bad.numel()} tokens have router logits that are NaN or infinite "
+            f"({int(router_logits.isnan().sum())} NaN, {int(router_logits.isinf().sum())} infinite in all), so no expert "
+            "can be chosen; look for the first step with a large loss or gradient, and lower the learning rate or clip "
+            "gradients there",
+            layer,
+        )
 
-    @staticmethod
-    @once_differentiable  # an estimate has no derivative of its own
-    def backward(ctx, grad_weight):
-        masked_probs, choice, chosen_prob = ctx.saved_tensors
-        grad_choice = grad_weight * chosen_prob
-        grad_logits = (-grad_choice * masked_probs).scatter_add(-1, choice, grad_choice)
-        return grad_logits, None, None, None
 
-
-def _check_arguments(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> None:
+def _check_arguments(
+    router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None, estimator: str
+) -> None:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}")
     if router_logits.dim() != 2 or not router_logits.is_floating_point():
         raise ValueError(
             f"router_logits has shape {tuple(router_logits.shape)} and dtype {router_logits.dtype}; give floating-point "
@@ -186,8 +233,8 @@ def load_balancing_loss(
 
     * `released`: the tokens of all layers pooled, f from the plain top-k of the softmax, as in the released code.
     * `local`: per layer, f from the experts that were actually chosen; mean over layers (GRIN section 3.3).
-    * `global`: as `local`, with f counted over all data-parallel ranks. P stays local, which is exact because
-      gradients are averaged over ranks; ranks that share their data (tensor parallel) do not change a share.
+    * `global`: as `local`, with f and the number of tokens counted over all ranks. Each rank returns its own tokens'
+      part, so that the mean over ranks, of losses and of gradients, is that of the whole batch.
 
     Args:
         router_logits: one (T, E) per layer.
@@ -204,33 +251,94 @@ def load_balancing_loss(
     """
     if scope not in ("released", "local", "global"):
         raise ValueError(f"scope={scope!r} is unknown; choose released, local or global")
-    logits = torch.stack([layer.float() for layer in router_logits])  # (L, T, E)
-    probs = torch.softmax(logits, dim=-1)
-    num_layers, num_tokens, num_experts = probs.shape
-    valid = torch.ones(num_tokens, device=probs.device) if attention_mask is None else attention_mask
-    valid = valid.reshape(-1).to(probs.device, torch.float32)  # (T,)
+    probs, valid = router_probs(router_logits, attention_mask)
+    if scope == "released":
+        counts = expert_counts(probs.detach().topk(top_k, dim=-1).indices, probs.shape[-1], valid)
+        # Every layer has the same tokens, so pooled means are means of the layers' means.
+        pooled = probs.mean(0, keepdim=True)
+        return balance_of_counts(pooled, valid, counts.mean(0, keepdim=True), top_k)
+    if selected_experts is None:
+        raise ValueError(f"scope={scope!r} counts the chosen experts; give selected_experts, one (T, K) per layer")
+    counts = expert_counts(selected_experts, probs.shape[-1], valid)
+    ranks = number_of_ranks() if scope == "global" else 1
+    if ranks > 1:
+        dist.all_reduce(counts)
+    return balance_of_counts(probs, valid, counts, top_k, ranks=ranks)
+
+
+def router_probs(
+    router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain softmax of all layers, (L, T, E) float32, and (T,) float32: 1 for tokens, 0 for padding.
+
+    Raises:
+        ValueError: the mask marks another number of positions than the router saw.
+    """
+    device = router_logits[0].device
+    probs = torch.softmax(torch.stack([layer.to(device, torch.float32) for layer in router_logits]), dim=-1)
+    num_tokens = probs.shape[1]
+    if attention_mask is None:
+        return probs, torch.ones(num_tokens, device=device)
+    valid = attention_mask.reshape(-1).to(device, torch.float32)
     if valid.shape[0] != num_tokens:
         raise ValueError(
             f"attention_mask marks {valid.shape[0]} positions, the router saw {num_tokens}; give a mask of shape "
             "(batch, sequence) for this very batch"
         )
-    if scope == "released":
-        chosen = probs.detach().topk(top_k, dim=-1).indices
-    else:
-        chosen = torch.stack([layer.to(probs.device) for layer in selected_experts])
-    with torch.no_grad():
-        weight = valid.repeat_interleave(chosen.shape[-1]).expand(num_layers, -1)  # (L, T * K)
-        # (L, E + 1): tokens of each expert, and the number of tokens, which travels in the same collective.
-        counts = torch.zeros(num_layers, num_experts + 1, device=probs.device)
-        counts.scatter_add_(1, chosen.reshape(num_layers, -1), weight)
-        counts[:, -1] = valid.sum()
-        if scope == "global" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(counts)
-        expert_fraction = counts[:, :-1] / counts[:, -1:].clamp(min=1.0)  # (L, E)
-    mean_probs = torch.einsum("lte,t->le", probs, valid) / valid.sum().clamp(min=1.0)  # (L, E)
-    if scope == "released":
-        expert_fraction, mean_probs = expert_fraction.mean(0, keepdim=True), mean_probs.mean(0, keepdim=True)
-    return num_experts * (expert_fraction * mean_probs).sum(-1).mean()
+    return probs, valid
 
 
-__all__ = ["RoutingNoise", "draw_routing_noise", "load_balancing_loss", "masked_softmax", "sparsemixer"]
+@torch.no_grad()
+def expert_counts(
+    selected_experts: torch.Tensor | tuple[torch.Tensor, ...], num_experts: int, valid: torch.Tensor
+) -> torch.Tensor:
+    """How many choices each expert got, (L, E) float32: of (L, T, K) choices, those of tokens with `valid` (T,) 1."""
+    chosen = torch.stack([layer.to(valid.device) for layer in selected_experts])
+    num_layers, _, top_k = chosen.shape
+    weight = valid.repeat_interleave(top_k).expand(num_layers, -1)  # (L, T * K)
+    counts = torch.zeros(num_layers, num_experts, device=valid.device)
+    return counts.scatter_add_(1, chosen.reshape(num_layers, -1), weight)
+
+
+def balance_of_counts(
+    probs: torch.Tensor,
+    valid: torch.Tensor,
+    counts: torch.Tensor,
+    top_k: int,
+    earlier_counts: torch.Tensor | None = None,
+    ranks: int = 1,
+) -> torch.Tensor:
+    """E * sum_e f_e P_e, mean over layers.
+
+    Args:
+        probs: (L, T, E) of this rank's tokens.
+        valid: (T,) 1 for tokens.
+        counts: (L, E) choices of these tokens and of all other ranks'. Their sum tells how many tokens there are.
+        top_k: K.
+        earlier_counts: (L, E) to be added for f.
+        ranks: how many ranks `counts` is of; the mean of their results is the loss of all tokens.
+    """
+    num_tokens = counts.sum(-1, keepdim=True) / top_k  # (L, 1)
+    mean_probs = ranks * torch.einsum("lte,t->le", probs, valid) / num_tokens.clamp(min=1.0)
+    if earlier_counts is not None:
+        counts = counts + earlier_counts
+    expert_fraction = counts * top_k / counts.sum(-1, keepdim=True).clamp(min=1.0)  # (L, E)
+    return probs.shape[-1] * (expert_fraction * mean_probs).sum(-1).mean()
+
+
+def number_of_ranks() -> int:
+    """Processes of the default group, 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+__all__ = [
+    "ESTIMATORS",
+    "NonFiniteRouterLogitsError",
+    "Routing",
+    "RoutingNoise",
+    "draw_routing_noise",
+    "load_balancing_loss",
+    "masked_softmax",
+    "route",
+    "sparsemixer",
+]

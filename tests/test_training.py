@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 import grinmoe.modeling_grinmoe as modeling
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification
-from grinmoe.routing_grinmoe import load_balancing_loss, sparsemixer
+from grinmoe.routing_grinmoe import load_balancing_loss, route
 
 SEQUENCE = 12
 
@@ -49,10 +49,10 @@ def train(model, dataset, folder, resume=None, **overrides) -> Trainer:
 def greedy_routing(monkeypatch):
     """Training without sampling, where runs with different batch shapes are to be compared exactly."""
 
-    def evaluate(router_logits, top_k, jitter_eps, training, noise=None):
-        return sparsemixer(router_logits, top_k, jitter_eps, False)
+    def evaluate(router_logits, top_k, jitter_eps, training, *args, **kwargs):
+        return route(router_logits, top_k, jitter_eps, False)
 
-    monkeypatch.setattr(modeling, "sparsemixer", evaluate)
+    monkeypatch.setattr(modeling, "route", evaluate)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -239,7 +239,8 @@ def test_the_global_scope_talks_to_other_ranks_in_training_only(tiny_model, data
     calls = []
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 2)
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: calls.append(tensor.shape))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group=None: 0)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, **kwargs: calls.append(tensor.shape))
     model = tiny_model(router_aux_loss_coef=0.1, router_aux_loss_scope="global", output_router_logits=True)
     batch = torch.stack([row["input_ids"] for row in dataset[:2]])
     model(input_ids=batch, labels=batch)
