@@ -20,6 +20,8 @@ ROUTER_ESTIMATORS = (
     "sparsemixer_v2_star",
     "sparsemixer_togo",
     "sparsemixer_joint",
+    "sparsemixer_unscaled",
+    "sparsemixer_centred",
     "topk",
 )
 ROUTER_AUX_LOSS_SCOPES = ("released", "local", "global")

@@ -127,6 +127,13 @@ def _to_go(contributions: torch.Tensor) -> torch.Tensor:
     return contributions.flip(-1).cumsum(-1).flip(-1)
 
 
+def _to_go_centred(contributions: torch.Tensor) -> torch.Tensor:
+    """As `_to_go`, less the mean over the other tokens."""
+    credit = _to_go(contributions)
+    others = max(1, len(credit) - 1)
+    return credit - (credit.sum(0, keepdim=True) - credit) / others
+
+
 def _joint(contributions: torch.Tensor) -> torch.Tensor:
     """Every draw answers for the whole output."""
     return contributions.sum(-1, keepdim=True).expand_as(contributions)
@@ -215,6 +222,26 @@ def _sparsemixer_joint(router_logits, top_k: int, jitter_eps: float, noise: Rout
     return Routing(_weights(router_logits, choices, scale, _joint), choices.experts)
 
 
+def _sparsemixer_unscaled(router_logits, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> Routing:
+    """As `togo` with m = 1: exact for a linear loss, and training sees experts' outputs as evaluation does, unshrunk.
+
+    What Heun's rule corrects beyond first order is given up for that.
+    """
+    choices = _choose(router_logits, top_k, jitter_eps, noise)
+    scale = None if noise is None else torch.ones_like(choices.experts, dtype=choices.probs.dtype)
+    return Routing(_weights(router_logits, choices, scale, _to_go), choices.experts)
+
+
+def _sparsemixer_centred(router_logits, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> Routing:
+    """As `togo`, with a baseline: from a draw's credit the mean of the other tokens' is subtracted.
+
+    The score's expectation is zero, so what does not depend on the draw changes the variance only.
+    """
+    choices = _choose(router_logits, top_k, jitter_eps, noise)
+    scale = _draw_scale(choices, noise, 1 / 4, _RELEASED_THIRD)
+    return Routing(_weights(router_logits, choices, scale, _to_go_centred), choices.experts)
+
+
 def _topk(router_logits, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> Routing:
     """The gating of GShard, and with K = 1 of the Switch Transformer: no mask, no sampling, the gradient of the gate.
 
@@ -231,6 +258,8 @@ ESTIMATORS: dict[str, Callable[..., Routing]] = {
     "sparsemixer_v2_star": _sparsemixer_v2_star,
     "sparsemixer_togo": _sparsemixer_togo,
     "sparsemixer_joint": _sparsemixer_joint,
+    "sparsemixer_unscaled": _sparsemixer_unscaled,
+    "sparsemixer_centred": _sparsemixer_centred,
     "topk": _topk,
 }
 

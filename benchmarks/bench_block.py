@@ -25,9 +25,10 @@ from torch import nn
 from transformers import PhimoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 
-from benchmarks.protocol import Timing, interleave, markdown_table, write_result
+from benchmarks.protocol import Timing, interleave, write_result
 from grinmoe import GrinMoeConfig
 from grinmoe.modeling_grinmoe import GrinMoeSparseMoeBlock
+from grinmoe.provenance import markdown_table
 
 TOP_K = 2
 BASELINE = "transformers phimoe, eager"

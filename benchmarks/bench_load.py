@@ -33,7 +33,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protocol import ROOT, markdown_table, write_result
+from benchmarks.protocol import write_result
+from grinmoe.provenance import CHECKOUT, markdown_table
 
 ARMS = ("grinmoe", "transformers phimoe")
 MAX_SHARD_SIZE = "400MB"
@@ -173,7 +174,7 @@ def _drop_from_page_cache(file: Path) -> None:
 
 def _child(task: str, *arguments: object, prefix: list[str] | None = None) -> dict[str, Any]:
     command = [*(prefix or []), sys.executable, "-m", "benchmarks.bench_load", task, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -7,13 +7,9 @@ versions, commit and command. A number that has no such file under `benchmarks/r
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from grinmoe.provenance import CHECKOUT, environment, write_beside
+
+RESULTS = CHECKOUT / "benchmarks" / "results"
 
 
 @dataclass
@@ -66,27 +63,6 @@ def interleave(arms: dict[str, Callable[[int], Any]], warmup: int = 5, rounds: i
     return timings
 
 
-def environment() -> dict[str, Any]:
-    """What a result was measured on. Imports torch and transformers."""
-    import torch
-    import transformers
-
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _commit(),
-        "command": " ".join(["python", "-m", "benchmarks", *map(shlex.quote, sys.argv[1:])]),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": f"{platform.system()} {platform.release()}",
-    }
-
-
 def write_result(name: str, facts: dict[str, Any], report: str) -> Path:
     """
     Write `results/DATE-NAME-DEVICE.json` and `.md`.
@@ -99,42 +75,13 @@ def write_result(name: str, facts: dict[str, Any], report: str) -> Path:
     Returns:
         Path of the Markdown file.
     """
-    stamp = environment()
+    stamp = environment(" ".join(["python", "-m", "benchmarks", *map(shlex.quote, sys.argv[1:])]))
     device = "gpu" if stamp["gpu"] else "cpu"
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{stamp['date'][:10]}-{name}-{device}"
-    _write(path.with_suffix(".json"), json.dumps({"environment": stamp, **facts}, indent=2) + "\n")
+    write_beside(path.with_suffix(".json"), json.dumps({"environment": stamp, **facts}, indent=2) + "\n")
     rows = "\n".join(f"| {key} | {value} |" for key, value in stamp.items() if value is not None)
-    _write(path.with_suffix(".md"), f"# {name}\n\n{report.strip()}\n\n## Measured on\n\n| | |\n|---|---|\n{rows}\n")
+    write_beside(
+        path.with_suffix(".md"), f"# {name}\n\n{report.strip()}\n\n## Measured on\n\n| | |\n|---|---|\n{rows}\n"
+    )
     return path.with_suffix(".md")
-
-
-def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def _commit() -> str:
-    """Short hash of the checkout, with -dirty where files other than results differ from it; "unknown" outside of git."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD")
-    dirty = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-    return f"{commit}-dirty" if commit and dirty else commit or "unknown"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
