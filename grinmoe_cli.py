@@ -73,7 +73,7 @@ def _add_compare(commands) -> None:
     )
     compare.add_argument("--output", required=True, metavar="DIR", help="new folder, or one to go on in")
     compare.add_argument("--seeds", type=int, metavar="N", help="runs per arm (default: 3)")
-    compare.add_argument("--steps", type=int, metavar="N", help="optimizer steps of a run (default: 500; GPU: 4000)")
+    compare.add_argument("--steps", type=int, metavar="N", help="optimizer steps of a run (default: 400; GPU: 4000)")
     compare.add_argument(
         "--arms", nargs="+", metavar="NAME", help="some arms only (default: all; an unknown one lists them)"
     )
