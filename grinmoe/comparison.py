@@ -389,7 +389,6 @@ def _arguments(settings: CompareSettings, seed: int, scratch: Path) -> TrainingA
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
-        dataloader_drop_last=True,
         seed=seed,
         prediction_loss_only=True,
     )

@@ -10,8 +10,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import grinmoe.modeling_grinmoe as modeling
-from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification
-from grinmoe.routing_grinmoe import load_balancing_loss, route
+from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, experts_grinmoe
+from grinmoe.configuration_grinmoe import ROUTER_ESTIMATORS
+from grinmoe.routing_grinmoe import RoutingNoise, draw_routing_noise, load_balancing_loss, route
 
 SEQUENCE = 12
 
@@ -55,16 +56,39 @@ def greedy_routing(monkeypatch):
     monkeypatch.setattr(modeling, "route", evaluate)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_resume_is_bit_identical(tiny_model, dataset, tmp_path, checkpointing):
+@pytest.fixture
+def repeated_draws(monkeypatch):
+    """Sampled routing with the same draws for every row of a batch, so that batches can be cut by rows."""
+
+    def with_draws(router_logits, top_k, jitter_eps, training, *args, layer=None, generator=None, **kwargs):
+        one = draw_routing_noise(router_logits[:SEQUENCE], top_k, torch.Generator().manual_seed(layer))
+        rows = len(router_logits) // SEQUENCE
+        noise = RoutingNoise(one.exponential.repeat(1, rows, 1), one.uniform.repeat(1, rows, 1))
+        return route(router_logits, top_k, jitter_eps, training, noise, *args[1:], layer=layer, **kwargs)
+
+    monkeypatch.setattr(modeling, "route", with_draws)
+
+
+@pytest.mark.parametrize(
+    "estimator, checkpointing", [("sparsemixer_v2", False), *((name, True) for name in ROUTER_ESTIMATORS)]
+)
+def test_resume_is_bit_identical(tiny_model, dataset, tmp_path, estimator, checkpointing):
     """Sampled routing, input jitter and dropout included: 2 steps, a stop and 2 more are 4 steps."""
-    options = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    options = {
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
     build = functools.partial(
         tiny_model,
         router_jitter_noise=0.2,
         router_aux_loss_coef=0.01,
         hidden_dropout=0.1,
-        router_aux_loss_scope="local",
+        expert_dropout=0.1,
+        router_aux_loss_scope="global",
+        router_estimator=estimator,
+        router_z_loss_coef=0.01,
     )
     straight = train(build(), dataset, tmp_path / "straight", **options).model
     first = train(build(), dataset, tmp_path / "half", save_strategy="steps", save_steps=2, **options)
@@ -136,6 +160,33 @@ def test_accumulation_does_not_change_the_step(tiny_model, tmp_path, greedy_rout
         torch.testing.assert_close(found[4][1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+# The baseline is of the tokens of one forward, so it is the one estimator that depends on how a batch is cut.
+@pytest.mark.parametrize("estimator", [name for name in ROUTER_ESTIMATORS if name != "sparsemixer_centred"])
+def test_accumulation_does_not_change_the_estimate(tiny_model, dataset, tmp_path, repeated_draws, estimator):
+    """Sampled routing: the router's and all other gradients of GA 1 and GA 4, within float32 rounding."""
+    found = []
+    for accumulation in (1, 4):
+        model = tiny_model(input_jitter_noise=0.0, router_estimator=estimator, router_jitter_noise=0.4)
+        gradients = {}
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name, gradients=gradients: gradients.__setitem__(name, p.grad.clone())
+            )
+        train(
+            model,
+            dataset[:4],
+            tmp_path / str(accumulation),
+            max_steps=1,
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0.0,
+        )
+        found.append(gradients)
+    assert found[0]["model.layers.0.block_sparse_moe.gate.weight"].abs().max() > 0
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_accumulated_loss_is_the_token_mean_plus_the_weighted_balance_loss(tiny_model, dataset, greedy_routing):
     """Micro-batches of different lengths: each counts by its share of the step's target tokens."""
     model = tiny_model(input_jitter_noise=0.0, router_aux_loss_coef=0.5).train()
@@ -171,15 +222,24 @@ def test_the_balance_loss_trains_the_router_without_being_asked_for_logits(tiny_
     torch.testing.assert_close(with_logits.loss, evaluated.loss + with_logits.aux_loss)
 
 
-@pytest.mark.parametrize("scope", ["released", "local", "global"])
-def test_checkpointing_changes_nothing(tiny_model, dataset, scope):
-    """Same draws, same loss, same gradients, the router's share of the balance loss included."""
+@pytest.mark.parametrize(
+    "scope, estimator",
+    [("released", "sparsemixer_v2"), ("local", "sparsemixer_v2"), *(("global", name) for name in ROUTER_ESTIMATORS)],
+)
+@pytest.mark.parametrize("keep_rng_state", [True, False])
+def test_checkpointing_changes_nothing(tiny_model, dataset, scope, estimator, keep_rng_state):
+    """Same draws, same loss, same gradients, the router's share of the balance loss included.
+
+    The draws do not need torch's generator to be put back for the recomputation; dropout would.
+    """
     batch = torch.stack([row["input_ids"] for row in dataset[:4]])
     results = []
     for checkpointing in (False, True):
-        model = tiny_model(router_jitter_noise=0.3, router_aux_loss_coef=1.0, router_aux_loss_scope=scope).train()
+        model = tiny_model(
+            router_jitter_noise=0.3, router_aux_loss_coef=1.0, router_aux_loss_scope=scope, router_estimator=estimator
+        ).train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": keep_rng_state})
         torch.manual_seed(11)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -267,6 +327,65 @@ def test_lora_can_train_the_router_by_its_parameter(tiny_model, dataset):
     model.train()(input_ids=batch, labels=batch).loss.backward()
     gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
     assert len(gradients) == 2 and all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_neftune_comes_from_the_trainer(tiny_model, dataset, tmp_path):
+    """Noise on the input embeddings while it trains, by the Trainer's own option; none afterwards."""
+    model, alpha, looked_up, noise = tiny_model(), 5.0, [], []
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: looked_up.append(output))
+    model.model.layers[0].register_forward_pre_hook(lambda _, arguments: noise.append(arguments[0] - looked_up[-1]))
+    train(model, dataset, tmp_path, max_steps=1, neftune_noise_alpha=alpha)
+    bound = alpha / (SEQUENCE * 32) ** 0.5
+    assert 0.9 * bound < noise[-1].abs().max() <= bound
+    model(dataset[0]["input_ids"][None])
+    assert (noise[-1] == 0).all()
+
+
+class TestExpertDropout:
+    @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm", "grinmoe_cpu"])
+    def test_a_share_of_activations_is_dropped_and_the_mean_kept(self, tiny_model, experts):
+        """With down projections that sum the activations, every output is a sum over those that were kept."""
+        model = tiny_model(expert_dropout=0.25, input_jitter_noise=0.0)
+        model.set_experts_implementation(experts)
+        layer = model.model.layers[0].block_sparse_moe.experts
+        hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+        chosen = torch.randint(0, 4, (64, 1), generator=torch.Generator().manual_seed(1))
+        weights = torch.ones(64, 1)
+        with torch.no_grad():
+            layer.down_proj.copy_(torch.eye(32, 24).expand(4, 32, 24))
+            activations = layer(hidden, chosen, weights)[:, :24]
+            layer.train()
+            torch.manual_seed(2)
+            dropped = layer(hidden, chosen, weights)[:, :24]
+        kept = dropped != 0
+        torch.testing.assert_close(dropped[kept], (activations / 0.75)[kept])
+        assert abs(kept.float().mean() - 0.75) < 0.03
+
+    def test_the_fast_path_has_the_gradient_of_what_it_dropped(self, tiny_model, monkeypatch):
+        """Against the reference loop with the very same activations dropped."""
+        model = tiny_model(expert_dropout=0.4)
+        layer = model.model.layers[0].block_sparse_moe.experts.train()
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.rand(40, 4, generator=generator).topk(2).indices
+        hidden = torch.randn(40, 32, generator=generator, requires_grad=True)
+        weights = torch.rand(40, 2, generator=generator, requires_grad=True)
+
+        def run(implementation: str) -> list[torch.Tensor]:
+            model.set_experts_implementation(implementation)
+            output = layer(hidden, chosen, weights)
+            leaves = (hidden, weights, *layer.parameters())
+            return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+        torch.manual_seed(1)
+        fast = run("grinmoe_cpu")
+        # The same mask as the fast path drew, cut into the rows of each expert (its groups are rounded up).
+        blocks = experts_grinmoe._Blocks(chosen, 4)
+        torch.manual_seed(1)
+        keep = torch.empty(blocks.num_rows, 24).bernoulli_(0.6).div_(0.6)
+        groups = iter([keep[rows][: int((chosen == expert).sum())] for expert, rows in blocks.experts])
+        monkeypatch.setattr(torch.nn.functional, "dropout", lambda activation, p, training: activation * next(groups))
+        for found, expected in zip(fast, run("eager"), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_evaluation_does_not_gather_router_logits(tiny_model, dataset, tmp_path):

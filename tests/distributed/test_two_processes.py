@@ -1,4 +1,4 @@
-"""Two gloo processes: FSDP2 saving and loading, tensor and expert parallel forwards, and the global balance loss."""
+"""Two gloo processes: FSDP2 saving and loading, tensor and expert parallel forwards, draws, and the global balance loss."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
-from grinmoe.routing_grinmoe import load_balancing_loss
+from grinmoe.routing_grinmoe import RoutingNoise, draw_routing_noise, load_balancing_loss
 
 WORLD = 2
 
@@ -172,3 +173,117 @@ def global_balance(rank: int) -> None:
 
 def test_global_balance_loss_is_that_of_the_whole_batch(tmp_path):
     run_on_two(global_balance, tmp_path)
+
+
+def noise_of_rows(rows: int, sequence: int) -> list[RoutingNoise]:
+    """The same draws for every row of a batch, one RoutingNoise per layer, so that batches can be cut by rows."""
+    noises = []
+    for layer in range(2):
+        one = draw_routing_noise(torch.zeros(sequence, 4), 2, torch.Generator().manual_seed(layer))
+        noises.append(
+            RoutingNoise(
+                one.exponential.repeat(1, rows, 1), one.uniform.repeat(1, rows, 1), torch.ones(rows * sequence, 32)
+            )
+        )
+    return noises
+
+
+def window_of_two() -> list[dict[str, torch.Tensor]]:
+    """Two micro-batches of four rows, padded on the right to other lengths."""
+    generator = torch.Generator().manual_seed(4)
+    batches = []
+    for lengths in ((10, 4, 7, 2), (3, 10, 10, 6)):
+        ids = torch.randint(0, 90, (4, 10), generator=generator)
+        mask = (torch.arange(10) < torch.tensor(lengths)[:, None]).long()
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    return batches
+
+
+def train_window(model: GrinMoeForCausalLM, rows: slice, ranks: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one optimizer step, as the Trainer adds them up."""
+    batches = window_of_two()
+    items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    total = torch.zeros(())
+    for batch in batches:
+        mine = {name: tensor[rows] for name, tensor in batch.items()}
+        noise = noise_of_rows(len(mine["input_ids"]), 10)
+        loss = model(**mine, num_items_in_batch=items, routing_noise=noise).loss * ranks
+        loss.backward()
+        total += loss.detach()
+    return total, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def window_on_two_ranks(rank: int, estimator: str, checkpointing: bool) -> None:
+    options = {
+        "router_aux_loss_coef": 0.5,
+        "router_aux_loss_scope": "global",
+        "router_jitter_noise": 0.3,
+        "router_estimator": estimator,
+    }
+    whole = tiny(**options).train()
+    with mock.patch("torch.distributed.is_initialized", return_value=False):
+        expected_loss, expected = train_window(whole, slice(0, 4), ranks=1)
+    model = tiny(**options).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with mock.patch("torch.distributed.all_reduce", wraps=dist.all_reduce) as collective:
+        # Ranks of different sizes: three rows here, one there.
+        loss, gradients = train_window(model, slice(0, 3) if rank == 0 else slice(3, 4), ranks=WORLD)
+    assert [call.args[0].shape for call in collective.call_args_list] == [(2, 5)] * 2, "one for each micro-batch"
+    assert all(call.kwargs["async_op"] for call in collective.call_args_list)
+    dist.all_reduce(loss)
+    torch.testing.assert_close(loss / WORLD, expected_loss, rtol=1e-5, atol=0)
+    for name, gradient in gradients.items():
+        dist.all_reduce(gradient)
+        torch.testing.assert_close(gradient / WORLD, expected[name], rtol=2e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "estimator, checkpointing", [("sparsemixer_v2", False), ("sparsemixer_v2", True), ("sparsemixer_joint", False)]
+)
+def test_a_step_on_two_ranks_is_that_of_the_whole_batch(tmp_path, estimator, checkpointing):
+    """Losses and all gradients, with padding, uneven ranks and two micro-batches; recomputation counts nothing twice."""
+    run_on_two(window_on_two_ranks, tmp_path, estimator, checkpointing)
+
+
+def selected_on_all_ranks(model: GrinMoeForCausalLM, ids: torch.Tensor) -> list[torch.Tensor]:
+    output = model(input_ids=ids, labels=ids, output_router_logits=True)
+    output.loss.backward()
+    mine = torch.stack(output.selected_experts)
+    everyone = [torch.empty_like(mine) for _ in range(WORLD)]
+    dist.all_gather(everyone, mine)
+    return everyone
+
+
+def draws_in_a_parallel_group(rank: int, folder: str, options: dict) -> None:
+    model = GrinMoeForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, distributed_config=DistributedConfig(**options)
+    ).train()
+    torch.manual_seed(100 + rank)
+    ids = torch.arange(24).view(2, 12)
+    first, second = (selected_on_all_ranks(model, ids) for _ in range(2))
+    assert torch.equal(*first) and torch.equal(*second), "ranks that share a batch route alike"
+    assert not torch.equal(first[0], second[0]), "and every forward anew"
+
+
+@pytest.mark.parametrize("options", [{"tp_size": 2}, {"tp_size": 2, **EXPERT_PARALLEL}], ids=["tensor", "expert"])
+def test_ranks_that_share_a_batch_draw_alike_however_they_are_seeded(tmp_path, options):
+    tiny(router_jitter_noise=0.5).save_pretrained(tmp_path / "model")
+    run_on_two(draws_in_a_parallel_group, tmp_path, str(tmp_path / "model"), options)
+
+
+def draws_of_data_parallel_ranks(rank: int) -> None:
+    model = tiny(router_jitter_noise=0.5).train()
+    ids = torch.arange(24).view(2, 12)
+    runs = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)  # the same on both ranks, as the Trainer does it
+        runs.append(selected_on_all_ranks(model, ids))
+    first, again, other = runs
+    assert not torch.equal(*first), "data-parallel ranks draw differently"
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "and repeat with the seed"
+    assert not torch.equal(first[rank], other[rank])
+
+
+def test_data_parallel_ranks_draw_differently_although_seeded_alike(tmp_path):
+    run_on_two(draws_of_data_parallel_ranks, tmp_path)
