@@ -73,12 +73,12 @@ def _add_compare(commands) -> None:
     )
     compare.add_argument("--output", required=True, metavar="DIR", help="new folder, or one to go on in")
     compare.add_argument("--seeds", type=int, metavar="N", help="runs per arm (default: 3)")
-    compare.add_argument("--steps", type=int, metavar="N", help="optimizer steps of a run (default: 400; GPU: 4000)")
+    compare.add_argument("--steps", type=int, metavar="N", help="optimizer steps of a run (default: 400; GPU: 1500)")
     compare.add_argument(
         "--arms", nargs="+", metavar="NAME", help="some arms only (default: all; an unknown one lists them)"
     )
     compare.add_argument("--text", metavar="FILE", help="UTF-8 text (default: documentation of the installed packages)")
-    compare.add_argument("--workers", type=int, metavar="N", help="runs at a time (default: one per core, 1 on a GPU)")
+    compare.add_argument("--workers", type=int, metavar="N", help="runs at a time (default: one per core, 4 on a GPU)")
     compare.set_defaults(run=_run_compare)
 
 

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig, DynamicCache, MixtralConfig, PhimoeConfig, StaticCache
 
 from grinmoe import GRINMoEConfig, GrinMoeConfig, GrinMoeForCausalLM
-from grinmoe.configuration_grinmoe import AUTO_MAP
+from grinmoe.configuration_grinmoe import AUTO_MAP, ROUTER_ESTIMATORS
+from grinmoe.estimators_grinmoe import ESTIMATORS
 
 RELEASED = {
     "vocab_size": 32064,
@@ -69,6 +70,32 @@ def test_round_trip_through_a_file(tmp_path):
     assert (again.sliding_window, again.rope_theta) == (7, 5e5)
 
 
+@pytest.mark.parametrize("estimator", ROUTER_ESTIMATORS)
+def test_a_checkpoint_keeps_how_it_was_trained(tiny_model, tmp_path, estimator):
+    """Loaded again it routes alike, in evaluation and, seeded alike, in training."""
+    fields = {
+        "router_estimator": estimator,
+        "router_z_loss_coef": 0.1,
+        "expert_dropout": 0.2,
+        "router_capacity_factor": 1.5,
+    }
+    model = tiny_model(router_jitter_noise=0.4, **fields)
+    model.save_pretrained(tmp_path)
+    again = GrinMoeForCausalLM.from_pretrained(tmp_path)
+    assert {name: getattr(again.config, name) for name in fields} == fields
+    ids = torch.arange(24).view(2, 12)
+    for training in (False, True):
+        logits = []
+        for one in (model, again):
+            torch.manual_seed(1)
+            logits.append(one.train(training)(ids).logits)
+        assert torch.equal(*logits)
+
+
+def test_estimators_of_the_config_are_those_that_there_are():
+    assert set(ROUTER_ESTIMATORS) == set(ESTIMATORS)
+
+
 LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 4,
@@ -97,7 +124,11 @@ WRONG = [
     ({"hidden_dropout": -0.5}, "hidden_dropout=-0.5"),
     ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1"),
     ({"router_aux_loss_scope": "layer"}, "router_aux_loss_scope='layer'"),
-    ({"router_estimator": "reinforce"}, "router_estimator='reinforce'"),
+    ({"router_estimator": "reinforce"}, "router_estimator='reinforce' is unknown; choose one of sparsemixer_v2, "),
+    ({"router_z_loss_coef": -0.1}, "router_z_loss_coef=-0.1"),
+    ({"router_capacity_factor": 0}, "router_capacity_factor=0 is not a positive number"),
+    ({"router_capacity_factor": "1"}, "router_capacity_factor='1'"),
+    ({"expert_dropout": 1.0}, "expert_dropout=1.0"),
     ({"hidden_act": "swiglu9"}, "hidden_act='swiglu9'"),
     ({"sliding_window": 0}, "sliding_window=0"),
     ({"sliding_window": -1}, "sliding_window=-1"),
