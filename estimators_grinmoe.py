@@ -235,7 +235,8 @@ def _sparsemixer_unscaled(router_logits, top_k: int, jitter_eps: float, noise: R
 def _sparsemixer_centred(router_logits, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> Routing:
     """As `togo`, with a baseline: from a draw's credit the mean of the other tokens' is subtracted.
 
-    The score's expectation is zero, so what does not depend on the draw changes the variance only.
+    The score's expectation is zero, so what does not depend on the draw changes the variance only. (Within one block that
+    is so; through attention of later layers the others' credit depends on this token's draw a little.)
     """
     choices = _choose(router_logits, top_k, jitter_eps, noise)
     scale = _draw_scale(choices, noise, 1 / 4, _RELEASED_THIRD)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from grinmoe.routing_grinmoe import RoutingNoise, draw_routing_noise, masked_softmax, sparsemixer
+from grinmoe.configuration_grinmoe import ROUTER_ESTIMATORS
+from grinmoe.routing_grinmoe import (
+    NonFiniteRouterLogitsError,
+    RoutingNoise,
+    draw_routing_noise,
+    masked_softmax,
+    route,
+    sparsemixer,
+)
 
 
 @pytest.fixture
@@ -106,6 +119,14 @@ def test_second_derivatives_are_refused(logits, training):
         gradient.sum().backward()
 
 
+def test_a_draw_of_zero_chooses_no_expert_that_is_closed_or_taken():
+    """-log 0 lifts a logit to infinity, and -inf with it would be NaN, which argmax prefers."""
+    logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
+    noise = RoutingNoise(torch.zeros(2, 1, 4), torch.zeros(2, 1, 1))
+    _, experts = sparsemixer(logits, 2, 1.0, True, noise)
+    assert experts.tolist() == [[1, 2]]
+
+
 def test_no_tokens_is_fine():
     weights, experts = sparsemixer(torch.empty(0, 4), 2, 0.1, True)
     assert weights.shape == experts.shape == (0, 2)
@@ -126,3 +147,104 @@ def test_no_tokens_is_fine():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         sparsemixer(*arguments)
+
+
+# --- any input at all ---------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """What one routing decision is made from."""
+
+    logits: torch.Tensor
+    top_k: int
+    jitter_eps: float
+    training: bool
+    estimator: str
+    seed: int
+
+
+def finite_numbers(dtype: torch.dtype) -> st.SearchStrategy[float]:
+    """Ordinary logits, and those at the ends of what the dtype holds: zeros, subnormals, its largest numbers."""
+    info = torch.finfo(dtype)
+    least = info.smallest_normal * info.eps
+    ends = [0.0, least, 3 * least, info.smallest_normal, 1.0, info.max / 2, info.max]
+    return st.one_of(
+        st.sampled_from([*ends, *(-end for end in ends)]),
+        st.floats(-10, 10),
+        st.floats(-info.max, info.max),
+    )
+
+
+@st.composite
+def cases(draw, odd_numbers: tuple[float, ...] = ()) -> Case:
+    """Any decision; with `odd_numbers` among the logits, which are finite otherwise."""
+    num_experts = draw(st.integers(1, 12))
+    top_k = draw(st.integers(1, num_experts))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    number = finite_numbers(dtype)
+    if odd_numbers:
+        number = st.one_of(number, st.sampled_from(odd_numbers))
+    row = st.one_of(
+        st.lists(number, min_size=num_experts, max_size=num_experts), number.map(lambda x: [x] * num_experts)
+    )
+    rows = draw(st.lists(row, min_size=1, max_size=3))
+    eps = draw(st.one_of(st.sampled_from([0, 1e-6, 0.01, 0.1, 1, 1e6, 1e300, math.inf]), st.floats(0, 2)))
+    return Case(
+        torch.tensor(rows, dtype=torch.float64).to(dtype),
+        top_k,
+        eps,
+        draw(st.booleans()),
+        draw(st.sampled_from(ROUTER_ESTIMATORS)),
+        draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+def assert_sound(case: Case) -> torch.Tensor:
+    """Route, and hold the result against what must be true of any. Returns the experts."""
+    leaf = case.logits.clone().requires_grad_()
+    generator = torch.Generator().manual_seed(case.seed)
+    weights, experts, scale = route(
+        leaf, case.top_k, case.jitter_eps, case.training, None, case.estimator, generator=generator
+    )
+    num_tokens, num_experts = case.logits.shape
+    assert weights.shape == experts.shape == (num_tokens, case.top_k) and weights.dtype == case.logits.dtype
+    assert ((weights >= 0) & (weights <= 1)).all(), "NaN is neither"
+    assert ((experts >= 0) & (experts < num_experts)).all()
+    assert all(len(set(row)) == case.top_k for row in experts.tolist())
+    assert scale is None or ((scale >= 1) & scale.isfinite()).all()
+    (weights * torch.linspace(-2, 2, case.top_k + 1, dtype=weights.dtype)[1:]).sum().backward()
+    assert leaf.grad.isfinite().all()
+    return experts
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(cases())
+def test_finite_logits_always_give_a_sound_result(case):
+    assert_sound(case)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(cases(), st.data())
+def test_minus_infinity_closes_an_expert(case, data):
+    """Up to E - K of them in each row, and no closed one is chosen."""
+    num_experts = case.logits.shape[1]
+    closed = torch.zeros(case.logits.shape, dtype=torch.bool)
+    for row in closed:
+        order = data.draw(st.permutations(range(num_experts)))
+        row[order[: data.draw(st.integers(0, num_experts - case.top_k))]] = True
+    experts = assert_sound(case._replace(logits=case.logits.masked_fill(closed, float("-inf"))))
+    assert not closed.gather(1, experts).any()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(cases(odd_numbers=(math.inf, -math.inf, math.nan)))
+@example(Case(torch.tensor([[-math.inf, 1.0]]), 2, 0.01, True, "sparsemixer_v2", 0))
+def test_logits_that_leave_no_choice_are_an_error_and_all_others_are_not(case):
+    """NaN, +inf, or fewer finite ones than K."""
+    logits = case.logits
+    hopeless = logits.isnan().any() | (logits == math.inf).any() | (logits.isfinite().sum(-1) < case.top_k).any()
+    if hopeless:
+        with pytest.raises(NonFiniteRouterLogitsError):
+            assert_sound(case)
+    else:
+        assert_sound(case)
