@@ -31,7 +31,8 @@ from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, Trai
 from .configuration_grinmoe import GrinMoeConfig
 from .data import encode, load_corpus, texts
 from .modeling_grinmoe import GrinMoeForCausalLM
-from .monitoring import LossOnProgressBar, RoutingHistory, plot_training
+from .monitoring import LossOnProgressBar, RoutingMonitor
+from .plots import plot_training
 from .tokenization import build_tokenizer
 
 # The first two questions are in the training text, the third is held out.
@@ -158,7 +159,7 @@ def _run_stages(settings: DemoSettings, workspace: Path, result: DemoResult, con
         f"{settings.num_experts_per_tok}, with SparseMixer-v2: {result.parameters / 1e6:.1f} M parameters, "
         f"{result.active_parameters / 1e6:.1f} M active"
     )
-    history = _train(settings, model, tokenizer, train_rows, held_out, workspace, result)
+    monitor = _train(settings, model, tokenizer, train_rows, held_out, workspace, result)
 
     folder = workspace / _MODEL
     console.print("[bold]3/5[/bold] Saving shards, code, tokenizer and card")
@@ -173,7 +174,7 @@ def _run_stages(settings: DemoSettings, workspace: Path, result: DemoResult, con
         _load_elsewhere(model, torch.tensor(held_out[0]["input_ids"]), folder, settings, result)
     console.print("[bold]5/5[/bold] Drawing the picture")
     with result.timed("picture"):
-        plot_training(history, workspace / _PICTURE)
+        plot_training(monitor, workspace / _PICTURE)
 
 
 def _config(settings: DemoSettings, tokenizer) -> GrinMoeConfig:
@@ -205,8 +206,7 @@ def count_parameters(model: GrinMoeForCausalLM) -> tuple[int, int]:
     return total, round(total - experts * idle)
 
 
-def _train(settings, model, tokenizer, train_rows, held_out, workspace: Path, result: DemoResult) -> RoutingHistory:
-    history = RoutingHistory()
+def _train(settings, model, tokenizer, train_rows, held_out, workspace: Path, result: DemoResult) -> RoutingMonitor:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -231,25 +231,25 @@ def _train(settings, model, tokenizer, train_rows, held_out, workspace: Path, re
         train_dataset=train_rows,
         eval_dataset=held_out,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=[history],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossOnProgressBar)
+    monitor = RoutingMonitor().attach(trainer)
     with result.timed("evaluate"):
         result.perplexity_before = math.exp(trainer.evaluate()["eval_loss"])
     with result.timed("train"):
         trainer.train()
     with result.timed("evaluate"):
         result.perplexity_after = math.exp(trainer.evaluate()["eval_loss"])
-    result.perplexity_lowest_step, lowest_loss = min(history.eval_loss, key=lambda step_and_loss: step_and_loss[1])
+    result.perplexity_lowest_step, lowest_loss = min(monitor.eval_loss, key=lambda step_and_loss: step_and_loss[1])
     result.perplexity_lowest = math.exp(lowest_loss)
-    result.tokens_per_s = history.tokens / result.seconds["train"]
-    result.balance_loss = history.balance_loss[-1]
-    load = history.final_load()
+    result.tokens_per_s = monitor.tokens / result.seconds["train"]
+    result.balance_loss = float(monitor.records[-1].balance_loss.mean())
+    load = monitor.final_load()
     result.max_over_mean_load = float((load.max(dim=1).values / load.mean(dim=1)).max())
     model.config.use_cache = True  # the Trainer had turned it off
     shutil.rmtree(workspace / "trainer", ignore_errors=True)
-    return history
+    return monitor
 
 
 def _write_card(folder: Path, result: DemoResult) -> None:

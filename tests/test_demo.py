@@ -11,17 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
-from transformers import Trainer, TrainingArguments
 
 import grinmoe.demo as demo
 import grinmoe_cli
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.checkpoint_grinmoe import code_files
 from grinmoe.data import load_corpus
-from grinmoe.modeling_grinmoe import GrinMoeRouter
-from grinmoe.monitoring import RoutingHistory, plot_training
 
 ROOT = Path(grinmoe_cli.__file__).resolve().parent
 STEPS = 6
@@ -190,49 +186,3 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path, names):
     with pytest.raises(ValueError, match="not just what an earlier demo left"):
         demo.run_demo(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-
-
-# --- what is recorded while training -----------------------------------------------------------------------------------
-
-
-def count_hooks(model) -> int:
-    routers = [module for module in model.modules() if isinstance(module, GrinMoeRouter)]
-    return sum(len(module._forward_hooks) for module in [model, *routers])
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_the_load_counts_real_tokens_once(tiny_model, tmp_path, checkpointing):
-    """Padding is left out, evaluation is left out, and a recomputed forward does not count twice."""
-    model = tiny_model(router_aux_loss_coef=0.01)
-    lengths = [5, 9, 3, 7]
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in lengths:
-        ids = torch.randint(0, 90, (9,), generator=generator)
-        mask = (torch.arange(9) >= 9 - length).long()
-        rows.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
-    history = RoutingHistory()
-    hooks_before = count_hooks(model)
-    options = TrainingArguments(
-        output_dir=str(tmp_path / "trainer"),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        eval_strategy="steps",
-        eval_steps=1,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    Trainer(model=model, args=options, train_dataset=rows, eval_dataset=rows[:2], callbacks=[history]).train()
-    assert history.tokens == 2 * sum(lengths)
-    for load in history.load:  # (L, E): each of the two layers sends every token to two experts
-        assert load.sum(1).tolist() == [2 * sum(lengths)] * 2
-    assert len(history.load) == len(history.balance_loss) == len(history.loss) == len(history.eval_loss) == 2
-    assert count_hooks(model) == hooks_before, "the callback leaves the model as it found it"
-    plot_training(history, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
