@@ -38,7 +38,8 @@ test-oldest: $(OLDEST)/.stamp  ## the model's tests on the oldest supported Tran
 	@$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)", transformers.__version__'
 	@$(OLDEST)/bin/python -m pytest -q tests/goldens tests/remote_code tests/distributed tests/test_balance.py \
 		tests/test_checkpoint.py tests/test_configuration.py tests/test_estimators.py tests/test_experts.py \
-		tests/test_generate.py tests/test_modeling.py tests/test_monitoring.py tests/test_routing.py tests/test_saving.py tests/test_tokenization.py tests/test_training.py
+		tests/test_generate.py tests/test_modeling.py tests/test_monitoring.py tests/test_monitoring_alarms.py \
+		tests/test_routing.py tests/test_routing_record.py tests/test_saving.py tests/test_tokenization.py tests/test_training.py
 
 check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 	@$(BIN)/ruff check .

@@ -60,13 +60,14 @@ class GrinMoeRouter(nn.Module):
         hidden_states: torch.Tensor,
         noise: RoutingNoise | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """
         Draws in training are `noise`, or come from `generator`, or from torch's default one.
 
         Returns:
             router_logits (T, E); routing_weights (T, K), 0 for a choice beyond an expert's capacity; selected_experts
-            (T, K), what was chosen, dropped or not; and the scale of the experts' own gradient (T, K), or None.
+            (T, K), what was chosen, dropped or not; the scale of the experts' own gradient (T, K), or None; and the
+            selected experts once more, to be recorded.
         """
         router_logits = nn.functional.linear(hidden_states, self.weight)  # (T, E)
         routing_weights, selected_experts, expert_gradient_scale = route(
@@ -82,7 +83,9 @@ class GrinMoeRouter(nn.Module):
         if self.training and self.capacity_factor is not None:
             fits = within_capacity(selected_experts, self.num_experts, self.capacity_factor)
             routing_weights = routing_weights.masked_fill(~fits, 0.0)
-        return router_logits, routing_weights, selected_experts, expert_gradient_scale
+        # Expert parallelism of Transformers before 5.24 rewrites the third output to experts of this rank, and leaves
+        # what follows alone.
+        return router_logits, routing_weights, selected_experts, expert_gradient_scale, selected_experts
 
 
 class GrinMoeSparseMoeBlock(nn.Module):
@@ -113,7 +116,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
             if routing_seed is not None:
                 generator = routing_generator(routing_seed, self.layer_idx, hidden_states.device)
             hidden_states = self._jittered(hidden_states, noise, generator)
-        _, routing_weights, selected_experts, expert_gradient_scale = self.gate(hidden_states, noise, generator)
+        _, routing_weights, selected_experts, expert_gradient_scale, _ = self.gate(hidden_states, noise, generator)
         if expert_gradient_scale is None:
             output = self.experts(hidden_states, selected_experts, routing_weights)
         else:
@@ -237,7 +240,7 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "router_logits": OutputRecorder(GrinMoeRouter, index=0),
-        "selected_experts": OutputRecorder(GrinMoeRouter, index=2),
+        "selected_experts": OutputRecorder(GrinMoeRouter, index=4),
         "hidden_states": GrinMoeDecoderLayer,
         "attentions": GrinMoeAttention,
     }

@@ -169,6 +169,12 @@ def within_capacity(selected_experts: torch.Tensor, num_experts: int, capacity_f
     return (place <= capacity).view(top_k, num_tokens).t()
 
 
+def without_choice(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Tokens that no choice can be made for: NaN or +inf among their logits (..., E), or fewer than K finite. (...) bool."""
+    impossible = router_logits.isnan() | (router_logits == float("inf"))
+    return impossible.any(-1) | (router_logits.isfinite().sum(-1) < top_k)
+
+
 def check_router_logits(router_logits: torch.Tensor, top_k: int, layer: int | None = None) -> None:
     """
     Raises:
@@ -179,12 +185,10 @@ def check_router_logits(router_logits: torch.Tensor, top_k: int, layer: int | No
     """
     if router_logits.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    finite = router_logits.isfinite()
     # The common case costs one reduction.
-    if bool(finite.all()):
+    if bool(router_logits.isfinite().all()):
         return
-    impossible = router_logits.isnan() | (router_logits == float("inf"))
-    bad = impossible.any(-1) | (finite.sum(-1) < top_k)
+    bad = without_choice(router_logits, top_k)
     if bool(bad.any()):
         raise NonFiniteRouterLogitsError(
             f"{int(bad.sum())} of {bad.numel()} tokens have router logits that are NaN or infinite "

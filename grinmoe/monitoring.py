@@ -250,7 +250,8 @@ class RoutingMonitor(TrainerCallback):
     def _after_router(self, layer: int, router: GrinMoeRouter, _, output) -> None:
         # Recomputation for the backward comes outside of the decoder's forward.
         if self._noted is not None:
-            self._noted[layer] = tuple(part.detach() for part in output[:3])
+            logits, weights, *_, experts = output
+            self._noted[layer] = logits.detach(), weights.detach(), experts
 
     def _after_forward(self, decoder: GrinMoeModel, args, kwargs, output) -> None:
         noted, self._noted = self._noted, None

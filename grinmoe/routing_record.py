@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .routing_grinmoe import expert_counts, masked_softmax, number_of_ranks
+from .routing_grinmoe import expert_counts, masked_softmax, number_of_ranks, without_choice
 
 # The columns of `routing_sums` before its two times E.
 _TOKENS, _ENTROPY, _KEPT, _SAMPLED, _DROPPED = range(5)
@@ -172,9 +172,7 @@ class RankCounts:
         device = self.load.device
         valid = valid.to(device)
         logits, weights, experts = (torch.stack([part.to(device) for part in parts]) for parts in zip(*routing))
-        impossible = logits.isnan() | (logits == float("inf"))
-        without_choice = impossible.any(-1) | (logits.isfinite().sum(-1) < experts.shape[-1])
-        self.impossible += without_choice.sum(-1)
+        self.impossible += without_choice(logits, experts.shape[-1]).sum(-1)
         counts = expert_counts(experts, logits.shape[-1], valid).long()
         self.load += counts
         self.last_used = torch.where(counts > 0, self.step, self.last_used)

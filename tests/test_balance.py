@@ -109,7 +109,7 @@ class TestCapacity:
         seen = {}
         block.gate.register_forward_hook(lambda _, __, output: seen.update(routing=output))
         output = block(hidden).reshape(-1, 32)
-        _, weights, chosen, _ = seen["routing"]
+        _, weights, chosen, *_ = seen["routing"]
         fits = within_capacity(chosen, 4, 0.5)
         assert torch.equal(weights == 0, ~fits) and not fits.all()
         assert (output[~fits.any(-1)] == 0).all() and (output[fits.any(-1)] != 0).any(-1).all()
