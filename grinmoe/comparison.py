@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import math
 import multiprocessing
 import os
 import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from .configuration_grinmoe import GrinMoeConfig
 from .documentation import Document, documents_of_file, installed_documentation
-from .modeling_grinmoe import GrinMoeForCausalLM, GrinMoeRouter
+from .mask_schedule import NarrowingMask
+from .modeling_grinmoe import GrinMoeForCausalLM
 from .provenance import environment, write_beside
 from .tokenization import build_tokenizer
 
@@ -92,23 +91,19 @@ class CompareSettings:
         return cls(**{**sizes, **overrides})
 
 
-# Of the share of steps done: what to set on every router.
-Schedule = Callable[[float], dict[str, Any]]
-
-
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a label for people, fields of the config, and what changes while it trains."""
+    """One way to train: a label for people, fields of the config, and the width that the mask starts from, if another."""
 
     label: str
     config: dict[str, Any] = field(default_factory=dict)
-    schedule: str | None = None
+    mask_from: float | None = None
     dense: bool = False
 
 
-def _moe(label: str, estimator: str, eps: float = 0.01, scope: str = "global", schedule: str | None = None) -> Arm:
+def _moe(label: str, estimator: str, eps: float = 0.01, scope: str = "global", mask_from: float | None = None) -> Arm:
     config = {"router_estimator": estimator, "router_jitter_noise": eps, "router_aux_loss_scope": scope}
-    return Arm(label, config, schedule)
+    return Arm(label, config, mask_from)
 
 
 ARMS: dict[str, Arm] = {
@@ -126,18 +121,10 @@ ARMS: dict[str, Arm] = {
     "joint-wide": _moe("joint, mask 0.1", "sparsemixer_joint", 0.1),
     "unscaled-wide": _moe("unscaled, mask 0.1", "sparsemixer_unscaled", 0.1),
     "centred-wide": _moe("togo with a baseline, mask 0.1", "sparsemixer_centred", 0.1),
-    "v2-narrowing": _moe("v2, mask from 0.1 to 0.01", "sparsemixer_v2", schedule="narrowing"),
-    "v2-narrowing-far": _moe("v2, mask from 0.5 to 0.01", "sparsemixer_v2", schedule="narrowing-far"),
-    "unscaled-narrowing-far": _moe("unscaled, mask from 0.5 to 0.01", "sparsemixer_unscaled", schedule="narrowing-far"),
+    "v2-narrowing": _moe("v2, mask from 0.1 to 0.01", "sparsemixer_v2", mask_from=0.1),
+    "v2-narrowing-far": _moe("v2, mask from 0.5 to 0.01", "sparsemixer_v2", mask_from=0.5),
+    "unscaled-narrowing-far": _moe("unscaled, mask from 0.5 to 0.01", "sparsemixer_unscaled", mask_from=0.5),
 }
-
-
-def narrowing_mask(start: float, end: float) -> Schedule:
-    """The mask's half-width goes from `start` to `end` along a cosine."""
-    return lambda done: {"jitter_eps": end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))}
-
-
-SCHEDULES: dict[str, Schedule] = {"narrowing": narrowing_mask(0.1, 0.01), "narrowing-far": narrowing_mask(0.5, 0.01)}
 
 
 def run_comparison(
@@ -353,8 +340,8 @@ def run_arm(folder: Path, settings: CompareSettings, name: str, seed: int) -> No
     curve = _Curve()
     scratch = folder / "runs" / f".{name}-seed{seed}"
     callbacks: list[TrainerCallback] = [curve]
-    if arm.schedule is not None:
-        callbacks.append(_RouterSchedule(SCHEDULES[arm.schedule]))
+    if arm.mask_from is not None:
+        callbacks.append(NarrowingMask(arm.mask_from))
     trainer = Trainer(
         model=model,
         args=_arguments(settings, seed, scratch),
@@ -426,19 +413,6 @@ class _Curve(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.held_out.append((state.global_step, float(metrics["eval_loss"])))
-
-
-class _RouterSchedule(TrainerCallback):
-    """Sets attributes of every router by the share of steps done."""
-
-    def __init__(self, schedule: Schedule):
-        self.schedule = schedule
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        for router in model.modules():
-            if isinstance(router, GrinMoeRouter):
-                for name, value in self.schedule(state.global_step / state.max_steps).items():
-                    setattr(router, name, value)
 
 
 @torch.no_grad()

@@ -135,13 +135,6 @@ def test_arms_start_from_the_same_weights_and_the_dense_twin_has_as_many_active_
     assert dense == TINY.num_experts_per_tok * expert
 
 
-def test_a_schedule_ends_where_it_says():
-    schedule = comparison.SCHEDULES["narrowing"]
-    assert schedule(0.0) == {"jitter_eps": pytest.approx(0.1)}
-    assert schedule(0.5) == {"jitter_eps": pytest.approx(0.055)}
-    assert schedule(1.0) == {"jitter_eps": pytest.approx(0.01)}
-
-
 def test_explained_entropy():
     target = torch.tensor([0, 0, 1, 1])
     assert explained_entropy(target, torch.tensor([3, 3, 5, 5])) == pytest.approx(1)
