@@ -126,8 +126,9 @@ def _plot(path: Path, arms: dict[str, Runs], labels: dict[str, str], summary: di
     figure, (curves, final, load) = plt.subplots(
         1, 3, figsize=(17, height), layout="constrained", gridspec_kw={"width_ratios": [1.15, 1, 0.75]}
     )
-    palette = plt.get_cmap("tab20")
-    colours = {name: palette(index % 20) for index, name in enumerate(labels)}
+    # The strong half of the palette first: neighbours of the table differ, and few arms use no pale colour.
+    palette = [plt.get_cmap("tab20")(index) for index in (*range(0, 20, 2), *range(1, 20, 2))]
+    colours = {name: palette[index % 20] for index, name in enumerate(labels)}
     _plot_curves(curves, arms, labels, colours)
     _plot_final(final, labels, summary, colours)
     _plot_load(load, labels, summary, colours)
@@ -162,12 +163,15 @@ def _mean_curve(runs: Runs) -> dict[int, float]:
 
 def _plot_final(axes, labels: dict[str, str], summary: dict[str, Any], colours: dict[str, Any]) -> None:
     axes.set_title("Final held-out loss, every seed", loc="left", fontweight="bold")
-    names = list(labels)[::-1]
+    names = sorted(labels, key=lambda name: -summary[name]["mean"])  # the best on top
     for row, name in enumerate(names):
         arm = summary[name]
         axes.plot(arm["held_out"], [row] * len(arm["held_out"]), "o", color=colours[name], markersize=5, alpha=0.75)
         axes.plot([arm["mean"]] * 2, [row - 0.32, row + 0.32], color=colours[name], linewidth=2.5)
     axes.set_yticks(range(len(names)), [labels[name] for name in names])
+    for text, name in zip(axes.get_yticklabels(), names):  # the legend of all panels
+        text.set_color(colours[name])
+        text.set_fontweight("bold")
     axes.set_xlabel("nats per token (bar: mean)")
 
 
