@@ -103,17 +103,20 @@ def _run_generate(arguments: argparse.Namespace) -> None:
 
 
 def _run_compare(arguments: argparse.Namespace) -> None:
-    from grinmoe.comparison import run_comparison, settings_here
+    from grinmoe.comparison import RunsFailedError, run_comparison, settings_here
 
     settings = settings_here(seeds=arguments.seeds, steps=arguments.steps)
-    report = run_comparison(
-        arguments.output,
-        settings,
-        arms=arguments.arms,
-        text=arguments.text,
-        workers=arguments.workers,
-        command=shlex.join(["grinmoe", *sys.argv[1:]]),
-    )
+    try:
+        report = run_comparison(
+            arguments.output,
+            settings,
+            arms=arguments.arms,
+            text=arguments.text,
+            workers=arguments.workers,
+            command=shlex.join(["grinmoe", *sys.argv[1:]]),
+        )
+    except RunsFailedError as error:
+        raise SystemExit(f"grinmoe compare: {error}") from error
     print(f"table and figure: {report}")
 
 

@@ -32,6 +32,10 @@ from .provenance import environment, write_beside
 from .tokenization import build_tokenizer
 
 
+class RunsFailedError(RuntimeError):
+    """Some runs of a comparison failed; the message says which and why."""
+
+
 @dataclass(frozen=True)
 class CompareSettings:
     """Sizes of one comparison. The defaults are for two CPU cores: a minute and a half a run on one of them."""
@@ -151,13 +155,15 @@ def run_comparison(
 
     Raises:
         ValueError: an unknown arm, a text too short, or `output` has runs of other settings.
-        RuntimeError: a run failed; the complete ones are kept.
+        RunsFailedError: a run failed; the complete ones are kept.
     """
     from .comparison_report import write_report
 
     names = list(ARMS) if arms is None else arms
     if unknown := [name for name in names if name not in ARMS]:
         raise ValueError(f"--arms {' '.join(unknown)} unknown; choose from {' '.join(ARMS)}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers} trains nothing; give 1 or more")
     folder = Path(output).resolve()
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)
@@ -229,8 +235,9 @@ def _train_all(
                     failures.append(f"{name} with seed {seed}: {type(error).__name__}: {error}")
                 progress.advance(bar)
     if failures:
-        raise RuntimeError(
-            f"{len(failures)} of {len(todo)} runs failed; run again to repeat them. {'; '.join(failures)}"
+        raise RunsFailedError(
+            f"{len(failures)} of {len(todo)} runs failed, the others are kept; run again to repeat them. "
+            + "; ".join(failures)
         )
 
 
@@ -265,6 +272,8 @@ def prepare_corpus(folder: Path, settings: CompareSettings, text: Path | None, c
         facts = json.loads(record.read_text())
         if facts["wanted"] == wanted:
             return facts
+    if text is not None and not text.is_file():
+        raise ValueError(f"--text {text} is not a file; give one with UTF-8 text")
     console.print("Reading text and training a tokenizer on it")
     documents = installed_documentation(settings.packages) if text is None else documents_of_file(text)
     train = [document for document in documents if not document.is_held_out(0.05)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grinmoe import comparison
-from grinmoe.comparison import ARMS, CompareSettings, build_config, explained_entropy, run_comparison
+from grinmoe.comparison import ARMS, CompareSettings, RunsFailedError, build_config, explained_entropy, run_comparison
 from grinmoe.comparison_report import summarise
 from grinmoe.documentation import documents_of_file, installed_documentation
 from grinmoe.modeling_grinmoe import GrinMoeForCausalLM
@@ -95,6 +95,14 @@ def test_wrong_arguments_are_named(tmp_path, text, arms, settings, message):
         run_comparison(tmp_path, replace(TINY, **settings), arms=arms, text=text)
 
 
+def test_a_failed_run_is_named_and_the_others_are_kept(text, tmp_path, monkeypatch):
+    """Diverging is a result; a run that cannot be made is not. In processes of their own."""
+    monkeypatch.setitem(ARMS, "impossible", ARMS["v2"])  # unknown to the worker processes
+    with pytest.raises(RunsFailedError, match="1 of 2 runs failed.*impossible with seed 0: KeyError"):
+        run_comparison(tmp_path, replace(TINY, seeds=1), arms=["v2", "impossible"], text=text, workers=2)
+    assert [path.name for path in (tmp_path / "runs").glob("*.json")] == ["v2-seed0.json"]
+
+
 def test_a_text_that_is_too_short_is_named(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("one\n\ntwo")
@@ -105,6 +113,10 @@ def test_a_text_that_is_too_short_is_named(tmp_path):
 def test_a_text_that_is_no_text_is_named(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="nowhere.txt is not a file"):
+        run_comparison(tmp_path, TINY, text=tmp_path / "nowhere.txt")
+    with pytest.raises(ValueError, match="--workers 0"):
+        run_comparison(tmp_path, TINY, text=path, workers=0)
     with pytest.raises(ValueError, match="not UTF-8"):
         documents_of_file(path)
     path.write_text("\n \n\n")
