@@ -31,7 +31,7 @@ def write_report(folder: Path, facts: dict[str, Any], runs: Runs, labels: dict[s
     write_beside(folder / "comparison.json", json.dumps(content, indent=1) + "\n")
     _plot(folder / "comparison.png", arms, labels, summary)
     path = folder / "comparison.md"
-    write_beside(path, _markdown(facts, labels, summary))
+    write_beside(path, _markdown(facts, runs, labels, summary))
     return path
 
 
@@ -65,7 +65,7 @@ def summarise(runs: Runs, reference: Runs | None) -> dict[str, Any]:
     return result
 
 
-def _markdown(facts: dict[str, Any], labels: dict[str, str], summary: dict[str, Any]) -> str:
+def _markdown(facts: dict[str, Any], runs: Runs, labels: dict[str, str], summary: dict[str, Any]) -> str:
     settings, corpus, environment = facts["settings"], facts["corpus"], facts["environment"]
     rows = []
     for name, label in labels.items():
@@ -79,7 +79,6 @@ def _markdown(facts: dict[str, Any], labels: dict[str, str], summary: dict[str, 
                 f"{arm['max_over_mean_load']:.2f}" if "max_over_mean_load" in arm else "",
                 f"{100 * arm['token_information']:.0f} %" if "token_information" in arm else "",
                 f"{100 * arm['domain_information']:.1f} %" if "domain_information" in arm else "",
-                f"{arm['tokens_per_s']:,.0f}",
             ]
         )
     header = [
@@ -90,8 +89,8 @@ def _markdown(facts: dict[str, Any], labels: dict[str, str], summary: dict[str, 
         "busiest expert / mean",
         "choice explained by the token",
         "by the domain",
-        "tokens/s",
     ]
+    commits = sorted({run["environment"]["commit"] for run in runs})
     tokens = settings["micro_batch_size"] * settings["accumulation"] * settings["row_length"]
     model = (
         f"{settings['num_hidden_layers']} layers, hidden {settings['hidden_size']}, {settings['num_local_experts']} "
@@ -112,7 +111,8 @@ explained choices (mutual information over entropy of the first choice) are of t
 
 {markdown_table(["", ""], [[key, value] for key, value in environment.items() if value is not None])}
 
-Repeat it: `{environment["command"]}`
+Repeat it: `{environment["command"]}`. The runs were made at {", ".join(commits)}; the environment, time and speed of each is in
+[comparison.json](comparison.json). Runs share the machine, so their speed is no measure of an estimator's cost.
 """
 
 
