@@ -111,8 +111,8 @@ explained choices (mutual information over entropy of the first choice) are of t
 
 {markdown_table(["", ""], [[key, value] for key, value in environment.items() if value is not None])}
 
-Repeat it: `{environment["command"]}`. The runs were made at {", ".join(commits)}; the environment, time and speed of each is in
-[comparison.json](comparison.json). Runs share the machine, so their speed is no measure of an estimator's cost.
+Repeat it: `{environment["command"]}`. The runs were made at {", ".join(commits)}; the environment, time and speed of
+each is in [comparison.json](comparison.json). Runs share the machine, so their speed is no measure of an estimator's cost.
 """
 
 
