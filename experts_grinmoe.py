@@ -17,6 +17,11 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .routing_grinmoe import mix_seed, routing_generator, this_rank
+
+# They do not call `_apply_gate`.
+_WITHOUT_DROPOUT = ("sonicmoe", "deepgemm_megamoe")
+
 # On-disk name -> (fused parameter, position of its rows in there).
 ON_DISK = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
 
@@ -34,6 +39,7 @@ class GrinMoeExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = config.expert_dropout
+        self.dropout_generator: torch.Generator | None = None
         self.register_load_state_dict_pre_hook(load_per_expert_weights)
 
     def forward(
@@ -67,10 +73,35 @@ class GrinMoeExperts(nn.Module):
         per_choice = weighted[order.argsort()].view(-1, top_k, self.hidden_dim)
         return per_choice.sum(dim=1).to(hidden_states.dtype)
 
+    def seed_dropout(self, routing_seed: int, layer_idx: int, device: torch.device) -> None:
+        """Draw the next forward's dropout from a generator of its own, not from torch's default one.
+
+        Under expert parallelism every rank drops other activations and another number of them; from the default
+        generator, what the ranks draw after that would differ too.
+
+        Raises:
+            ValueError: the experts implementation has no place for dropout.
+        """
+        if self.dropout == 0:
+            return
+        implementation = self.config._experts_implementation
+        if implementation in _WITHOUT_DROPOUT:
+            raise ValueError(
+                f"expert_dropout={self.dropout} with experts_implementation={implementation!r}, which computes the "
+                "activation inside of its kernel and would drop nothing; choose 'grouped_mm', or expert_dropout=0"
+            )
+        self.dropout_generator = routing_generator(mix_seed(routing_seed, 1 + this_rank()), layer_idx, device)
+
+    def keep_mask(self, activation: torch.Tensor) -> torch.Tensor:
+        """What dropout multiplies activations of this shape with: 0, or 1 / (1 - p)."""
+        keep = torch.empty_like(activation).bernoulli_(1 - self.dropout, generator=self.dropout_generator)
+        return keep.div_(1 - self.dropout)
+
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """(n, 2I) to (n, I): SwiGLU, and dropout. The library's experts functions call it by this name."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return nn.functional.dropout(self.act_fn(gate) * up, self.dropout, self.training)
+        activation = self.act_fn(gate) * up
+        return activation * self.keep_mask(activation) if self.training and self.dropout > 0 else activation
 
 
 def cpu_experts_forward(
@@ -106,8 +137,7 @@ def cpu_experts_forward(
     weights = top_k_weights.to(hidden_states.dtype)
     keep = None
     if module.training and module.dropout > 0:
-        keep = hidden_states.new_empty((blocks.num_rows, module.down_proj.shape[2]))
-        keep = keep.bernoulli_(1 - module.dropout).div_(1 - module.dropout)
+        keep = module.keep_mask(hidden_states.new_empty((blocks.num_rows, module.down_proj.shape[2])))
     return _CpuExperts.apply(hidden_states, weights, gate_up_proj, down_proj, blocks, keep).to(dtype)
 
 

@@ -115,6 +115,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
         if self.training:
             if routing_seed is not None:
                 generator = routing_generator(routing_seed, self.layer_idx, hidden_states.device)
+                self.experts.seed_dropout(routing_seed, self.layer_idx, hidden_states.device)
             hidden_states = self._jittered(hidden_states, noise, generator)
         _, routing_weights, selected_experts, expert_gradient_scale, _ = self.gate(hidden_states, noise, generator)
         if expert_gradient_scale is None:
@@ -450,8 +451,9 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             output_selected_experts=records_routing,
             **kwargs,
         )
-        share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
-        losses_of_router = self._router_losses(outputs, attention_mask, share) if records_routing else None
+        losses_of_router = None
+        if records_routing:
+            losses_of_router = self._router_losses(outputs, attention_mask, labels, kwargs.get("num_items_in_batch"))
         logits = self.lm_head(_keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = aux_loss = z_loss = None
         if labels is not None:
@@ -472,12 +474,18 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
         )
 
     def _router_losses(
-        self, outputs: GrinMoeModelOutputWithPast, attention_mask: torch.Tensor | None, share: torch.Tensor | None
+        self,
+        outputs: GrinMoeModelOutputWithPast,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
         """Start the router's losses; the result waits for what other ranks have to say.
 
-        It gives the unscaled balance loss, the unscaled z-loss or None, and their sum weighted by the coefficients and
-        by the micro-batch's share of the optimizer step.
+        It gives the unscaled balance loss, the unscaled z-loss or None, and their sum weighted by the coefficients and by
+        this micro-batch's share of the optimizer step. The Trainer adds up the losses of a step's micro-batches: the
+        language loss is divided by the step's `num_items_in_batch` and adds up to a mean, and weighted by their share of
+        those target tokens the router's losses do too, so that they do not grow with gradient accumulation.
         """
         config = self.config
         if attention_mask is not None:
@@ -485,10 +493,15 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             sequence = outputs.last_hidden_state.shape[1]
             attention_mask = attention_mask[:, -sequence:] if attention_mask.dim() == 2 else None
         routing = outputs.router_logits, outputs.selected_experts, config.num_experts_per_tok
+        step, share = {}, None
+        if labels is not None and num_items_in_batch is not None:
+            step = {"targets": (labels[..., 1:] != -100).sum(), "items": num_items_in_batch}
+            share = step["targets"] / num_items_in_batch
         pending = None
         # Ranks evaluate and generate at their own pace: a collective there would wait for ever.
         if config.router_aux_loss_scope == "global" and self.training:
-            pending = self.balance_window.start(*routing, attention_mask, share, self._ranks_per_batch())
+            ranks_per_batch = self._ranks_per_batch()
+            pending = self.balance_window.start(*routing, attention_mask, **step, ranks_per_batch=ranks_per_batch)
 
         def finish():
             if pending is None:
@@ -529,18 +542,6 @@ def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Ten
     if logits_to_keep.dtype == torch.bool:
         return hidden_states[logits_to_keep]
     return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
-
-
-def _share_of_batch(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
-    """Share of this micro-batch in the optimizer step, by target tokens; None where the step is one forward.
-
-    The Trainer adds up the losses of a step's micro-batches. The language loss is divided by the step's
-    `num_items_in_batch` and adds up to a mean; weighted by this share the router's losses do too, so that they do not
-    grow with gradient accumulation.
-    """
-    if labels is None or num_items_in_batch is None:
-        return None
-    return (labels[..., 1:] != -100).sum() / num_items_in_batch
 
 
 def _times(loss: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:

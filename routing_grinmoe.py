@@ -85,7 +85,7 @@ def routing_seed(device: torch.device, ranks_per_batch: int = 1) -> int | None:
     ranks = number_of_ranks()
     if ranks == 1:
         return seed
-    batch = dist.get_rank() // ranks_per_batch
+    batch = this_rank() // ranks_per_batch
     if ranks_per_batch > 1:
         seeds = torch.empty(ranks, dtype=torch.int64, device=device)
         dist.all_gather_into_tensor(seeds, torch.tensor([seed], device=device))
@@ -163,7 +163,8 @@ def within_capacity(selected_experts: torch.Tensor, num_experts: int, capacity_f
         (T, K) bool; False is a choice that is dropped.
     """
     num_tokens, top_k = selected_experts.shape
-    capacity = math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+    # 1.1 * 100 * 2 / 20 is a little more than 11 in floating point, and means 11.
+    capacity = math.ceil(capacity_factor * num_tokens * top_k / num_experts - 1e-9)
     one_hot = torch.nn.functional.one_hot(selected_experts.t().reshape(-1), num_experts)  # (K * T, E)
     place = (one_hot.cumsum(0) * one_hot).sum(-1)  # 1 for the first that an expert gets
     return (place <= capacity).view(top_k, num_tokens).t()
@@ -333,6 +334,11 @@ def balance_of_counts(
 def number_of_ranks() -> int:
     """Processes of the default group, 1 where there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def this_rank() -> int:
+    """Rank in the default group, 0 where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 __all__ = [

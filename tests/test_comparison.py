@@ -50,7 +50,11 @@ def compared(text, tmp_path_factory):
 
 def test_a_comparison_writes_table_figure_and_numbers(compared):
     table = (compared / "comparison.md").read_text()
-    assert "Repeat it: `grinmoe compare X`. The runs were made at" in table and "SparseMixer-v2" in table and "commit" in table
+    assert (
+        "Repeat it: `grinmoe compare X`. The runs were made at" in table
+        and "SparseMixer-v2" in table
+        and "commit" in table
+    )
     content = json.loads((compared / "comparison.json").read_text())
     assert {(run["arm"], run["seed"]) for run in content["runs"]} == {
         (arm, seed) for arm in ("dense", "topk", "v2") for seed in (0, 1)

@@ -307,7 +307,7 @@ def test_the_global_scope_talks_to_other_ranks_in_training_only(tiny_model, data
     model.generate(batch, max_new_tokens=2, do_sample=False)
     assert calls == []
     model.train()(input_ids=batch, labels=batch)
-    assert calls == [(2, 5)], "one collective of all layers' counts"
+    assert calls == [(2, 6)], "one collective of all layers' counts"
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
@@ -361,6 +361,12 @@ class TestExpertDropout:
         torch.testing.assert_close(dropped[kept], (activations / 0.75)[kept])
         assert abs(kept.float().mean() - 0.75) < 0.03
 
+    def test_an_implementation_without_a_place_for_it_is_refused(self, tiny_model):
+        model = tiny_model(expert_dropout=0.25).train()
+        model.config._experts_implementation = "sonicmoe"
+        with pytest.raises(ValueError, match="expert_dropout=0.25 with experts_implementation='sonicmoe'"):
+            model(input_ids=torch.arange(6)[None])
+
     def test_the_fast_path_has_the_gradient_of_what_it_dropped(self, tiny_model, monkeypatch):
         """Against the reference loop with the very same activations dropped."""
         model = tiny_model(expert_dropout=0.4)
@@ -383,7 +389,7 @@ class TestExpertDropout:
         torch.manual_seed(1)
         keep = torch.empty(blocks.num_rows, 24).bernoulli_(0.6).div_(0.6)
         groups = iter([keep[rows][: int((chosen == expert).sum())] for expert, rows in blocks.experts])
-        monkeypatch.setattr(torch.nn.functional, "dropout", lambda activation, p, training: activation * next(groups))
+        monkeypatch.setattr(layer, "keep_mask", lambda activation: next(groups))
         for found, expected in zip(fast, run("eager"), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

@@ -229,7 +229,7 @@ def window_on_two_ranks(rank: int, estimator: str, checkpointing: bool) -> None:
     with mock.patch("torch.distributed.all_reduce", wraps=dist.all_reduce) as collective:
         # Ranks of different sizes: three rows here, one there.
         loss, gradients = train_window(model, slice(0, 3) if rank == 0 else slice(3, 4), ranks=WORLD)
-    assert [call.args[0].shape for call in collective.call_args_list] == [(2, 5)] * 2, "one for each micro-batch"
+    assert [call.args[0].shape for call in collective.call_args_list] == [(2, 6)] * 2, "one for each micro-batch"
     assert all(call.kwargs["async_op"] for call in collective.call_args_list)
     dist.all_reduce(loss)
     torch.testing.assert_close(loss / WORLD, expected_loss, rtol=1e-5, atol=0)
@@ -270,6 +270,25 @@ def draws_in_a_parallel_group(rank: int, folder: str, options: dict) -> None:
 def test_ranks_that_share_a_batch_draw_alike_however_they_are_seeded(tmp_path, options):
     tiny(router_jitter_noise=0.5).save_pretrained(tmp_path / "model")
     run_on_two(draws_in_a_parallel_group, tmp_path, str(tmp_path / "model"), options)
+
+
+def dropout_in_a_parallel_group(rank: int, folder: str, options: dict) -> None:
+    model = GrinMoeForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, distributed_config=DistributedConfig(**options)
+    ).train()
+    torch.manual_seed(1)  # the same on both ranks, as dropout of shared activations needs it
+    hidden = model.model(torch.arange(24).view(2, 12)).last_hidden_state.detach()
+    everyone = [torch.empty_like(hidden) for _ in range(WORLD)]
+    dist.all_gather(everyone, hidden)
+    torch.testing.assert_close(*everyone, atol=1e-5, rtol=0)
+    assert model.config.expert_dropout == model.config.hidden_dropout == 0.3
+
+
+@pytest.mark.parametrize("options", [{"tp_size": 2}, {"tp_size": 2, **EXPERT_PARALLEL}], ids=["tensor", "expert"])
+def test_dropout_of_experts_does_not_set_ranks_apart(tmp_path, options):
+    """Each rank drops activations of its own; what follows, dropout of the shared ones included, stays the same."""
+    tiny(expert_dropout=0.3, hidden_dropout=0.3).save_pretrained(tmp_path / "model")
+    run_on_two(dropout_in_a_parallel_group, tmp_path, str(tmp_path / "model"), options)
 
 
 def draws_of_data_parallel_ranks(rank: int) -> None:
