@@ -7,7 +7,7 @@ import math
 from torch import nn
 from transformers import TrainerCallback
 
-from .modeling_grinmoe import GrinMoeRouter
+from .block_grinmoe import GrinMoeRouter
 
 
 class NarrowingMask(TrainerCallback):

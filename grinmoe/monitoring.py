@@ -24,7 +24,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode
 
-from .modeling_grinmoe import GrinMoeModel, GrinMoeRouter, GrinMoeSparseMoeBlock
+from .block_grinmoe import GrinMoeRouter, GrinMoeSparseMoeBlock
+from .modeling_grinmoe import GrinMoeModel
 from .routing_grinmoe import NonFiniteRouterLogitsError, number_of_ranks
 from .routing_record import RankCounts, RoutingRecord
 

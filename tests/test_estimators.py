@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import grinmoe.estimators_grinmoe as estimators
+from grinmoe.block_grinmoe import GrinMoeSparseMoeBlock
 from grinmoe.configuration_grinmoe import ROUTER_ESTIMATORS
 from grinmoe.enumeration import (
     LOSSES,
@@ -34,7 +35,6 @@ from grinmoe.enumeration import (
     random_loss,
 )
 from grinmoe.estimators_grinmoe import RoutingNoise
-from grinmoe.modeling_grinmoe import GrinMoeSparseMoeBlock
 from grinmoe.routing_grinmoe import draw_routing_noise, route
 from tests.tolerances import FAST_PATH_FLOAT32
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from grinmoe.block_grinmoe import GrinMoeRouter
 from grinmoe.mask_schedule import NarrowingMask
-from grinmoe.modeling_grinmoe import GrinMoeRouter
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-import grinmoe.modeling_grinmoe as modeling
-from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, experts_grinmoe
+from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, block_grinmoe, experts_grinmoe
 from grinmoe.configuration_grinmoe import ROUTER_ESTIMATORS
 from grinmoe.routing_grinmoe import RoutingNoise, draw_routing_noise, load_balancing_loss, route
 
@@ -53,7 +52,7 @@ def greedy_routing(monkeypatch):
     def evaluate(router_logits, top_k, jitter_eps, training, *args, **kwargs):
         return route(router_logits, top_k, jitter_eps, False)
 
-    monkeypatch.setattr(modeling, "route", evaluate)
+    monkeypatch.setattr(block_grinmoe, "route", evaluate)
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def repeated_draws(monkeypatch):
         noise = RoutingNoise(one.exponential.repeat(1, rows, 1), one.uniform.repeat(1, rows, 1))
         return route(router_logits, top_k, jitter_eps, training, noise, *args[1:], layer=layer, **kwargs)
 
-    monkeypatch.setattr(modeling, "route", with_draws)
+    monkeypatch.setattr(block_grinmoe, "route", with_draws)
 
 
 @pytest.mark.parametrize(
