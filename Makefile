@@ -36,9 +36,9 @@ test: $(VENV)/.stamp  ## the whole CPU test suite
 
 test-oldest: $(OLDEST)/.stamp  ## the model's tests on the oldest supported Transformers
 	@$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)", transformers.__version__'
-	@$(OLDEST)/bin/python -m pytest -q tests/goldens tests/remote_code tests/distributed tests/test_balance.py \
+	@$(OLDEST)/bin/python -m pytest -q tests/goldens tests/remote_code tests/distributed tests/test_balance.py tests/test_block.py \
 		tests/test_checkpoint.py tests/test_configuration.py tests/test_estimators.py tests/test_experts.py \
-		tests/test_generate.py tests/test_modeling.py tests/test_monitoring.py tests/test_monitoring_alarms.py \
+		tests/test_generate.py tests/test_mask_schedule.py tests/test_modeling.py tests/test_monitoring.py tests/test_monitoring_alarms.py \
 		tests/test_routing.py tests/test_routing_record.py tests/test_saving.py tests/test_tokenization.py tests/test_training.py
 
 check: $(VENV)/.stamp  ## ruff, mypy, symbolic links

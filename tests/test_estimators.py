@@ -6,22 +6,15 @@ E = 6 experts unless a test says otherwise; `kept` is how many of them the first
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import grinmoe.estimators_grinmoe as estimators
-from grinmoe.block_grinmoe import GrinMoeSparseMoeBlock
 from grinmoe.configuration_grinmoe import ROUTER_ESTIMATORS
 from grinmoe.enumeration import (
-    LOSSES,
     Decision,
     cosine_and_error,
     draw_probabilities,
@@ -35,15 +28,13 @@ from grinmoe.enumeration import (
     random_loss,
 )
 from grinmoe.estimators_grinmoe import RoutingNoise
-from grinmoe.routing_grinmoe import draw_routing_noise, route
-from tests.tolerances import FAST_PATH_FLOAT32
+from grinmoe.routing_grinmoe import route
 
 EXACT = 1e-12
 SAMPLING = [name for name in ROUTER_ESTIMATORS if name != "topk"]
 # A token's gradient is its own for all but one.
 ENUMERATED = [name for name in ROUTER_ESTIMATORS if name != "sparsemixer_centred"]
 TO_GO = ["sparsemixer_togo", "sparsemixer_unscaled"]
-STUDY = Path(__file__).resolve().parents[1] / "scripts" / "estimator_study.py"
 
 masks = pytest.mark.parametrize("kept", [None, 4, 3, 2], ids=lambda kept: f"kept={kept or 'all'}")
 
@@ -513,82 +504,3 @@ def test_joint_draws_one_factor_per_token_and_has_no_rule_for_the_argmax():
         noise = RoutingNoise(outcomes.noise.exponential, uniform)
         scale = route(logits, 2, math.inf, True, noise, "sparsemixer_joint").routing_weights / full_weights
         torch.testing.assert_close(scale, torch.full_like(scale, expected), rtol=EXACT, atol=0)
-
-
-# --- the block ------------------------------------------------------------------------------------------------------------
-
-
-def algorithm(block, hidden_states: torch.Tensor, noise: RoutingNoise, star: bool) -> torch.Tensor:
-    """Algorithm 1 as printed, or Algorithm 2 (`star`): tokens (T, H) to (T, H), with autograd doing all of the rest."""
-    router_logits = hidden_states @ block.gate.weight.t()  # (T, E)
-    if star:
-        router_logits = router_logits / 2
-    gate, up = torch.einsum("th,eih->tei", hidden_states, block.experts.gate_up_proj).chunk(2, dim=-1)
-    experts = torch.einsum("tei,ehi->teh", torch.nn.functional.silu(gate) * up, block.experts.down_proj)
-    third, full_above = (1 / 3, 3 / 8) if star else (0.3333, 3 / 4)
-    taken = torch.zeros_like(router_logits, dtype=torch.bool)
-    output = torch.zeros_like(hidden_states)
-    for exponential, uniform in zip(noise.exponential, noise.uniform):
-        left = router_logits.masked_fill(taken, float("-inf"))
-        best, argmax = left.max(-1, keepdim=True)
-        far = best - router_logits > 2 * block.gate.jitter_eps * torch.maximum(router_logits.abs(), best)
-        probs = left.masked_fill(far, float("-inf")).softmax(-1)
-        choice = (probs.log() - exponential.log()).argmax(-1, keepdim=True)
-        m = torch.where((choice == argmax) | (uniform > full_above), 1.0, third)
-        chosen = experts.take_along_dim(choice.unsqueeze(-1), 1).squeeze(1)
-        h = probs.take_along_dim(choice, 1) * chosen
-        output = output + (2 * h + (m * h - 2 * h).detach() if star else h + (m * h - h).detach())
-        taken = taken.scatter(1, choice, True)
-    return output
-
-
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "grinmoe_cpu"])
-@pytest.mark.parametrize("estimator", ["sparsemixer_v2_printed", "sparsemixer_v2_star"])
-def test_the_block_is_the_printed_algorithm(tiny_config, estimator, implementation):
-    """Output, and gradients of the input, the gate and the experts; float32 against float64."""
-    torch.manual_seed(0)
-    config = tiny_config(router_estimator=estimator, router_jitter_noise=0.3, input_jitter_noise=0.0)
-    config._experts_implementation = implementation
-    block = GrinMoeSparseMoeBlock(config, 0).train()
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    hidden_states = torch.randn(2, 25, config.hidden_size, requires_grad=True)
-    upstream = torch.randn(50, config.hidden_size)
-    noise = draw_routing_noise(torch.empty(50, config.num_local_experts), 2)
-    parameters = [hidden_states, *block.parameters()]
-
-    output = block(hidden_states, noise).view(50, -1)
-    found = [output, *torch.autograd.grad((output * upstream).sum(), parameters)]
-    block.double()
-    wide = hidden_states.detach().double().requires_grad_()
-    output = algorithm(block, wide.view(50, -1), noise, star=estimator.endswith("star"))
-    expected = [output, *torch.autograd.grad((output * upstream).sum(), [wide, *block.parameters()])]
-    for one, other in zip(expected, found, strict=True):
-        assert other.dtype == torch.float32
-        assert (other - one).abs().max() <= FAST_PATH_FLOAT32 * one.abs().max()
-
-
-# --- the study ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_studys_help_is_instant():
-    """-S: without site-packages, so that an early import of torch would fail."""
-    done = subprocess.run([sys.executable, "-S", str(STUDY), "--help"], capture_output=True, text=True, check=True)
-    assert "example: python scripts/estimator_study.py" in done.stdout
-
-
-def test_the_study_writes_numbers_tables_and_a_figure(tmp_path, capsys):
-    specification = importlib.util.spec_from_file_location("estimator_study", STUDY)
-    study = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(study)
-    path = study.main(["--logits", "3", "--seed", "7", "--output", str(tmp_path)])
-    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md", ".png"]
-    facts = json.loads(path.with_suffix(".json").read_text())
-    assert facts["environment"]["command"] == "python scripts/estimator_study.py --seed 7 --logits 3"
-    assert len(facts["cells"]) == len(study.SETTINGS) * len(LOSSES) * len(study.ARMS)
-    joint = [cell for cell in facts["cells"] if cell["arm"] == "joint" and cell["loss"] != "mlp"]
-    assert all(cell["relative_error"] < EXACT for cell in joint)
-    text = path.read_text()
-    assert all(f"## {setting}" in text for setting in study.SETTINGS) and facts["environment"]["commit"] in text
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert path.name in capsys.readouterr().out
