@@ -12,6 +12,9 @@ from typing import Any
 
 from transformers import MixtralConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # What each of them does is said at its function in estimators_grinmoe.py.
 ROUTER_ESTIMATORS = (
@@ -418,5 +421,28 @@ def _check_rope(rope: dict[str, Any], head_size: int) -> None:
 
 # The name in the released config.json's auto_map.
 GRINMoEConfig = GrinMoeConfig
+
+
+def _register_tokenizer_class() -> None:
+    """
+    Make `AutoTokenizer` read tokenizer.json as it is for this model type; here, because it loads the config first.
+
+    Without an entry for the model type, AutoTokenizer trusts the `tokenizer_class` in tokenizer_config.json. The released
+    checkpoint names LlamaTokenizer there, which replaces the normaliser of tokenizer.json and so gives other ids. The
+    table is private to the library; `AutoTokenizer.register` writes another one, which is asked only later.
+    (docs/tokenization.md; tests/test_tokenizer_loading.py notices when it moves.)
+    """
+    try:
+        from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+    except ImportError:
+        logger.warning(
+            "this version of Transformers has no TOKENIZER_MAPPING_NAMES: AutoTokenizer may give wrong ids for GRIN-MoE; "
+            "load tokenizers with grinmoe.load_tokenizer, or with TokenizersBackend.from_pretrained"
+        )
+        return
+    TOKENIZER_MAPPING_NAMES[GrinMoeConfig.model_type] = "TokenizersBackend"
+
+
+_register_tokenizer_class()
 
 __all__ = ["GrinMoeConfig", "GRINMoEConfig"]

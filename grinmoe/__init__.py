@@ -1,7 +1,8 @@
 """GRIN-MoE for Hugging Face Transformers.
 
 Importing this package registers the model: from then on `AutoModelForCausalLM.from_pretrained` loads GRIN-MoE
-checkpoints, the released one included, without `trust_remote_code`.
+checkpoints, the released one included, without `trust_remote_code`, and `AutoTokenizer` gives their tokenizers the right
+class.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,7 @@ from .modeling_grinmoe import (
     GrinMoePreTrainedModel,
 )
 from .routing_grinmoe import RoutingNoise, load_balancing_loss, sparsemixer
+from .tokenization import TokenizerError, load_tokenizer
 
 try:
     __version__ = version("grinmoe")
@@ -45,7 +47,9 @@ __all__ = [
     "GrinMoeModel",
     "GrinMoePreTrainedModel",
     "RoutingNoise",
+    "TokenizerError",
     "__version__",
     "load_balancing_loss",
+    "load_tokenizer",
     "sparsemixer",
 ]

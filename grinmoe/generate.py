@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer, TokenizersBackend
+from transformers import TextStreamer
 from transformers.utils import logging
 
 from .configuration_grinmoe import GrinMoeConfig
 from .modeling_grinmoe import GrinMoeForCausalLM
+from .tokenization import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -116,21 +117,9 @@ def load_chat(model: str, options: ChatOptions) -> Chat:
     model = _folder_or_repository(model)
     # The small files first: what is wrong with them is said before gigabytes have been read.
     config = GrinMoeConfig.from_pretrained(model)
-    tokenizer = _load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     loaded = GrinMoeForCausalLM.from_pretrained(model, config=config, dtype=options.dtype)
     return Chat(loaded.to(device).eval(), tokenizer, options)
-
-
-def _load_tokenizer(model: str) -> TokenizersBackend:
-    # Not AutoTokenizer: unless the checkpoint names this class, it builds a Llama tokenizer for this model type, which
-    # drops the normaliser of tokenizer.json and gives other ids. The released checkpoint does not name it.
-    try:
-        return TokenizersBackend.from_pretrained(model)
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{model} has no tokenizer that can be loaded; put the tokenizer.json and tokenizer_config.json of the model "
-            f"beside its weights (the library says: {error})"
-        ) from error
 
 
 def _folder_or_repository(model: str) -> str:

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import grinmoe.generation_grinmoe as generation
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
@@ -157,22 +156,11 @@ def test_a_device_that_is_not_there_is_named(checkpoint):
         load_chat(str(checkpoint), ChatOptions(device="abacus"))
 
 
-def test_the_tokenizer_is_the_right_one_even_where_the_checkpoint_names_another(checkpoint, tmp_path):
-    """As released: `tokenizer_class` LlamaTokenizer, with which AutoTokenizer gives other ids without a word."""
-    folder = shutil.copytree(checkpoint, tmp_path / "released")
-    config_file = folder / "tokenizer_config.json"
-    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "tokenizer_class": "LlamaTokenizer"}))
-    text = "<|user|>\nHello<|end|>\n<|assistant|>\n"
-    expected = AutoTokenizer.from_pretrained(checkpoint)(text).input_ids
-    assert AutoTokenizer.from_pretrained(folder)(text).input_ids != expected, "the trap is gone: simplify load_chat"
-    assert load_chat(str(folder), ChatOptions(device="cpu")).tokenizer(text).input_ids == expected
-
-
 def test_a_folder_without_a_tokenizer_says_what_is_missing_before_weights_are_read(checkpoint, tmp_path):
     folder = tmp_path / "bare"
     folder.mkdir()
     shutil.copy(checkpoint / "config.json", folder)
-    with pytest.raises(ValueError, match=r"no tokenizer that can be loaded; put the tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"no tokenizer can be loaded from .*; put tokenizer\.json"):
         load_chat(str(folder), ChatOptions(device="cpu"))
 
 

@@ -1,4 +1,4 @@
-"""The small tokenizer behaves like the family's: special tokens, whitespace, template, and the class that loads it."""
+"""The small tokenizer behaves like the family's: special tokens, whitespace, and the class that loads it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jinja2
 import pytest
 from transformers import AutoTokenizer
 
 import grinmoe.tokenization as tokenization
 from grinmoe import GrinMoeConfig
-from grinmoe.tokenization import SPECIAL_TOKENS, build_tokenizer, chat_template
+from grinmoe.tokenization import SPECIAL_TOKENS, build_tokenizer
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog.",
@@ -85,34 +84,6 @@ def test_auto_tokenizer_gives_the_same_ids(tokenizer, saved):
 def test_saving_again_changes_nothing(saved, tmp_path):
     AutoTokenizer.from_pretrained(saved).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads((saved / "tokenizer.json").read_text())
-
-
-MESSAGES = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello."},
-    {"role": "user", "content": "Bye"},
-]
-
-
-@pytest.mark.parametrize(
-    "messages, generate, expected",
-    [
-        (
-            MESSAGES,
-            True,
-            "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\nHello.<|end|>\n"
-            "<|user|>\nBye<|end|>\n<|assistant|>\n",
-        ),
-        (MESSAGES[1:3], False, "<|user|>\nHi<|end|>\n<|assistant|>\nHello.<|end|>\n<|endoftext|>"),
-        ([{"role": "system", "content": ""}, MESSAGES[1]], True, "<|user|>\nHi<|end|>\n<|assistant|>\n"),
-    ],
-    ids=["multi-turn", "complete", "empty system"],
-)
-def test_template(tokenizer, messages, generate, expected):
-    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate) == expected
-    environment = jinja2.Environment().from_string(chat_template())
-    assert environment.render(messages=messages, add_generation_prompt=generate, eos_token="<|endoftext|>") == expected
 
 
 def test_too_small_a_vocabulary_is_refused():

@@ -1,5 +1,15 @@
-"""Tokenizers of the GRIN-MoE family: the chat template and the building of a small tokenizer. Without torch."""
+"""Tokenizers of the GRIN-MoE family: chat template, loading, building and verifying. Without torch."""
 
-from .build import SPECIAL_TOKENS, build_tokenizer, chat_template
+from .build import SPECIAL_TOKENS, build_tokenizer
+from .loading import TokenizerError, check_tokenizer, load_tokenizer
+from .template import chat_template, template_difference
 
-__all__ = ["SPECIAL_TOKENS", "build_tokenizer", "chat_template"]
+__all__ = [
+    "SPECIAL_TOKENS",
+    "TokenizerError",
+    "build_tokenizer",
+    "chat_template",
+    "check_tokenizer",
+    "load_tokenizer",
+    "template_difference",
+]

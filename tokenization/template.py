@@ -1,0 +1,57 @@
+"""The family's chat template, and what another template renders differently."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+# Conversations that tell templates apart: a system message (also empty), several turns, whitespace at the edges of a
+# content, an unanswered question, an answer without a question.
+_PROBES: tuple[tuple[tuple[str, str], ...], ...] = (
+    (("system", "Be brief."), ("user", " Hi\n"), ("assistant", "\n Yo "), ("user", "And?")),
+    (("system", ""), ("user", "2 < 3?"), ("assistant", "Yes, {{ 2 }}.")),
+    (("user", "Hello"),),
+    (("assistant", ""),),
+)
+
+
+def chat_template() -> str:
+    """The family's chat template (Jinja): renders what the released one renders, and marks the assistant's text."""
+    return (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def marks_assistant(template: Any) -> bool:
+    """Whether a template marks the assistant's text, as `return_assistant_tokens_mask` and TRL need it."""
+    return isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def template_difference(tokenizer: Any) -> str | None:
+    """
+    How the tokenizer's chat template differs from the family's in what it renders.
+
+    Args:
+        tokenizer: with a chat template and the family's special tokens.
+
+    Returns:
+        None if all probe conversations render byte for byte alike; else a sentence with the first one that does not.
+    """
+    for probe in _PROBES:
+        messages = [{"role": role, "content": content} for role, content in probe]
+        for generate in (True, False):
+            expected = _render(tokenizer, messages, generate, chat_template())
+            try:
+                rendered = _render(tokenizer, messages, generate, None)
+            except (jinja2.TemplateError, TypeError, ValueError) as error:
+                return f"it fails on {messages} ({error})"
+            if rendered != expected:
+                return f"it renders {messages} as {rendered!r}, the family's renders {expected!r}"
+    return None
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], generate: bool, template: str | None) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=generate, chat_template=template
+    )
