@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -16,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import CommitInfo, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.hub import create_and_tag_model_card
 
 from .configuration_grinmoe import AUTO_MAP, GrinMoeConfig
-from .layout_grinmoe import can_alias, fused_name, fused_shapes, official_shapes, official_state_dict
+from .layout_grinmoe import can_alias, fused_name, fused_shapes, official_shapes, official_state_dict, stale_weights
+from .upload_grinmoe import upload_checkpoint
 
 
 class CheckpointError(ValueError, RuntimeError):
@@ -214,7 +213,8 @@ def _move_in(staging: Path, folder: Path, previous: Path) -> None:
     """Move all files of `staging` into `folder`, and what they replace to `previous`; undone if a move fails."""
     entering = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
     entering.sort(key=lambda path: path.name in _KEYSTONES)
-    stale = _stale_weights(folder, {path.name for path in entering})
+    names = {path.name for path in entering}
+    stale = [Path(name) for name in stale_weights((path.name for path in folder.iterdir()), names)]
     leaving = [path for path in entering if (folder / path).exists()] + stale
     leaving.sort(key=lambda path: path.name not in _KEYSTONES)
     moves = [(folder / path, previous / path) for path in leaving]
@@ -225,20 +225,6 @@ def _move_in(staging: Path, folder: Path, previous: Path) -> None:
             os.replace(source, target)
             undo.callback(os.replace, target, source)
         undo.pop_all()
-
-
-def _stale_weights(folder: Path, entering: set[str]) -> list[Path]:
-    """Weights of the checkpoint in `folder` that the new one does not replace: another number of shards."""
-    weights = next((name for name in entering if name.endswith(".safetensors")), None)
-    if weights is None:
-        return []
-    # "model", or "model.fp16" for a variant; the index of that is model.safetensors.index.fp16.json.
-    stem = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", weights)
-    name, _, variant = stem.partition(".")
-    index = f"{name}.safetensors.index{'.' + variant if variant else ''}.json"
-    ours = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(index)}")
-    present = [path.relative_to(folder) for path in folder.iterdir() if ours.fullmatch(path.name)]
-    return [path for path in present if path.name not in entering]
 
 
 def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
@@ -375,8 +361,8 @@ class OfficialCheckpointMixin:
 
         Beyond Transformers: the folder's previous checkpoint is replaced only once the new one is completely written
         (a full disk leaves it whole), and no copy of the weights is made. With `push_to_hub=True` the folder's new files
-        are uploaded when they are in place; `repo_id`, `private`, `token`, `commit_message` and `create_pr` as in
-        Transformers. Further arguments are passed on.
+        are uploaded when they are in place; `repo_id`, `private`, `token`, `commit_message`, `revision` and `create_pr` as
+        in Transformers. Further arguments are passed on.
 
         A model that `fully_shard` has sharded is gathered to the first rank, so every rank must call this, with
         `is_main_process` as it is; where `state_dict` is given (as the Trainer does), nothing is gathered.
@@ -409,7 +395,42 @@ class OfficialCheckpointMixin:
             written = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
         if push_to_hub:
             # After the folder is whole, so that a failed upload costs no checkpoint.
-            _upload(Path(save_directory), written, self.model_tags, **hub_options)
+            upload_checkpoint(Path(save_directory), written, self.model_tags, **hub_options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """
+        Upload the model with its code, so that the repository loads on its own; arguments as in Transformers.
+
+        Beyond Transformers: one commit, which also removes the shards of a former checkpoint that this one does not
+        replace. (`grinmoe push` publishes a whole folder, with tokenizer and card, and checks it before.)
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size, token=token)
+            written = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
+            return upload_checkpoint(
+                Path(folder),
+                written,
+                tags,
+                repo_id=repo_id,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
 
 def _make_readable(folder: Path) -> None:
@@ -419,32 +440,7 @@ def _make_readable(folder: Path) -> None:
         weights.chmod(config.stat().st_mode)
 
 
-_HUB_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr")
-
-
-def _upload(
-    folder: Path,
-    files: list[str],
-    tags: list[str] | None,
-    repo_id: str | None = None,
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-) -> None:
-    """Upload `files` of `folder` in one commit, and a model card if neither the repository nor the folder has one."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id or folder.resolve().name, private=private, exist_ok=True).repo_id
-    card = folder / "README.md"
-    if not card.exists():
-        create_and_tag_model_card(repo_id, tags, token=token).save(card)
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=[*files, card.name],
-        commit_message=commit_message or "Upload model",
-        create_pr=create_pr,
-    )
+_HUB_OPTIONS = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
 
 
 __all__ = [

@@ -1,10 +1,13 @@
-"""The official layout of GRIN-MoE checkpoints: its keys and shapes, and the way to the fused weights and back.
+"""The official layout of GRIN-MoE checkpoints: keys, shapes, file names, and the way to the fused weights and back.
 
 On disk every expert has its own w1, w3 and w2; in memory the experts of a layer are fused (see `experts_grinmoe.py`).
 Transformers' weight conversion fuses them while it loads. docs/checkpoint.md has the whole list of keys.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -107,6 +110,30 @@ def fused_name(key: str) -> str:
     return f"{prefix}.experts.{ON_DISK[on_disk][0]}" if on_disk in ON_DISK else key
 
 
+def stale_weights(present: Iterable[str], entering: Collection[str]) -> list[str]:
+    """
+    Weight files of a checkpoint that a new one leaves behind, because it has another number of shards.
+
+    Left where they are, they may be loaded in place of the new ones: Transformers prefers model.safetensors to an index.
+
+    Args:
+        present: names of the files that are there, in a folder or a repository.
+        entering: names of the new checkpoint's files.
+
+    Returns:
+        Those of `present` that are weights of the same variant and not among `entering`; none if no weights enter.
+    """
+    weights = next((name for name in entering if name.endswith(".safetensors")), None)
+    if weights is None:
+        return []
+    # "model", or "model.fp16" for a variant; the index of that is model.safetensors.index.fp16.json.
+    stem = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", weights)
+    name, _, variant = stem.partition(".")
+    index = f"{name}.safetensors.index{'.' + variant if variant else ''}.json"
+    ours = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(index)}")
+    return sorted(file for file in present if ours.fullmatch(file) and file not in entering)
+
+
 __all__ = [
     "can_alias",
     "fused_name",
@@ -114,4 +141,5 @@ __all__ = [
     "official_shapes",
     "official_state_dict",
     "register_weight_conversion",
+    "stale_weights",
 ]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+from tests.hub_server import hub  # noqa: F401
 
 DATA = Path(__file__).parent / "goldens" / "data"
 

@@ -117,6 +117,25 @@ class TestAssistantMask:
         assert marked(tokenizer, chat("Hi")) == []
 
 
+def test_trl_trains_on_the_assistants_tokens_alone(tokenizer, tiny_model, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    messages = chat("Hello", " Good question!", "So?", "Yes.", system="Be brief.")
+    arguments = SFTConfig(
+        str(tmp_path), assistant_only_loss=True, report_to="none", use_cpu=True, bf16=False, dataloader_pin_memory=False
+    )
+    trainer = SFTTrainer(
+        tiny_model(vocab_size=400),
+        args=arguments,
+        train_dataset=Dataset.from_list([{"messages": messages}] * 2),
+        processing_class=tokenizer,
+    )
+    labels = next(iter(trainer.get_train_dataloader()))["labels"][0]
+    expected = [token for answer in ("Good question!", "Yes.") for token in what_the_assistant_says(tokenizer, answer)]
+    assert labels[labels != -100].tolist() == expected
+
+
 @pytest.mark.parametrize(
     "message, says",
     [

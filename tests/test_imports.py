@@ -24,7 +24,8 @@ ALLOWED_SIBLINGS = {
     "block_grinmoe": {"configuration_grinmoe", "estimators_grinmoe", "experts_grinmoe", "routing_grinmoe"},
     "attention_grinmoe": {"configuration_grinmoe"},
     "layout_grinmoe": {"configuration_grinmoe", "experts_grinmoe"},
-    "checkpoint_grinmoe": {"configuration_grinmoe", "layout_grinmoe"},
+    "upload_grinmoe": {"layout_grinmoe"},
+    "checkpoint_grinmoe": {"configuration_grinmoe", "layout_grinmoe", "upload_grinmoe"},
     "modeling_grinmoe": {
         "attention_grinmoe",
         "balance_grinmoe",
@@ -82,7 +83,7 @@ def test_flat_files_import_only_what_lies_to_their_left(path):
 def test_flat_files_need_nothing_that_a_user_of_the_checkpoint_lacks(path):
     needs = top_level(imported_modules(path)) - STANDARD_LIBRARY
     allowed = {"torch", "transformers", "safetensors"}
-    if path.stem == "checkpoint_grinmoe":
+    if path.stem in ("checkpoint_grinmoe", "upload_grinmoe"):
         allowed |= {"huggingface_hub"}  # Transformers cannot be installed without it
     if path.stem in ("estimators_grinmoe", "routing_grinmoe", "balance_grinmoe"):
         allowed = {"torch"}

@@ -6,60 +6,15 @@ import errno
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import grinmoe.checkpoint_grinmoe as checkpoint
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.checkpoint_grinmoe import CheckpointFileError
 from tests.test_checkpoint import weights_of
-
-
-class FakeHub:
-    """Stands in for the Hub's client and remembers what a call would have uploaded."""
-
-    def __init__(self, folder: Path, fails: bool = False):
-        self.folder, self.fails, self.uploaded = folder, fails, None
-
-    def __call__(self, token=None):
-        return self
-
-    def create_repo(self, repo_id, private=None, exist_ok=False):
-        return SimpleNamespace(repo_id=f"someone/{repo_id}")
-
-    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message, create_pr):
-        if self.fails:
-            raise ConnectionError("the Hub is away")
-        self.uploaded = repo_id, {name: (Path(folder_path) / name).read_bytes() for name in allow_patterns}
-
-
-class TestPushWhileSaving:
-    @pytest.fixture
-    def hub(self, monkeypatch, tmp_path):
-        hub = FakeHub(tmp_path)
-        monkeypatch.setattr(checkpoint, "HfApi", hub)
-        monkeypatch.setattr(checkpoint, "create_and_tag_model_card", lambda *args, **options: ModelCard("---\n---\n"))
-        return hub
-
-    def test_the_repository_gets_code_and_auto_map(self, hub, tiny_model, tmp_path):
-        (tmp_path / "grin").mkdir()
-        (tmp_path / "grin" / "notes.txt").write_text("mine")
-        tiny_model().save_pretrained(tmp_path / "grin", push_to_hub=True, max_shard_size="20KB")
-        repo_id, files = hub.uploaded
-        assert repo_id == "someone/grin" and "notes.txt" not in files
-        assert {file.name for file in checkpoint.code_files()} <= files.keys()
-        assert json.loads(files["config.json"])["auto_map"] == checkpoint.AUTO_MAP
-        assert {"README.md", "generation_config.json", "model.safetensors.index.json"} <= files.keys()
-
-    def test_a_failed_upload_costs_no_checkpoint(self, hub, tiny_model, tmp_path):
-        hub.fails = True
-        with pytest.raises(ConnectionError, match="the Hub is away"):
-            tiny_model().save_pretrained(tmp_path / "grin", push_to_hub=True)
-        GrinMoeForCausalLM.from_pretrained(tmp_path / "grin")
 
 
 class TestSafeSaving:
