@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_generate(commands)
     _add_compare(commands)
+    _add_tokenizer(commands)
     return parser
 
 
@@ -82,6 +83,46 @@ def _add_compare(commands) -> None:
     compare.set_defaults(run=_run_compare)
 
 
+def _add_tokenizer(commands) -> None:
+    tokenizer = commands.add_parser(
+        "tokenizer",
+        help="build the family's tokenizer from a source, or verify one",
+        description="Build a tokenizer of the family, or hold one against strings and their ids.",
+        epilog="example: grinmoe tokenizer build --source tokenizer.model --output tokenizer",
+    )
+    actions = tokenizer.add_subparsers(dest="action", metavar="ACTION", required=True)
+    build = actions.add_parser(
+        "build",
+        help="make a tokenizer folder of a tokenizer.model, a GGUF or a tokenizer.json",
+        description="Take vocabulary and merges from a SentencePiece BPE model, a GGUF or a tokenizer.json (also one whose "
+        "normaliser was lost when another class saved it), put the family's normalisation, special tokens and chat template "
+        "on, and write a tokenizer that loads with TokenizersBackend and AutoTokenizer.",
+        epilog="example: grinmoe tokenizer build --source tokenizer.model --output tokenizer",
+    )
+    build.add_argument("--source", required=True, metavar="FILE", help="tokenizer.model, *.gguf or tokenizer.json")
+    build.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="new folder, or one with a tokenizer or model, where only the tokenizer is replaced",
+    )
+    build.add_argument(
+        "--model-max-length", type=int, default=4096, metavar="N", help="tokens from which it warns (default: 4096)"
+    )
+    build.set_defaults(run=_run_tokenizer_build)
+    verify = actions.add_parser(
+        "verify",
+        help="compare a tokenizer with strings and their ids",
+        description="Compare what a tokenizer gives with vectors: a JSON object from string to ids, or llama.cpp's *.inp "
+        "and *.out. Prints each difference with the place where it begins. Exit code 0 if all agree, 1 if not.",
+        epilog="example: grinmoe tokenizer verify --tokenizer tokenizer --vectors ids.json",
+    )
+    verify.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of a tokenizer or of a model")
+    verify.add_argument("--vectors", required=True, metavar="FILE", help="*.json, or *.inp with its *.out beside it")
+    verify.add_argument("--auto", action="store_true", help="load with AutoTokenizer, as most programs do")
+    verify.set_defaults(run=_run_tokenizer_verify)
+
+
 def _run_demo(arguments: argparse.Namespace) -> None:
     from grinmoe.demo import run_demo
 
@@ -118,6 +159,19 @@ def _run_compare(arguments: argparse.Namespace) -> None:
     except RunsFailedError as error:
         raise SystemExit(f"grinmoe compare: {error}") from error
     print(f"table and figure: {report}")
+
+
+def _run_tokenizer_build(arguments: argparse.Namespace) -> None:
+    from grinmoe.tokenization.build import run_build
+
+    run_build(arguments.source, arguments.output, model_max_length=arguments.model_max_length)
+
+
+def _run_tokenizer_verify(arguments: argparse.Namespace) -> None:
+    from grinmoe.tokenization.verify import run_verify
+
+    if not run_verify(arguments.tokenizer, arguments.vectors, auto=arguments.auto):
+        raise SystemExit(1)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,7 +23,18 @@ def run_main(*arguments: str) -> int:
         return end.code if isinstance(end.code, int) else 1
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("demo", "--help"), ("generate", "--help")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("demo", "--help"),
+        ("generate", "--help"),
+        ("tokenizer", "--help"),
+        ("tokenizer", "build", "--help"),
+        ("tokenizer", "verify", "--help"),
+    ],
+    ids=" ".join,
+)
 def test_help_is_instant_shows_an_example_and_imports_nothing_heavy(arguments):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import grinmoe_cli\n"

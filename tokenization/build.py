@@ -1,41 +1,32 @@
-"""Build a small tokenizer of the family: SentencePiece-like BPE with byte fallback, the family's special tokens.
+"""Build tokenizers of the family: SentencePiece-like BPE with byte fallback, the family's special tokens.
 
-The released tokenizer has 32,011 entries; this one is trained on any text in seconds and behaves alike: the same
-normalisation (a leading space, spaces as "▁"), the same special tokens in the same order with the same whitespace rules,
-the same chat template, and no beginning-of-sequence token.
+From a source, `grinmoe tokenizer build` makes the released tokenizer again: of a tokenizer.model, of a GGUF's vocabulary, or
+of a tokenizer.json that another class has damaged. Of text, `build_tokenizer` trains a small one in seconds that behaves
+alike. Both have the same normalisation (a leading space, spaces as "▁"), the same special tokens in the same order with the
+same whitespace rules, the same chat template, and no beginning-of-sequence token.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TokenizersBackend
 
-# In the family's order, which the ids follow. The second value: whitespace right of the token belongs to it.
-SPECIAL_TOKENS = (
-    ("<|endoftext|>", False),
-    ("<|assistant|>", True),
-    ("<|placeholder1|>", True),
-    ("<|placeholder2|>", True),
-    ("<|placeholder3|>", True),
-    ("<|placeholder4|>", True),
-    ("<|system|>", True),
-    ("<|end|>", True),
-    ("<|placeholder5|>", True),
-    ("<|placeholder6|>", True),
-    ("<|user|>", True),
-)
-_FIRST_TOKENS = ("<unk>", "<s>", "</s>")
-_BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+from .sources import BYTE_TOKENS, FIRST_TOKENS, SPECIAL_TOKENS, Vocabulary, read_vocabulary, vocabulary_of_json
+from .template import chat_template
+
 _SPACE = "▁"
-
-
-def chat_template() -> str:
-    """The family's chat template (Jinja), as released."""
-    return (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
+# The first three are written. The others are of older versions of Transformers, which puts their tokens above those of the
+# first: a previous tokenizer's must not stay beside a new one.
+_WRITTEN = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_OUTDATED = ("special_tokens_map.json", "added_tokens.json")
+# What a folder must hold one of, to be one that a tokenizer belongs in.
+_TOKENIZER_OR_MODEL = {*_WRITTEN, *_OUTDATED, "tokenizer.model", "config.json"}
 
 
 def build_tokenizer(
@@ -50,33 +41,56 @@ def build_tokenizer(
         model_max_length: the length from which the tokenizer warns.
 
     Returns:
-        A tokenizer whose saved folder loads with `AutoTokenizer`, beside a `config.json` of model_type `grinmoe` too:
-        its `tokenizer_class` is `TokenizersBackend`. (For this model type Transformers would otherwise build a Llama
-        tokenizer, which drops the normaliser and gives other ids.)
+        As from `assemble_tokenizer`.
 
     Raises:
         ValueError: `vocab_size` leaves no room for learned tokens, or there is no text.
     """
-    fixed = len(_FIRST_TOKENS) + len(_BYTES)
+    fixed = len(FIRST_TOKENS) + len(BYTE_TOKENS)
     learned = vocab_size - len(SPECIAL_TOKENS)
     if learned <= fixed:
         raise ValueError(
             f"vocab_size={vocab_size} has no room for learned tokens beside {fixed} fixed and {len(SPECIAL_TOKENS)} "
             f"special ones; give more than {fixed + len(SPECIAL_TOKENS)}"
         )
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
-    # Only while training: merges stay inside words, so that a small vocabulary is not spent on whole phrases.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(_SPACE, behavior="merged_with_next")
-    trainer = trainers.BpeTrainer(
-        vocab_size=learned, special_tokens=[*_FIRST_TOKENS, *_BYTES], show_progress=False, limit_alphabet=256
-    )
     texts = list(texts)
     if not any(texts):
         raise ValueError("there is no text to train a tokenizer on; give at least one non-empty string")
+    tokenizer = Tokenizer(_model())
+    tokenizer.normalizer = _normalizer()
+    # Only while training: merges stay inside words, so that a small vocabulary is not spent on whole phrases.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(_SPACE, behavior="merged_with_next")
+    trainer = trainers.BpeTrainer(
+        vocab_size=learned, special_tokens=[*FIRST_TOKENS, *BYTE_TOKENS], show_progress=False, limit_alphabet=256
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.pre_tokenizer = None
-    tokenizer = _without_special_bytes(tokenizer)
+    # The trainer marks what it was given as special tokens; as such "<0x41>" in a text would become a byte.
+    content = {**json.loads(tokenizer.to_str()), "added_tokens": []}
+    return assemble_tokenizer(vocabulary_of_json(content), model_max_length)
+
+
+def assemble_tokenizer(vocabulary: Vocabulary, model_max_length: int = 4096) -> PreTrainedTokenizerFast:
+    """
+    Put the family's normaliser, decoder, special tokens and chat template on a vocabulary.
+
+    Args:
+        vocabulary: with `<unk>`, `<s>`, `</s>` and the bytes. Every piece keeps its id. Special tokens of the family that
+            it lacks follow at the end; those that it has get the family's flags, other added tokens keep their own.
+        model_max_length: the length from which the tokenizer warns.
+
+    Returns:
+        A tokenizer whose saved folder loads with `AutoTokenizer`, beside a `config.json` of model_type `grinmoe` too:
+        its `tokenizer_class` is `TokenizersBackend`. (For this model type Transformers would otherwise build a Llama
+        tokenizer, which drops the normaliser and gives other ids.)
+    """
+    added = {token.content: token for token in vocabulary.added}
+    added |= {token.content: token for token in _family_tokens()}
+    pieces = vocabulary.pieces
+    learned = len(pieces)
+    while pieces[learned - 1] in added:
+        learned -= 1
+    tokenizer = Tokenizer(_model({piece: number for number, piece in enumerate(pieces[:learned])}, vocabulary.merges))
+    tokenizer.normalizer = _normalizer()
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(_SPACE, " "),
@@ -85,11 +99,11 @@ def build_tokenizer(
             decoders.Strip(content=" ", left=1, right=0),
         ]
     )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>")])
-    tokenizer.add_tokens([AddedToken("</s>", normalized=False, rstrip=True, special=False)])
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, rstrip=rstrip, special=True) for token, rstrip in SPECIAL_TOKENS]
-    )
+    # An added token gets the id of its piece, or else the next one: those behind the learned pieces in their order, then
+    # what the vocabulary lacks.
+    position = {piece: number for number, piece in enumerate(pieces)}
+    for token in sorted(added.values(), key=lambda token: position.get(token.content, len(pieces))):
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
     return TokenizersBackend(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -103,8 +117,104 @@ def build_tokenizer(
     )
 
 
-def _without_special_bytes(trained: Tokenizer) -> Tokenizer:
-    """The trainer marks what it was given as special tokens; as such "<0x41>" in a text would become a byte."""
-    content = json.loads(trained.to_str())
-    content["added_tokens"] = []
-    return Tokenizer.from_str(json.dumps(content))
+def _family_tokens() -> list[AddedToken]:
+    first = [AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>")]
+    first.append(AddedToken("</s>", normalized=False, rstrip=True, special=False))
+    return first + [
+        AddedToken(token, normalized=False, rstrip=rstrip, special=True) for token, rstrip in SPECIAL_TOKENS
+    ]
+
+
+def _model(vocab: dict[str, int] | None = None, merges: list[tuple[str, str]] | None = None) -> models.BPE:
+    return models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+
+
+def _normalizer() -> normalizers.Normalizer:
+    return normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+
+
+def run_build(source: str | os.PathLike, output: str | os.PathLike, model_max_length: int = 4096) -> None:
+    """
+    The command `grinmoe tokenizer build`: read a source, write the family's tokenizer, say so in one line.
+
+    Args:
+        source: tokenizer.model, *.gguf or tokenizer.json.
+        output: as of `write_tokenizer`; the source may lie in it.
+        model_max_length: the length from which the tokenizer warns.
+
+    Raises:
+        ValueError: source or output cannot be used (see `read_vocabulary`, `write_tokenizer`), or the length is below 1.
+        ImportError: the package that reads the source is not installed.
+    """
+    if model_max_length < 1:
+        raise ValueError(f"--model-max-length {model_max_length} is no length; give 1 or more")
+    _checked_output(output)  # before the work
+    vocabulary = read_vocabulary(source)
+    tokenizer = assemble_tokenizer(vocabulary, model_max_length)
+    removed = write_tokenizer(tokenizer, output)
+    new = range(len(vocabulary.pieces), len(tokenizer))
+    print(
+        f"{output}: {len(tokenizer)} tokens, {len(vocabulary.merges)} merges; "
+        + (
+            f"added {len(new)} special tokens, ids {new[0]} to {new[-1]}"
+            if new
+            else "all special tokens as in the source"
+        )
+        + (f"; removed the outdated {' and '.join(removed)}" if removed else "")
+    )
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, output: str | os.PathLike) -> list[str]:
+    """
+    Save a tokenizer: written in a temporary folder first, then moved, so that no file is ever half-written.
+
+    Args:
+        tokenizer: what to save.
+        output: a new or empty folder, or one that holds a tokenizer or a model. Of its files only the tokenizer's are
+            replaced; special_tokens_map.json and added_tokens.json of a previous one are removed, as they would change
+            the new one.
+
+    Returns:
+        Names of the files that were removed.
+
+    Raises:
+        ValueError: `output` is a file, or a folder with other things in it.
+    """
+    folder = _checked_output(output)
+    is_new = not folder.exists()
+    if is_new:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    # On the file system of its final place: there moving is a rename.
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder.parent if is_new else folder) as workspace:
+        staging = Path(workspace) / "tokenizer"
+        tokenizer.save_pretrained(staging)
+        if is_new:
+            staging.rename(folder)
+            return []
+        removed = [name for name in _OUTDATED if (folder / name).exists()]
+        for name in removed:
+            (folder / name).unlink()
+        for path in staging.iterdir():
+            path.replace(folder / path.name)
+        return removed
+
+
+def _checked_output(output: str | os.PathLike) -> Path:
+    folder = Path(output)
+    if not os.fspath(output):
+        raise ValueError("--output is empty; give a folder ('.' is the current one)")
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"--output {folder} is a link that leads nowhere; give a folder")
+    if not folder.exists():
+        return folder
+    if not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; give a folder")
+    present = {path.name for path in folder.iterdir()}
+    if present and not present & _TOKENIZER_OR_MODEL:
+        raise ValueError(
+            f"--output {folder} is not empty and holds neither a tokenizer nor a model's config.json; give a new folder"
+        )
+    in_the_way = [name for name in (*_WRITTEN, *_OUTDATED) if (folder / name).is_dir()]
+    if in_the_way:
+        raise ValueError(f"--output {folder} has a folder named {in_the_way[0]}; move it away, or give a new folder")
+    return folder
