@@ -13,7 +13,6 @@ import os
 import resource
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,11 +24,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from .configuration_grinmoe import GrinMoeConfig
 from .data import encode, load_corpus, texts
+from .elsewhere import load_elsewhere
+from .model_card import CARD_NAME, CardFacts, Evaluation, card_for
 from .modeling_grinmoe import GrinMoeForCausalLM
 from .monitoring import LossOnProgressBar, RoutingMonitor
 from .plots import plot_training
@@ -117,7 +117,7 @@ def run_demo(output: str | os.PathLike, steps: int | None = None, seed: int = 0)
     Raises:
         ValueError: `output` holds something else, or `steps` is not positive.
         ImportError: a package that training needs is not installed.
-        RuntimeError: the checkpoint did not load elsewhere, or gave other logits.
+        LoadElsewhereError: the checkpoint did not load elsewhere, or gave other logits.
     """
     settings = DemoSettings(seed=seed) if steps is None else DemoSettings(steps=steps, seed=seed)
     target = Path(output).resolve()
@@ -162,19 +162,20 @@ def _run_stages(settings: DemoSettings, workspace: Path, result: DemoResult, con
     monitor = _train(settings, model, tokenizer, train_rows, held_out, workspace, result)
 
     folder = workspace / _MODEL
-    console.print("[bold]3/5[/bold] Saving shards, code, tokenizer and card")
+    console.print("[bold]3/5[/bold] Saving shards, code and tokenizer")
     with result.timed("save"):
         model.save_pretrained(folder, max_shard_size=settings.max_shard_size)
         tokenizer.save_pretrained(folder)
-        _write_card(folder, result)
         shards = list(folder.glob("*.safetensors"))
         result.shards, result.checkpoint_bytes = len(shards), sum(shard.stat().st_size for shard in shards)
     console.print("[bold]4/5[/bold] Loading it in a process without this package; its last question is held out")
     with result.timed("load elsewhere"):
         _load_elsewhere(model, torch.tensor(held_out[0]["input_ids"]), folder, settings, result)
-    console.print("[bold]5/5[/bold] Drawing the picture")
+    console.print("[bold]5/5[/bold] Drawing the picture and writing the model card")
     with result.timed("picture"):
         plot_training(monitor, workspace / _PICTURE)
+        shutil.copyfile(workspace / _PICTURE, folder / _PICTURE)
+        _write_card(folder, result)
 
 
 def _config(settings: DemoSettings, tokenizer) -> GrinMoeConfig:
@@ -253,49 +254,56 @@ def _train(settings, model, tokenizer, train_rows, held_out, workspace: Path, re
 
 
 def _write_card(folder: Path, result: DemoResult) -> None:
-    card = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
+    """card.json and README.md, after everything else: the card shows the picture and what was measured elsewhere."""
     settings = result.settings
-    facts = (
-        "## This checkpoint\n\n"
-        "A demonstration, trained from scratch by `grinmoe demo`: it shows the training, it does not know the world.\n\n"
-        f"| | |\n|---|---|\n"
-        f"| parameters | {result.parameters:,}, {result.active_parameters:,} active per token |\n"
-        f"| data | the English part of chatterbot-corpus, {result.train_rows} conversations |\n"
-        f"| steps | {settings['steps']} of {settings['batch_size']} conversations |\n"
-        f"| learning rate | {settings['learning_rate']}, cosine |\n"
-        f"| held-out perplexity | {result.perplexity_before:.1f} before training, {result.perplexity_after:.1f} after |\n"
+    facts = CardFacts(
+        title="GRIN MoE demo",
+        summary="A demonstration, trained from scratch by `grinmoe demo`: it shows the training, not knowledge.",
+        license="mit",
+        language=["en"],
+        data=f"The English part of [chatterbot-corpus](https://github.com/gunthercox/chatterbot-corpus) (BSD license): "
+        f"questions and answers and short dialogues, {result.train_rows} conversations. {result.held_out_rows} more, with "
+        "questions of their own, were held out.",
+        hyperparameters={
+            "estimator of the router's gradient": "SparseMixer-v2",
+            "weight of the balance loss": settings["router_aux_loss_coef"],
+            "optimizer steps": settings["steps"],
+            "conversations in a batch": settings["batch_size"],
+            "longest conversation, in tokens": settings["row_length"],
+            "optimizer": "AdamW, weight decay 0.01",
+            "learning rate": f"{settings['learning_rate']}, cosine, 5 % of the steps to warm up",
+            "seed": settings["seed"],
+        },
+        measurements={
+            "parameters": f"{result.parameters:,}, of which {result.active_parameters:,} work on a token",
+            "held-out perplexity, untrained": f"{result.perplexity_before:,.0f}",
+            "held-out perplexity, lowest": f"{result.perplexity_lowest:.1f} at step {result.perplexity_lowest_step}",
+            "balance loss": f"{result.balance_loss:.3f} (even load: {settings['num_experts_per_tok']})",
+            "busiest expert": f"{result.max_over_mean_load:.2f} x the mean load of its layer",
+            "logits in a process without the package": f"differ by {result.logits_difference:.2g} at most",
+        },
+        evaluations=[
+            Evaluation(
+                dataset_name="chatterbot-corpus, English, held-out questions",
+                dataset_type="chatterbot-corpus",
+                dataset_config="english",
+                dataset_split="held-out",
+                metric_name="perplexity of a token",
+                metric_type="perplexity",
+                value=round(result.perplexity_after, 3),
+            )
+        ],
+        picture=_PICTURE,
     )
-    (folder / "README.md").write_text(card.replace("<!-- checkpoint -->", facts), encoding="utf-8")
+    facts.write(folder)
+    card_for(folder).save(folder / CARD_NAME)
 
 
 def _load_elsewhere(model, ids: torch.Tensor, folder: Path, settings: DemoSettings, result: DemoResult) -> None:
-    """Load the folder in a fresh interpreter; raises RuntimeError unless the logits are those of `model`."""
-    exchange = Path(tempfile.mkdtemp(prefix="grinmoe-demo-"))
-    try:
-        with torch.inference_mode():
-            logits = model.eval().to("cpu")(ids[None]).logits
-        save_file({"input_ids": ids, "logits": logits.contiguous()}, exchange / "expected.safetensors")
-        request = {"prompts": PROMPTS, "max_new_tokens": settings.max_new_tokens}
-        (exchange / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        script = Path(__file__).with_name("load_elsewhere.py")
-        # -P: not this folder on sys.path. A module cache of its own: the code can come from the checkpoint only.
-        completed = subprocess.run(
-            [sys.executable, "-P", str(script), str(folder), str(exchange)],
-            cwd=exchange,
-            env={**os.environ, "HF_MODULES_CACHE": str(exchange / "modules"), "HF_HUB_OFFLINE": "1"},
-        )
-        if completed.returncode:
-            raise RuntimeError(
-                f"the checkpoint in {folder} did not load without the package (exit code {completed.returncode}, see above)"
-            )
-        answer = json.loads((exchange / "answer.json").read_text(encoding="utf-8"))
-    finally:
-        shutil.rmtree(exchange, ignore_errors=True)
-    result.logits_difference, result.answers = answer["logits_difference"], answer["answers"]
-    if not answer["model_module"].startswith("transformers_modules."):
-        raise RuntimeError(f"the model came from {answer['model_module']}, not from the code in the checkpoint")
-    if result.logits_difference > 1e-5:
-        raise RuntimeError(f"the checkpoint gives other logits elsewhere, by {result.logits_difference:g}")
+    with torch.inference_mode():
+        logits = model.eval().to("cpu")(ids[None]).logits
+    found = load_elsewhere(folder, ids, logits, prompts=PROMPTS, max_new_tokens=settings.max_new_tokens)
+    result.logits_difference, result.answers = found.logits_difference, found.answers
 
 
 def _require(*modules: str) -> None:

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 import grinmoe.demo as demo
 import grinmoe_cli
 from grinmoe import GrinMoeForCausalLM
+from grinmoe.card_facts import CardFacts
 from grinmoe.checkpoint_grinmoe import code_files
 from grinmoe.data import load_corpus
 
@@ -80,6 +81,10 @@ def test_the_checkpoint_is_sharded_and_brings_its_code_tokenizer_and_card(finish
         "transformers",
     )
     assert f"{facts['parameters']:,}" in card.text and "<!-- checkpoint -->" not in card.text
+    (result,) = card.data.eval_results
+    assert result.metric_type == "perplexity" and result.metric_value == round(facts["perplexity_after"], 3)
+    assert "](training.png)" in card.text and (model / "training.png").is_file()
+    assert CardFacts.read(model).hyperparameters["optimizer steps"] == STEPS
 
 
 def test_one_picture_and_nothing_else_is_left(finished):
