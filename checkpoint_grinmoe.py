@@ -395,7 +395,7 @@ class OfficialCheckpointMixin:
             written = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
         if push_to_hub:
             # After the folder is whole, so that a failed upload costs no checkpoint.
-            upload_checkpoint(Path(save_directory), written, self.model_tags, **hub_options)
+            upload_checkpoint(Path(save_directory), written, self.model_tags or (), **hub_options)
 
     def push_to_hub(
         self,
@@ -408,21 +408,23 @@ class OfficialCheckpointMixin:
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "5GB",
-        tags: list[str] | None = None,
+        tags: list[str] | str | None = None,
     ) -> CommitInfo:
         """
         Upload the model with its code, so that the repository loads on its own; arguments as in Transformers.
 
         Beyond Transformers: one commit, which also removes the shards of a former checkpoint that this one does not
-        replace. (`grinmoe push` publishes a whole folder, with tokenizer and card, and checks it before.)
+        replace, and a card that is there is not written anew. (`grinmoe push` publishes a whole folder, with tokenizer and
+        card, and checks it before.)
         """
+        tags = [tags] if isinstance(tags, str) else tags or []
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, token=token)
             written = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
             return upload_checkpoint(
                 Path(folder),
                 written,
-                tags,
+                [*(self.model_tags or ()), *tags],
                 repo_id=repo_id,
                 private=private,
                 token=token,

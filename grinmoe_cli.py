@@ -119,7 +119,7 @@ def _add_tokenizer(commands) -> None:
     )
     verify.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of a tokenizer or of a model")
     verify.add_argument("--vectors", required=True, metavar="FILE", help="*.json, or *.inp with its *.out beside it")
-    verify.add_argument("--auto", action="store_true", help="load with AutoTokenizer, as most programs do")
+    verify.add_argument("--auto", action="store_true", help="load with AutoTokenizer, as it is after `import grinmoe`")
     verify.set_defaults(run=_run_tokenizer_verify)
 
 

@@ -151,8 +151,12 @@ def run_generate(model: str, prompt: str | None, options: ChatOptions) -> None:
     if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty; give some text, or leave --prompt out for a conversation")
     chat = load_chat(model, options)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An answer may hold letters that the terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if prompt is not None:
-        chat.answer(prompt)
+        # What was typed and is no UTF-8 came as characters that no tokenizer takes.
+        chat.answer(prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
         return
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):

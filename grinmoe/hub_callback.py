@@ -21,8 +21,9 @@ class CodeWithEveryPush(TrainerCallback):
         trainer.add_callback(CodeWithEveryPush())
     """
 
-    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
+    def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # An adapter is loaded by its base model's code.
+        if not state.is_world_process_zero or hasattr(model, "peft_config"):
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import grinmoe.tokenization.template as template
 from grinmoe.tokenization import build_tokenizer, chat_template, template_difference
-from grinmoe.tokenization.template import marks_assistant
 
-RELEASED = (Path(__file__).parent / "goldens" / "data" / "released_chat_template.jinja").read_text(encoding="utf-8")
+RELEASED = (Path(template.__file__).parent / "released_chat_template.jinja").read_text(encoding="utf-8")
 TEXT = ["Hello there, how are you today?", "two  spaces\nand lines", "Yes. No. Good question!"] * 20
 
 
@@ -159,9 +160,17 @@ def test_what_it_cannot_say_is_refused_with_a_remedy(tokenizer, message, says):
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}, message], tokenize=False)
 
 
-def test_the_assistants_text_is_marked(tokenizer):
-    assert marks_assistant(chat_template()) and not marks_assistant(RELEASED)
-    assert not marks_assistant(None) and not marks_assistant({"default": chat_template()})
+def test_the_marks_are_spelled_as_programs_look_for_them():
+    """Some strip or search them letter by letter; without them any Jinja renders the template, whatever it trims."""
+    text = chat_template()
+    assert text.count("{% generation %}") == text.count("{% endgeneration %}") == 1
+    for mark in ("{% generation %}", "{% endgeneration %}"):
+        text = text.replace(mark, "")
+    messages = chat("Hi", " Hello.", "Bye", "", system="Be brief.")
+    expected = jinja2.Environment().from_string(RELEASED).render(messages=messages, eos_token="<|endoftext|>")
+    for trim, lstrip in itertools.product((True, False), repeat=2):
+        environment = jinja2.Environment(trim_blocks=trim, lstrip_blocks=lstrip)
+        assert environment.from_string(text).render(messages=messages, eos_token="<|endoftext|>") == expected
 
 
 class TestTemplateDifference:

@@ -116,13 +116,33 @@ def test_only_the_tokenizer_of_a_models_folder_is_replaced(built, model_file, tm
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
     (tmp_path / "added_tokens.json").write_text('{"<|zzz|>": 431}')
     (tmp_path / "tokenizer.json").write_text("old")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("old")
     run_build(model_file, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == FILES | others.keys()
     assert {name: (tmp_path / name).read_text() for name in others} == others
-    assert "removed the outdated special_tokens_map.json and added_tokens.json" in capsys.readouterr().out
+    assert (
+        "removed the outdated special_tokens_map.json and added_tokens.json and additional_chat_templates"
+        in capsys.readouterr().out
+    )
     (tmp_path / "config.json").unlink()
     loaded = load_tokenizer(tmp_path)
     assert (loaded.eos_token, len(loaded)) == ("<|endoftext|>", len(built))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_not_put_into_its_folder(model_file, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "grinmoe", "vocab_size": 430}')
+    (tmp_path / "tokenizer.json").write_text("the model's own")
+    with pytest.raises(ValueError, match="has 431 tokens, the model in .* has a vocab_size of 430; take "):
+        run_build(model_file, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == "the model's own"
+
+
+def test_a_vocabulary_in_which_a_piece_would_lose_its_id_is_refused(processor, tmp_path):
+    file = write_gguf(tmp_path / "empty.gguf", processor, end=[("<|endoftext|>", CONTROL), ("", CONTROL)])
+    with pytest.raises(ValueError, match=r"'' has id 421 in the source and would get None"):
+        run_build(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_tokenizer_is_restored_in_its_place(built, saved):

@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, TokenizersBackend
+from transformers import (
+    AutoTokenizer,
+    GemmaTokenizer,
+    GPT2Tokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    TokenizersBackend,
+)
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 import grinmoe
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM, TokenizerError, load_tokenizer
 from grinmoe.checkpoint_grinmoe import add_remote_code
 from grinmoe.tokenization import build_tokenizer, chat_template, check_tokenizer
+from grinmoe.tokenization.template import with_marks
 from tests.remote_code.test_remote_code import run_without_package
 from tests.test_chat_template import RELEASED
 
@@ -129,11 +137,21 @@ class TestLoadTokenizer:
     def test_the_released_template_becomes_the_one_with_marks(self, released):
         assert load_tokenizer(released).chat_template == chat_template()
 
-    def test_a_template_of_ones_own_is_kept(self, released, tmp_path):
+    @pytest.mark.parametrize(
+        "own",
+        [RELEASED.replace("<|end|>\n", "<|end|>"), "{% if tools %}{{ tools }}{% endif %}" + RELEASED],
+        ids=["renders otherwise", "can do more"],
+    )
+    def test_a_template_of_ones_own_is_kept(self, released, tmp_path, own):
         folder = shutil.copytree(released, tmp_path / "own")
-        own = RELEASED.replace("<|end|>\n", "<|end|>")
         (folder / "chat_template.jinja").write_text(own)
         assert load_tokenizer(folder).chat_template == own
+
+    def test_several_templates_stay_several(self, released):
+        tokenizer = load_tokenizer(released)
+        tokenizer.chat_template = {"default": RELEASED, "rag": "{{ documents }}"}
+        assert with_marks(tokenizer.chat_template) == {"default": chat_template(), "rag": "{{ documents }}"}
+        assert load_tokenizer(released, chat_template=RELEASED).chat_template == RELEASED, "as it was asked for"
 
     def test_arguments_of_from_pretrained_are_passed_on(self, saved, tmp_path):
         shutil.copytree(saved, tmp_path / "inner")
@@ -169,18 +187,86 @@ class TestLoadTokenizer:
         AutoTokenizer.from_pretrained(released).save_pretrained(tmp_path)
         monkeypatch.undo()
         with pytest.raises(
-            TokenizerError, match=r"was rewritten by another tokenizer class .* grinmoe tokenizer build"
+            TokenizerError,
+            match=r"is not the family's any more \(another tokenizer class rewrites it .* grinmoe tokenizer build",
         ):
             load_tokenizer(tmp_path)
 
 
+def changed(saved: Path, folder: Path, change) -> Path:
+    """A copy of the folder with a change made to the content of its tokenizer.json."""
+    shutil.copytree(saved, folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
 class TestCheckTokenizer:
-    def test_a_wrong_class_is_named(self, released):
-        wrong = LlamaTokenizer.from_pretrained(released)
-        with pytest.raises(
-            TokenizerError, match="is a LlamaTokenizer, which ignores the normaliser(.|\\n)*load_tokenizer"
-        ):
+    @pytest.mark.parametrize(
+        "wrong_class, options",
+        [
+            (LlamaTokenizer, {}),
+            (LlamaTokenizer, {"legacy": True}),
+            (LlamaTokenizer, {"add_prefix_space": False}),
+            (GPT2Tokenizer, {}),
+            (GemmaTokenizer, {}),
+        ],
+        ids=["Llama", "Llama legacy", "Llama without space", "GPT2", "Gemma"],
+    )
+    def test_a_wrong_class_is_named(self, released, wrong_class, options):
+        wrong = wrong_class.from_pretrained(released, **options)
+        says = f"is a {wrong_class.__name__}, which does not do what its tokenizer.json says: .*grinmoe.load_tokenizer"
+        with pytest.raises(TokenizerError, match=says):
             check_tokenizer(wrong)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda content: content.update(normalizer=None),
+            lambda content: content.update(normalizer=content["normalizer"]["normalizers"][0]),
+            lambda content: content.update(normalizer=content["normalizer"]["normalizers"][1]),
+            lambda content: content.update(
+                normalizer=None,
+                pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False},
+            ),
+            lambda content: content["model"].update(merges=[]),
+            lambda content: content["model"].update(byte_fallback=False),
+            lambda content: content.update(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+                }
+            ),
+        ],
+        ids=["no normaliser", "space in front only", "spaces only", "Metaspace", "no merges", "no bytes", "BOS"],
+    )
+    def test_a_lost_rule_is_found_by_what_it_does(self, saved, tmp_path, change):
+        folder = changed(saved, tmp_path / "lost", change)
+        with pytest.raises(TokenizerError, match="is not the family's any more .*grinmoe tokenizer build"):
+            load_tokenizer(folder)
+        assert load_tokenizer(folder, check=False)("Hello").input_ids is not None
+
+    @pytest.mark.parametrize("end", [None, "</s>"])
+    def test_another_end_of_text(self, saved, tmp_path, end):
+        folder = shutil.copytree(saved, tmp_path / "end")
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": end}))
+        with pytest.raises(TokenizerError, match=rf"eos_token is {end!r}, the family's is '<\|endoftext\|>'"):
+            load_tokenizer(folder)
+
+    def test_a_tokenizer_of_another_kind_needs_the_tokens_that_its_template_writes_and_no_rule(
+        self, tiny_tokenizer_folder
+    ):
+        other = load_tokenizer(tiny_tokenizer_folder)
+        other.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+        other.chat_template = "<|user|>{{ messages[0]['content'] }}<|assistant|>"
+        check_tokenizer(other)
+        other.chat_template += "<|end|>"
+        with pytest.raises(TokenizerError, match=r"lacks the special tokens <\|end\|>"):
+            check_tokenizer(other)
 
     def test_missing_special_tokens_are_listed(self, saved, tmp_path):
         folder = shutil.copytree(saved, tmp_path / "fewer")

@@ -258,7 +258,7 @@ def test_a_damaged_tokenizer_differs_and_the_way_to_restore_it_is_told(folder, v
     assert run_verify("--tokenizer", folder, "--vectors", path) == 1
     out = capsys.readouterr().out
     assert r"'<|user|>\nHello<|end|>\n' parts at token 2" in out
-    assert "note: its tokenizer.json was rewritten" in out and "grinmoe tokenizer build --source" in out
+    assert "note: its tokenizer.json is not the family's any more" in out and "grinmoe tokenizer build --source" in out
 
 
 @pytest.mark.parametrize("changed", ["--tokenizer", "--vectors"])
@@ -296,3 +296,16 @@ def test_the_released_vectors_tell_llama_tokenizer_apart(capsys):
     found = {difference.vector.name: difference for difference in differences}
     assert found["<|user|>Hello"].got == [32010, 10994] and found["<|user|>Hello"].position == 1
     assert {"TPL_ids", "dec"} <= found.keys() and not {"TPL_gen", "dec2", "Hello"} & found.keys()
+
+
+def test_vectors_of_other_programs_may_begin_with_a_byte_order_mark(folder, vectors, tmp_path):
+    path = tmp_path / "V.JSON"
+    path.write_text(json.dumps(vectors), encoding="utf-8-sig")
+    assert run_verify("--tokenizer", folder, "--vectors", path) == 0
+
+
+def test_a_vocabulary_larger_than_the_models_is_noted(folder, vectors, tmp_path, capsys):
+    path = write_json(tmp_path / "v.json", vectors)
+    (folder / "config.json").write_text('{"model_type": "grinmoe", "vocab_size": 9}')
+    assert run_verify("--tokenizer", folder, "--vectors", path) == 0
+    assert "note: the tokenizer gives ids up to" in capsys.readouterr().out

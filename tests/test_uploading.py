@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+import yaml
+from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.checkpoint_grinmoe import AUTO_MAP, code_files
@@ -17,6 +19,21 @@ from grinmoe.layout_grinmoe import stale_weights
 from grinmoe.tokenization import build_tokenizer
 
 CODE = {file.name for file in code_files()}
+CARD = """---
+license: mit
+tags: moe
+model-index:
+- name: grin
+  results:
+  - task: {type: text-generation}
+    dataset: {name: Questions, type: questions, args: {num_few_shot: 0}}
+    metrics: [{type: accuracy, value: 0.1}]
+  - task: {type: text-generation}
+    dataset: {name: Questions, type: questions, args: {num_few_shot: 5}}
+    metrics: [{type: accuracy, value: 0.2}]
+---
+# Mine
+"""
 
 
 def loads_as(repo: str, model: GrinMoeForCausalLM, revision: str | None = None) -> bool:
@@ -28,11 +45,13 @@ def loads_as(repo: str, model: GrinMoeForCausalLM, revision: str | None = None) 
 
 class TestPushToHub:
     def test_the_repository_loads_and_holds_the_code(self, hub, tiny_model):
-        tiny_model().push_to_hub("grin", max_shard_size="20KB", commit_message="first", tags=["moe"])
+        model = tiny_model()
+        model.add_model_tags(["mine"])
+        model.push_to_hub("grin", max_shard_size="20KB", commit_message="first", tags="moe")
         files = hub.files("writer-user/grin")
         assert files.keys() >= CODE | {"README.md", "generation_config.json", "model.safetensors.index.json"}
         assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
-        assert b"- moe" in files["README.md"]
+        assert b"tags:\n- mine\n- moe\n" in files["README.md"]
         assert hub.commits("writer-user/grin")[0].title == "first"
         assert loads_as("writer-user/grin", tiny_model())
 
@@ -47,11 +66,30 @@ class TestPushToHub:
         weights = [name for name in hub.files("writer-user/grin") if "safetensors" in name]
         assert weights == ["model.safetensors"] and loads_as("writer-user/grin", tiny_model(seed=2))
 
+    def test_a_card_that_is_there_keeps_what_it_says(self, hub, tiny_model, tmp_path):
+        """Read into the client's classes and written again, its two results would become one."""
+        hub.add_commit("writer-user/grin", {"README.md": CARD.encode()})
+        tiny_model().push_to_hub("grin")
+        assert hub.files("writer-user/grin")["README.md"] == CARD.encode()
+        tiny_model(seed=1).push_to_hub("grin", tags=["moe", "mixture"])
+        (tmp_path / "text.md").write_bytes(hub.files("writer-user/grin")["README.md"])
+        metadata = metadata_load(tmp_path / "text.md")
+        assert metadata == {**yaml.safe_load(CARD.split("---")[1]), "tags": ["moe", "mixture"]}
+        assert (tmp_path / "text.md").read_text().endswith("# Mine\n")
+
+    def test_each_branch_keeps_its_own_card(self, hub, tiny_model):
+        hub.add_commit("writer-user/grin", {"README.md": b"main"})
+        HfApi().create_branch("writer-user/grin", branch="trial")
+        hub.add_commit("writer-user/grin", {"README.md": b"trial"}, revision="trial")
+        tiny_model().push_to_hub("grin", revision="trial")
+        assert hub.files("writer-user/grin", "trial")["README.md"] == b"trial"
+
     def test_branches_and_pull_requests(self, hub, tiny_model):
         tiny_model(seed=0).push_to_hub("grin")
         tiny_model(seed=1).push_to_hub("grin", revision="trial", private=True)
         request = tiny_model(seed=2).push_to_hub("grin", create_pr=True)
-        assert request.pr_num is not None
+        tiny_model(seed=2).push_to_hub("grin", create_pr=True, revision="new")
+        assert request.pr_num is not None and "refs/heads/new" in hub.refs("writer-user/grin")
         for seed, revision in ((0, "main"), (1, "trial"), (2, f"refs/pr/{request.pr_num}")):
             assert loads_as("writer-user/grin", tiny_model(seed=seed), revision)
 
@@ -72,6 +110,21 @@ class TestPushWhileSaving:
         files = hub.files("writer-user/grin")
         assert files.keys() >= CODE | {"README.md", "generation_config.json", "model.safetensors.index.json"}
         assert "notes.txt" not in files and loads_as("writer-user/grin", tiny_model())
+
+    def test_a_card_edited_on_the_hub_survives_the_next_save(self, hub, tiny_model, tmp_path):
+        tiny_model().save_pretrained(tmp_path / "grin", push_to_hub=True)
+        assert "README.md" not in {path.name for path in (tmp_path / "grin").iterdir()}, (
+            "nothing is put into the folder"
+        )
+        hub.add_commit("writer-user/grin", {"README.md": b"# edited"})
+        tiny_model(seed=1).save_pretrained(tmp_path / "grin", push_to_hub=True)
+        assert hub.files("writer-user/grin")["README.md"] == b"# edited"
+
+    def test_the_folders_own_card_is_the_first_one(self, hub, tiny_model, tmp_path):
+        (tmp_path / "grin").mkdir()
+        (tmp_path / "grin" / "README.md").write_text(CARD)
+        tiny_model().save_pretrained(tmp_path / "grin", push_to_hub=True)
+        assert hub.files("writer-user/grin")["README.md"] == CARD.encode()
 
     def test_options_are_passed_on(self, hub, tiny_model, tmp_path):
         options = {"repo_id": "writer-user/other", "private": True, "revision": "trial", "commit_message": "a trial"}
@@ -107,6 +160,11 @@ def test_stale_weights(present, entering, stale):
 
 
 class TestTrainer:
+    def test_an_adapters_repository_gets_no_code(self, tmp_path):
+        arguments = TrainingArguments(str(tmp_path / "run"), report_to="none")
+        CodeWithEveryPush().on_push_begin(arguments, TrainerState(), None, model=SimpleNamespace(peft_config={}))
+        assert not (tmp_path / "run").exists()
+
     def train(self, tiny_model, folder, tokenizer, **options) -> Trainer:
         rows = [{"input_ids": list(range(8)), "labels": list(range(8))}] * 8
         arguments = TrainingArguments(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TokenizersBackend
 
+from .loading import vocab_size_beside
 from .sources import BYTE_TOKENS, FIRST_TOKENS, SPECIAL_TOKENS, Vocabulary, read_vocabulary, vocabulary_of_json
 from .template import chat_template
 
@@ -24,7 +26,7 @@ _SPACE = "▁"
 # The first three are written. The others are of older versions of Transformers, which puts their tokens above those of the
 # first: a previous tokenizer's must not stay beside a new one.
 _WRITTEN = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_OUTDATED = ("special_tokens_map.json", "added_tokens.json")
+_OUTDATED = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
 # What a folder must hold one of, to be one that a tokenizer belongs in.
 _TOKENIZER_OR_MODEL = {*_WRITTEN, *_OUTDATED, "tokenizer.model", "config.json"}
 
@@ -104,6 +106,12 @@ def assemble_tokenizer(vocabulary: Vocabulary, model_max_length: int = 4096) -> 
     position = {piece: number for number, piece in enumerate(pieces)}
     for token in sorted(added.values(), key=lambda token: position.get(token.content, len(pieces))):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    moved = [piece for piece in pieces if tokenizer.token_to_id(piece) != position[piece]]
+    if moved:
+        raise ValueError(
+            f"{moved[0]!r} has id {position[moved[0]]} in the source and would get {tokenizer.token_to_id(moved[0])}: a "
+            "token is empty or stands twice; take a source whose tokens all differ"
+        )
     return TokenizersBackend(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -143,14 +151,21 @@ def run_build(source: str | os.PathLike, output: str | os.PathLike, model_max_le
         model_max_length: the length from which the tokenizer warns.
 
     Raises:
-        ValueError: source or output cannot be used (see `read_vocabulary`, `write_tokenizer`), or the length is below 1.
+        ValueError: source or output cannot be used (see `read_vocabulary`, `write_tokenizer`), the model in `output` has
+            fewer ids, or the length is below 1.
         ImportError: the package that reads the source is not installed.
     """
     if model_max_length < 1:
         raise ValueError(f"--model-max-length {model_max_length} is no length; give 1 or more")
-    _checked_output(output)  # before the work
+    folder = _checked_output(output)  # before the work
     vocabulary = read_vocabulary(source)
     tokenizer = assemble_tokenizer(vocabulary, model_max_length)
+    vocab_size = vocab_size_beside(folder) if folder.is_dir() else None
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{source} has {len(tokenizer)} tokens, the model in --output {folder} has a vocab_size of {vocab_size}; take "
+            "the source of the model's own tokenizer, or give a new folder"
+        )
     removed = write_tokenizer(tokenizer, output)
     new = range(len(vocabulary.pieces), len(tokenizer))
     print(
@@ -171,8 +186,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, output: str | os.PathLik
     Args:
         tokenizer: what to save.
         output: a new or empty folder, or one that holds a tokenizer or a model. Of its files only the tokenizer's are
-            replaced; special_tokens_map.json and added_tokens.json of a previous one are removed, as they would change
-            the new one.
+            replaced, its chat template too; what a previous one has left and would change the new one is removed
+            (special_tokens_map.json, added_tokens.json, additional_chat_templates).
 
     Returns:
         Names of the files that were removed.
@@ -193,7 +208,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, output: str | os.PathLik
             return []
         removed = [name for name in _OUTDATED if (folder / name).exists()]
         for name in removed:
-            (folder / name).unlink()
+            path = folder / name
+            path.unlink() if path.is_file() else shutil.rmtree(path)
         for path in staging.iterdir():
             path.replace(folder / path.name)
         return removed
@@ -214,7 +230,7 @@ def _checked_output(output: str | os.PathLike) -> Path:
         raise ValueError(
             f"--output {folder} is not empty and holds neither a tokenizer nor a model's config.json; give a new folder"
         )
-    in_the_way = [name for name in (*_WRITTEN, *_OUTDATED) if (folder / name).is_dir()]
+    in_the_way = [name for name in (*_WRITTEN, *_OUTDATED[:2]) if (folder / name).is_dir()]
     if in_the_way:
         raise ValueError(f"--output {folder} has a folder named {in_the_way[0]}; move it away, or give a new folder")
     return folder

@@ -8,15 +8,22 @@ on, without an error. `TokenizersBackend` takes the file as it is.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, TokenizersBackend
 
-from .template import chat_template, marks_assistant, template_difference
+from .template import with_marks
 
-# Without these a chat cannot be written: they open and close messages, and end the text.
-CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+# What opens and closes messages, and what ends the text.
+_ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+_END_OF_TEXT = "<|endoftext|>"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+_SPACE = "▁"
+# Each of them comes out otherwise if a rule of the family is lost: the space in front, every further space, bytes for what
+# is not in the vocabulary.
+_PROBES = ("Hello", " Hello", "  two", "a\n\tb")
 
 
 class TokenizerError(ValueError):
@@ -33,8 +40,8 @@ def load_tokenizer(source: str | os.PathLike, *, check: bool = True, **kwargs: A
         kwargs: as in `from_pretrained`: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, ...
 
     Returns:
-        A TokenizersBackend. A chat template that renders like the family's but does not mark the assistant's text (the
-        released one) is replaced by ours, so that assistant-only loss works; any other is kept.
+        A TokenizersBackend. The released chat template is replaced by ours, which renders alike and marks the assistant's
+        text, so that assistant-only loss works; any other template is kept.
 
     Raises:
         TokenizerError: (a ValueError) there is none or it cannot be read; a special token is missing; its ids exceed the
@@ -47,7 +54,7 @@ def load_tokenizer(source: str | os.PathLike, *, check: bool = True, **kwargs: A
         remedy = (
             "put tokenizer.json and tokenizer_config.json there (grinmoe tokenizer build makes them from a tokenizer.model)"
             if os.path.isdir(source)
-            else "check the name of the folder or Hub repository, the network and the token"
+            else "check the name of the folder or Hub repository, that it holds a tokenizer.json, the network and the token"
         )
         raise TokenizerError(
             f"no tokenizer can be loaded from {name!r}; {remedy}. Transformers says: {error}"
@@ -55,21 +62,17 @@ def load_tokenizer(source: str | os.PathLike, *, check: bool = True, **kwargs: A
     if not check:
         return tokenizer
     try:
-        check_tokenizer(tokenizer, _vocab_size_beside(source, kwargs))
+        check_tokenizer(tokenizer, vocab_size_beside(source, **kwargs))
     except TokenizerError as error:
         raise TokenizerError(f"{name}: {error}") from error
-    if (
-        not marks_assistant(tokenizer.chat_template)
-        and _is_family(tokenizer)
-        and template_difference(tokenizer) is None
-    ):
-        tokenizer.chat_template = chat_template()
+    if "chat_template" not in kwargs:
+        tokenizer.chat_template = with_marks(tokenizer.chat_template)
     return tokenizer
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int | None = None) -> None:
     """
-    Hold a tokenizer against the model, and against its family's rules if it has the family's chat tokens.
+    Hold a tokenizer against the model, and against its family's rules if it has the family's pieces and chat tokens.
 
     Args:
         tokenizer: any tokenizer of Transformers.
@@ -85,57 +88,85 @@ def check_tokenizer(tokenizer: Any, vocab_size: int | None = None) -> None:
             f"the tokenizer gives ids up to {last_id} ({last!r}), the model's vocab_size is {vocab_size}; take the model's "
             "own tokenizer, or enlarge the model (resize_token_embeddings) and train it"
         )
-    if _is_family(tokenizer):
-        _check_chat_tokens(tokenizer, vocabulary)
-        _check_behind_special_tokens(tokenizer, vocabulary)
+    written = [token for token in _ROLE_TOKENS if token in str(tokenizer.chat_template or "")]
+    has_family_pieces = "<0x0A>" in vocabulary and any(piece.startswith(_SPACE) for piece in vocabulary)
+    is_family = has_family_pieces and any(token in vocabulary for token in _ROLE_TOKENS)
+    _check_special_tokens(tokenizer, vocabulary, (*_ROLE_TOKENS, _END_OF_TEXT) if is_family else written)
+    if is_family:
+        _check_rules(tokenizer, vocabulary)
 
 
-def _is_family(tokenizer: Any) -> bool:
-    """By what tells it apart: the token that opens an answer, in its vocabulary or in its template."""
-    return "<|assistant|>" in tokenizer.get_vocab() or "<|assistant|>" in str(tokenizer.chat_template or "")
-
-
-def _check_chat_tokens(tokenizer: Any, vocabulary: dict[str, int]) -> None:
-    missing = [token for token in CHAT_TOKENS if token not in vocabulary]
+def _check_special_tokens(tokenizer: Any, vocabulary: dict[str, int], required: Sequence[str]) -> None:
+    missing = [token for token in required if token not in vocabulary]
     if missing:
         raise TokenizerError(
             f"the tokenizer lacks the special tokens {', '.join(missing)}, which its chats are written with; build it "
             "again from the model's tokenizer.model or tokenizer.json (grinmoe tokenizer build)"
         )
-    for token in CHAT_TOKENS:
+    for token in required:
         ids = tokenizer(token, add_special_tokens=False).input_ids
         if ids != [vocabulary[token]]:
             raise TokenizerError(
                 f"the tokenizer takes {token} apart, into {tokenizer.convert_ids_to_tokens(ids)}: it is in the vocabulary "
                 "but not among the added tokens; build it again (grinmoe tokenizer build --source tokenizer.json)"
             )
+    # Fine-tuning may let the end of a message end the text.
+    if _END_OF_TEXT in required and tokenizer.eos_token not in (_END_OF_TEXT, "<|end|>"):
+        raise TokenizerError(
+            f"the tokenizer's eos_token is {tokenizer.eos_token!r}, the family's is {_END_OF_TEXT!r}: chats would end with "
+            "what the model was not trained on; correct eos_token in tokenizer_config.json"
+        )
 
 
-def _check_behind_special_tokens(tokenizer: Any, vocabulary: dict[str, int]) -> None:
-    """The silent trap: what follows a special token is normalised like the start of a text, or has other ids."""
-    expected = [vocabulary["<|user|>"], *tokenizer("Hello", add_special_tokens=False).input_ids]
-    ids = tokenizer("<|user|>\nHello", add_special_tokens=False).input_ids
-    if ids == expected:
+def _check_rules(tokenizer: Any, vocabulary: dict[str, int]) -> None:
+    """Hold the tokenizer to what the family's does with any vocabulary; raises TokenizerError with the class's name."""
+    problem = _broken_rule(tokenizer, vocabulary)
+    if problem is None:
         return
     name = type(tokenizer).__name__
-    what = f"'<|user|>\\nHello' becomes {ids} where the model was trained on {expected}"
     if name != TokenizersBackend.__name__:
         raise TokenizerError(
-            f"the tokenizer is a {name}, which ignores the normaliser of its tokenizer.json: {what}. Load it with "
+            f"the tokenizer is a {name}, which does not do what its tokenizer.json says: {problem}. Load it with "
             "grinmoe.load_tokenizer, or with AutoTokenizer after `import grinmoe`; do not save this one, that would make "
             "it permanent"
         )
     raise TokenizerError(
-        f"its tokenizer.json was rewritten by another tokenizer class (LlamaTokenizer does that on saving): {what}. Take "
+        f"its tokenizer.json is not the family's any more (another tokenizer class rewrites it on saving): {problem}. Take "
         "the original file, or restore it: grinmoe tokenizer build --source tokenizer.json --output FOLDER"
     )
 
 
-def _vocab_size_beside(source: str | os.PathLike, kwargs: dict[str, Any]) -> int | None:
-    """From the config.json beside the tokenizer, if there is one."""
+def _broken_rule(tokenizer: Any, vocabulary: dict[str, int]) -> str | None:
+    """What the tokenizer does otherwise, as a clause; None if it keeps the rules."""
+    plain = tokenizer("Hello", add_special_tokens=False).input_ids
+    if (ids := tokenizer("Hello").input_ids) != plain:
+        return f"it puts tokens around a text ('Hello' becomes {tokenizer.convert_ids_to_tokens(ids)})"
+    for probe in _PROBES:
+        expected = _SPACE + probe.replace(" ", _SPACE)
+        for before in ("", "<|user|>\n"):
+            # Whitespace behind <|user|> belongs to it.
+            wanted = _SPACE + probe.lstrip().replace(" ", _SPACE) if before else expected
+            tokens = tokenizer.convert_ids_to_tokens(tokenizer(before + probe, add_special_tokens=False).input_ids)
+            text = "".join(_as_text(token) for token in tokens[bool(before) :])
+            if text != wanted:
+                return f"{before + probe!r} becomes {tokens}, where the model was trained on {wanted!r} in pieces"
+    longest = max((piece for piece in vocabulary if re.fullmatch(_SPACE + "[a-z]{3,}", piece)), key=len, default=None)
+    if longest and len(tokenizer(longest[1:], add_special_tokens=False).input_ids) >= len(longest):
+        return f"it has no merges ({longest[1:]!r} is taken apart into letters)"
+    return None
+
+
+def _as_text(token: str) -> str:
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    return chr(int(byte[1], 16)) if byte else token
+
+
+def vocab_size_beside(source: str | os.PathLike, **kwargs: Any) -> int | None:
+    """vocab_size in the config.json beside a tokenizer, if there is one; arguments as of `load_tokenizer`."""
     where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, **where)
     except (OSError, ValueError):  # a tokenizer without a model; a broken config is for the model's loader to name
         return None
-    return config.get("vocab_size")
+    vocab_size = config.get("vocab_size")
+    return vocab_size if isinstance(vocab_size, int) else None

@@ -144,7 +144,7 @@ def _pair(merge: Any) -> tuple[str, str]:
 
 def _read_tokenizer_json(path: Path) -> Vocabulary:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error}); take the original file again") from error
     if not isinstance(content, dict):

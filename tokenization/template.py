@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,28 @@ def chat_template() -> str:
     return (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
 
-def marks_assistant(template: Any) -> bool:
-    """Whether a template marks the assistant's text, as `return_assistant_tokens_mask` and TRL need it."""
-    return isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+def with_marks(template: Any) -> Any:
+    """
+    The template that a tokenizer should have in place of the released one.
+
+    Args:
+        template: of a tokenizer; a dict where it has several under names.
+
+    Returns:
+        The same, with the released template (and no other) replaced by ours, which renders alike and marks the assistant's
+        text.
+    """
+    if isinstance(template, dict):
+        return {name: with_marks(text) for name, text in template.items()}
+    released = (Path(__file__).parent / "released_chat_template.jinja").read_text(encoding="utf-8")
+    return chat_template() if template is not None and template.strip() == released.strip() else template
 
 
 def template_difference(tokenizer: Any) -> str | None:
     """
-    How the tokenizer's chat template differs from the family's in what it renders.
+    How the tokenizer's chat template differs from the family's in what it makes of plain chats.
+
+    What else it can do (tools, say) is not looked at.
 
     Args:
         tokenizer: with a chat template and the family's special tokens.

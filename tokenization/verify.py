@@ -33,7 +33,7 @@ from typing import Any
 import jinja2
 from transformers import AutoTokenizer
 
-from .loading import TokenizerError, check_tokenizer, load_tokenizer
+from .loading import TokenizerError, check_tokenizer, load_tokenizer, vocab_size_beside
 
 _CONVERSATION = [
     {"role": "system", "content": "You are a helpful AI assistant."},
@@ -105,10 +105,10 @@ def read_vectors(path: str | os.PathLike) -> list[Vector]:
         ValueError: there is no such file, it is malformed, or it holds nothing; says what to do.
     """
     file = Path(path)
-    if file.suffix not in (".json", ".inp"):
+    if file.suffix.lower() not in (".json", ".inp"):
         raise ValueError(f"--vectors {file} is of no known format; give a *.json, or llama.cpp's *.inp (not its *.out)")
     try:
-        vectors = _of_json(_text(file)) if file.suffix == ".json" else _of_llama_cpp(_text(file), file)
+        vectors = _of_json(_text(file)) if file.suffix.lower() == ".json" else _of_llama_cpp(_text(file), file)
     except ValueError as error:
         raise ValueError(f"--vectors {file}: {error}") from error
     if not vectors:
@@ -120,7 +120,7 @@ def _text(file: Path) -> str:
     if not file.is_file():
         raise ValueError(f"there is no file {file.name}; give the path of one")
     try:
-        return file.read_bytes().decode("utf-8")  # not read_text: line feeds stay what they are
+        return file.read_bytes().decode("utf-8-sig")  # not read_text: line feeds stay what they are
     except UnicodeDecodeError as error:
         raise ValueError(f"{file.name} is not UTF-8 ({error}); take the original file again") from error
 
@@ -278,7 +278,7 @@ def run_verify(folder: str | os.PathLike, vectors: str | os.PathLike, auto: bool
         print(difference.describe(tokenizer), end="\n\n")
     print(f"{type(tokenizer).__name__}: {len(wanted) - len(differences)} of {len(wanted)} agree")
     try:
-        check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer, vocab_size_beside(folder))
     except TokenizerError as error:  # what may be behind the differences, and how to mend it
         print(f"note: {error}")
     return not differences
