@@ -39,7 +39,11 @@ test-oldest: $(OLDEST)/.stamp  ## the model's tests on the oldest supported Tran
 	@$(OLDEST)/bin/python -m pytest -q tests/goldens tests/remote_code tests/distributed tests/test_balance.py tests/test_block.py \
 		tests/test_checkpoint.py tests/test_configuration.py tests/test_estimators.py tests/test_experts.py \
 		tests/test_generate.py tests/test_mask_schedule.py tests/test_modeling.py tests/test_monitoring.py tests/test_monitoring_alarms.py \
-		tests/test_routing.py tests/test_routing_record.py tests/test_saving.py tests/test_tokenization.py tests/test_training.py
+		tests/test_routing.py tests/test_routing_record.py tests/test_saving.py tests/test_tokenization.py tests/test_training.py \
+		tests/test_chat_template.py tests/test_hub_server.py tests/test_tokenizer_build.py tests/test_tokenizer_loading.py \
+		tests/test_tokenizer_sources.py tests/test_tokenizer_verify.py tests/test_uploading.py tests/test_release.py \
+		tests/test_push.py tests/test_pull.py tests/test_private_text.py tests/test_model_card.py tests/test_card_facts.py \
+		tests/test_card_metadata.py tests/test_trainer_card.py
 
 check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 	@$(BIN)/ruff check .

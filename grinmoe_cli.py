@@ -23,6 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_compare(commands)
     _add_tokenizer(commands)
+    _add_push(commands)
+    _add_pull(commands)
     return parser
 
 
@@ -123,6 +125,53 @@ def _add_tokenizer(commands) -> None:
     verify.set_defaults(run=_run_tokenizer_verify)
 
 
+def _add_push(commands) -> None:
+    push = commands.add_parser(
+        "push",
+        help="publish a checkpoint or an adapter on the Hub, checked before",
+        description="Assemble what belongs to a release (weights, config, code, tokenizer, card), check it (loads without "
+        "this package, same logits; no pickles, secrets, local paths or training state), show it, and publish "
+        "it in one commit. An interrupted push goes on where it was. The token is that of `hf auth login` or HF_TOKEN.",
+        epilog="example: grinmoe push --model demo-output/model --repo my-grin-moe --private --dry-run",
+    )
+    push.add_argument("--model", required=True, metavar="DIR", help="folder of a checkpoint or a PEFT adapter")
+    push.add_argument("--repo", required=True, metavar="NAME", help="NAME or OWNER/NAME; made if it is not there")
+    push.add_argument("--dry-run", action="store_true", help="assemble, check and show; send nothing")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch; made if it is not there (default: main)")
+    push.add_argument("--tag", metavar="NAME", help="tag the commit")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request in place of a commit")
+    push.add_argument("--message", default="Upload GRIN-MoE", metavar="TEXT", help="of the commit")
+    push.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: that of the model)")
+    push.add_argument(
+        "--own-template", action="store_true", help="the chat template differs from the family's on purpose"
+    )
+    push.add_argument(
+        "--no-load-check", action="store_true", help="do not load the release (needs memory for the model)"
+    )
+    card = push.add_argument_group("model card", "wins over card.json and README.md in the folder")
+    card.add_argument("--license", metavar="ID", help="such as mit")
+    card.add_argument("--base-model", metavar="ID", help="on the Hub; an adapter needs it")
+    card.add_argument("--datasets", nargs="+", metavar="ID", help="on the Hub")
+    card.add_argument("--language", nargs="+", metavar="CODE", help="such as en")
+    card.add_argument("--evaluations", metavar="FILE", help="JSON with results")
+    push.set_defaults(run=_run_push)
+
+
+def _add_pull(commands) -> None:
+    pull = commands.add_parser(
+        "pull",
+        help="download a checkpoint from the Hub, whole and checked",
+        description="Download a repository of the Hub into a folder, without pickles, and check that the weights are those "
+        "of its config. The folder appears when it is complete; an interrupted pull goes on where it was.",
+        epilog="example: grinmoe pull --repo microsoft/GRIN-MoE --output GRIN-MoE",
+    )
+    pull.add_argument("--repo", required=True, metavar="NAME", help="OWNER/NAME on the Hub")
+    pull.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
+    pull.add_argument("--revision", metavar="REF", help="branch, tag or commit (default: main)")
+    pull.set_defaults(run=_run_pull)
+
+
 def _run_demo(arguments: argparse.Namespace) -> None:
     from grinmoe.demo import run_demo
 
@@ -172,6 +221,43 @@ def _run_tokenizer_verify(arguments: argparse.Namespace) -> None:
 
     if not run_verify(arguments.tokenizer, arguments.vectors, auto=arguments.auto):
         raise SystemExit(1)
+
+
+def _run_push(arguments: argparse.Namespace) -> None:
+    from grinmoe.hub import PushOptions, push
+    from grinmoe.model_card import CardOverrides
+    from grinmoe.release import ReleaseOptions
+
+    card = CardOverrides(
+        license=arguments.license,
+        base_model=arguments.base_model,
+        datasets=tuple(arguments.datasets) if arguments.datasets else None,
+        language=tuple(arguments.language) if arguments.language else None,
+        evaluations=arguments.evaluations,
+    )
+    release = ReleaseOptions(
+        tokenizer=arguments.tokenizer,
+        card=card,
+        own_template=arguments.own_template,
+        load_check=not arguments.no_load_check,
+    )
+    options = PushOptions(
+        repo=arguments.repo,
+        private=arguments.private,
+        revision=arguments.revision,
+        tag=arguments.tag,
+        create_pr=arguments.create_pr,
+        message=arguments.message,
+        dry_run=arguments.dry_run,
+        release=release,
+    )
+    push(arguments.model, options)
+
+
+def _run_pull(arguments: argparse.Namespace) -> None:
+    from grinmoe.hub import pull
+
+    pull(arguments.repo, arguments.output, revision=arguments.revision)
 
 
 def main(argv: list[str] | None = None) -> int:

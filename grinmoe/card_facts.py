@@ -75,6 +75,7 @@ class CardFacts:
         datasets: ids on the Hub of the training data; data that is not there is told in `data` alone.
         data: description of the training data, its license included.
         hyperparameters: of the training; scalars, and lists of them.
+        procedure: how the training went, in prose.
         measurements: anything that was measured and is no evaluation: name -> text with its unit.
         evaluations: results of this checkpoint.
         architecture: sizes, name -> text. Left empty, `card_for` fills it from the folder's config.json.
@@ -95,6 +96,7 @@ class CardFacts:
     datasets: list[str] = field(default_factory=list)
     data: str = ""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    procedure: str = ""
     measurements: dict[str, str] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
     architecture: dict[str, str] = field(default_factory=dict)
@@ -114,8 +116,9 @@ class CardFacts:
         _check_text("summary", self.summary, required=True)
         for name in ("base_model_relation", "license", "license_name", "license_link", "picture"):
             _check_text(name, getattr(self, name))
-        if not isinstance(self.data, str):
-            raise ValueError(f"data={self.data!r} is no text; describe the training data in words")
+        for name in ("data", "procedure"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} is no text; describe it in words")
         for name in ("language", "datasets", "tags"):
             _check_texts(name, getattr(self, name))
         if isinstance(self.base_model, list):

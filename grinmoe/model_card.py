@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from .card_facts import FACTS_NAME, CardFacts, Evaluation, read_evaluations
 from .card_metadata import BASE_MODEL_TAG, as_list, card_data, check_metadata, check_repo_id, data_of, eval_results
 from .provenance import markdown_table
+from .trainer_card import what_the_trainer_wrote
 
 CARD_NAME = "README.md"
 _TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -184,7 +185,8 @@ def card_for(
         parameters: all parameters, and those that work on one token.
 
     Raises:
-        ValueError: a file cannot be used, the picture is not there, or the Hub would not take the metadata.
+        ValueError: a file cannot be used, README.md was edited beside card.json, the picture is not there, or the Hub would
+            not take the metadata.
         OSError: there is no such folder, or a file cannot be read.
     """
     folder = Path(folder)
@@ -195,12 +197,16 @@ def card_for(
     overrides = overrides or CardOverrides()
     changes = overrides.changes()
     described = _config_of(folder, config)
-    if not (folder / FACTS_NAME).is_file() and not _is_blank(text := _text_of(folder / CARD_NAME)):
+    text = _text_of(folder / CARD_NAME)
+    has_facts = (folder / FACTS_NAME).is_file()
+    if not has_facts and not _is_blank(text) and what_the_trainer_wrote(text) is None:
         card = _completed(text, folder / CARD_NAME, changes, described, repo_id)
         picture = overrides.picture
     else:
         facts = replace(_facts_of(folder, described, repo_id, changes), **changes)
         architecture = dict(facts.architecture or _architecture(described))
+        if has_facts and not _is_blank(text):
+            _refuse_edited(text, folder, replace(CardFacts.read(folder), architecture=architecture))
         if parameters is not None:
             architecture["parameters"] = f"{parameters[0]:,}, of which {parameters[1]:,} work on a token"
         card = render_card(replace(facts, architecture=architecture), repo_id)
@@ -228,6 +234,8 @@ def _checkpoint_sections(facts: CardFacts) -> Iterator[str]:
         yield "### Training data\n\n" + "\n\n".join(part for part in (facts.data.strip(), ids) if part)
     if facts.hyperparameters:
         yield "### Hyperparameters\n\n" + _two_columns(facts.hyperparameters)
+    if facts.procedure.strip():
+        yield "### Training procedure\n\n" + facts.procedure.strip()
     if facts.measurements:
         yield "### Measurements\n\n" + _two_columns(facts.measurements)
     if facts.picture:
@@ -294,10 +302,25 @@ def _is_blank(text: str) -> bool:
     return fields <= _FIELDS_OF_LIBRARIES and all(line.startswith(_LINES_OF_LIBRARIES) for line in lines)
 
 
+def _refuse_edited(text: str, folder: Path, facts: CardFacts) -> None:
+    """Raise ValueError if somebody has changed a README.md that was made of card.json: it would be lost."""
+    try:
+        made = str(render_card(facts))
+    except ValueError:  # a local base model, say: there is no card of it yet
+        return
+    if text.replace("\r\n", "\n").strip() != made.strip():
+        raise ValueError(
+            f"{folder / CARD_NAME} is not what {FACTS_NAME} beside it makes: it was edited, or is of another version. "
+            f"Remove {FACTS_NAME} to publish {CARD_NAME} as it is, or remove {CARD_NAME} to have it made anew"
+        )
+
+
 def _completed(
     text: str, path: Path, changes: dict[str, Any], config: dict[str, Any], repo_id: str | None
 ) -> ModelCard:
     """A README.md as it is, with metadata that it lacks and that the user gave."""
+    if text.lstrip().startswith("---") and not REGEX_YAML_BLOCK.search(text):
+        raise ValueError(f"the metadata at the top of {path} has no end; close it with a line of --- alone")
     try:
         block = REGEX_YAML_BLOCK.search(text)
         written = (yaml.safe_load(block.group(2)) if block else None) or {}
@@ -313,7 +336,12 @@ def _completed(
     if "base_model" in changes:
         data.tags = [tag for tag in data.tags or [] if not str(tag).startswith(BASE_MODEL_TAG)]
     data.tags = data.tags or data_of(_template()).tags
-    data.library_name = data.library_name or _library_of(path.parent)
+    if _library_of(path.parent) == "peft":
+        data.library_name = "peft"
+        data.base_model = data.base_model or _read_object(path.parent / "adapter_config.json").get(
+            "base_model_name_or_path"
+        )
+    data.library_name = data.library_name or "transformers"
     data.pipeline_tag = data.pipeline_tag or _pipeline_of(config)
     if (evaluations := changes.get("evaluations")) is not None:
         data.eval_results = eval_results(evaluations)
@@ -340,12 +368,15 @@ def _facts_of(folder: Path, config: dict[str, Any], repo_id: str | None, changes
     if (folder / FACTS_NAME).is_file():
         return CardFacts.read(folder)
     title = repo_id.split("/")[-1] if repo_id else "GRIN MoE"
+    procedure = what_the_trainer_wrote(_text_of(folder / CARD_NAME)) or ""
+    recorded = "" if procedure else " How it was trained was not recorded with it."
     if _library_of(folder) == "peft":
         adapter = _read_object(folder / "adapter_config.json")
         base = changes.get("base_model") or adapter.get("base_model_name_or_path")
         return CardFacts(
             title=title,
-            summary="An adapter for a model of the GRIN-MoE architecture. How it was trained was not recorded with it.",
+            summary=f"An adapter for a model of the GRIN-MoE architecture.{recorded}",
+            procedure=procedure,
             library_name="peft",
             base_model=base,
             base_model_relation="adapter",
@@ -359,7 +390,8 @@ def _facts_of(folder: Path, config: dict[str, Any], repo_id: str | None, changes
         raise ValueError(f"{folder} has no config.json, so there is no model in it; give the folder of a checkpoint")
     return CardFacts(
         title=title,
-        summary="A checkpoint of the GRIN-MoE architecture. How it was trained was not recorded with it.",
+        summary=f"A checkpoint of the GRIN-MoE architecture.{recorded}",
+        procedure=procedure,
         pipeline_tag=_pipeline_of(config),
     )
 

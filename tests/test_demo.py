@@ -191,3 +191,28 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path, names):
     with pytest.raises(ValueError, match="not just what an earlier demo left"):
         demo.run_demo(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_its_checkpoint_goes_to_the_hub_and_comes_back(finished, hub, tmp_path, monkeypatch, capsys):
+    """With the commands of the README: push, pull, chat."""
+    monkeypatch.chdir(tmp_path)
+    model = finished[0] / "model"
+    assert grinmoe_cli.main(["push", "--model", str(model), "--repo", "grin-demo", "--private", "--tag", "v1"]) == 0
+    assert "loaded in a process without this package" in capsys.readouterr().out
+    published = hub.files("writer-user/grin-demo", "v1")
+    assert b"perplexity" in published["README.md"] and "training.png" in published
+    assert not {"card.json", "training_args.bin"} & published.keys()
+
+    arguments = ["pull", "--repo", "writer-user/grin-demo", "--revision", "v1", "--output", "pulled"]
+    assert grinmoe_cli.main(arguments) == 0
+    for path in Path("pulled").iterdir():
+        assert path.read_bytes() == published[path.name]
+    weights = [file.name for file in model.glob("*.safetensors*")]
+    assert all((Path("pulled") / name).read_bytes() == (model / name).read_bytes() for name in weights)
+    capsys.readouterr()
+    answers = []
+    for folder in (str(model), "pulled"):
+        chat = ["generate", "--model", folder, "--prompt", demo.PROMPTS[0], "--max-new-tokens", "8", "--device", "cpu"]
+        assert grinmoe_cli.main(chat) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]

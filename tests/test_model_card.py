@@ -182,14 +182,32 @@ def test_a_picture_with_a_space_in_its_name_is_shown():
 
 def test_a_folder_with_facts_gets_a_card_of_them_and_of_its_config(model_folder):
     some_facts().write(model_folder)
-    (model_folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nAn earlier text.")
+    card_for(model_folder).save(model_folder / "README.md")
+    written = (model_folder / "README.md").read_text()
     card = card_for(model_folder, "me/pirate", parameters=(42_000, 6_600))
-    assert card.data.license == "mit" and "It talks like a pirate." in card.text and "An earlier text" not in card.text
+    assert card.data.license == "mit" and "It talks like a pirate." in card.text
     sizes = dict(table_after(card.text, "### Sizes")[2:])
     assert (sizes["layers"], sizes["experts in a layer"], sizes["hidden size"]) == ("3", "8", "128")
     assert (sizes["experts that work on a token"], sizes["gradient of the router"]) == ("2", "sparsemixer_v2")
     assert sizes["parameters"] == "42,000, of which 6,600 work on a token"
-    assert (model_folder / "README.md").read_text().endswith("An earlier text.")
+    assert (model_folder / "README.md").read_text() == written, "nothing is written"
+
+
+def test_a_readme_edited_beside_its_facts_is_not_dropped_without_a_word(model_folder):
+    some_facts().write(model_folder)
+    card_for(model_folder).save(model_folder / "README.md")
+    with (model_folder / "README.md").open("a") as file:
+        file.write("\nA line of mine.\n")
+    with pytest.raises(ValueError, match=r"is not what card\.json beside it makes.* Remove card\.json to publish"):
+        card_for(model_folder, "me/pirate")
+    (model_folder / "card.json").unlink()
+    assert "A line of mine." in card_for(model_folder, "me/pirate").text
+
+
+def test_a_readme_whose_metadata_does_not_end_is_refused(model_folder):
+    (model_folder / "README.md").write_text("---\nlicense: mit\n\nText.\n")
+    with pytest.raises(ValueError, match="has no end; close it with a line of ---"):
+        card_for(model_folder)
 
 
 def test_sizes_among_the_facts_are_kept(model_folder):

@@ -1,0 +1,524 @@
+"""What is assembled and checked before a push, without a Hub: bad folders, and what a good one becomes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel, release
+from grinmoe.checkpoint_grinmoe import CheckpointError, code_files
+from grinmoe.configuration_grinmoe import AUTO_MAP
+from grinmoe.elsewhere import Elsewhere, LoadElsewhereError, load_elsewhere
+from grinmoe.model_card import CardFacts, CardOverrides
+from grinmoe.private_text import Private
+from grinmoe.release import Release, ReleaseOptions, make_release
+from grinmoe.release_checks import ReleaseError, check_files
+from grinmoe.tokenization import TokenizerError
+from tests.release_folders import (
+    INDEX,
+    SHARDS,
+    contents,
+    edit_json,
+    edit_weights,
+    save_adapter,
+    save_model,
+    small_tokenizer,
+    truncated,
+)
+
+QUICK = ReleaseOptions(load_check=False)
+CODE = {file.name for file in code_files()}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+MODEL = {
+    "README.md",
+    "LICENSE",
+    "training.png",
+    "config.json",
+    "generation_config.json",
+    INDEX,
+    *SHARDS,
+    *CODE,
+    *TOKENIZER,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A model and an adapter for it; tests change copies."""
+    root = tmp_path_factory.mktemp("saved")
+    save_adapter(root / "adapter", save_model(root / "model"))
+    return root
+
+
+@pytest.fixture
+def model(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved / "model", tmp_path / "model"))
+
+
+@pytest.fixture
+def adapter(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved / "adapter", tmp_path / "adapter"))
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Make a release of a folder, which must stay what it is."""
+
+    def make(source: Path | str, options: ReleaseOptions = QUICK, repo: str = "me/model") -> Release:
+        before = contents(Path(source).expanduser())
+        folder = tmp_path / "release"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            return make_release(source, folder, repo, options)
+        finally:
+            assert contents(Path(source).expanduser()) == before
+
+    return make
+
+
+# ---- what a good folder becomes
+
+
+def test_a_release_of_a_model(model, made):
+    made_release = made(model, ReleaseOptions())
+    files = contents(made_release.folder)
+    assert files.keys() == {file.name for file in made_release.files} == MODEL
+    assert not made_release.is_adapter and not made_release.left_out
+    assert "loaded in a process without this package: same logits, same ids" in made_release.notes
+    for name in (*SHARDS, INDEX, "LICENSE", "training.png", "generation_config.json"):
+        assert files[name] == (model / name).read_bytes()
+    config = json.loads(files["config.json"])
+    assert config["auto_map"] == AUTO_MAP and config["architectures"] == ["GrinMoeForCausalLM"]
+    card = files["README.md"].decode()
+    assert "license: mit" in card and "It was trained on text." in card and "library_name: transformers" in card
+    # Making it again gives the same bytes, or a second push would be a commit.
+    assert contents(made(model).folder) == files
+
+
+def test_a_card_is_made_where_there_is_none(model, made):
+    (model / "README.md").unlink()
+    card = (made(model, repo="me/my-model").folder / "README.md").read_text()
+    assert card.startswith("---\n") and '"me/my-model"' in card and "# my-model" in card
+
+
+def test_the_facts_of_a_training_run_become_the_card(model, made):
+    CardFacts(title="Trained", summary="A model that was trained.", license="mit").write(model)
+    with pytest.raises(ValueError, match=r"README\.md is not what card\.json beside it makes"):
+        made(model)
+    (model / "README.md").unlink()
+    made_release = made(model)
+    card = (made_release.folder / "README.md").read_text()
+    assert "A model that was trained." in card
+    # Neither are they published, nor does that need saying. The picture is one that this card does not show.
+    assert "card.json" not in contents(made_release.folder) and made_release.left_out == ["training.png"]
+
+
+@pytest.mark.parametrize(
+    "model_class, has_generation_config",
+    [(GrinMoeForCausalLM, True), (GrinMoeForSequenceClassification, False), (GrinMoeModel, False)],
+)
+def test_the_config_names_the_class_of_the_weights(tmp_path, made, model_class, has_generation_config):
+    folder = save_model(tmp_path / "model", model_class)
+    edit_json(folder / "config.json", architectures=["SomethingElse"], auto_map=None)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    made_release = made(folder)
+    config = json.loads((made_release.folder / "config.json").read_text())
+    assert config["architectures"] == [model_class.__name__] and config["auto_map"] == AUTO_MAP
+    assert (made_release.folder / "generation_config.json").exists() == has_generation_config
+    if has_generation_config:
+        assert GenerationConfig.from_pretrained(made_release.folder).eos_token_id == [309, 316]
+        assert any("generation_config.json was missing" in note for note in made_release.notes)
+
+
+def test_the_code_is_the_packages_whatever_lies_in_the_folder(model, made):
+    (model / "modeling_grinmoe.py").write_text("raise SystemExit")
+    (model / "evil_grinmoe.py").write_text("raise SystemExit")
+    made_release = made(model)
+    package = next(file for file in code_files() if file.name == "modeling_grinmoe.py")
+    assert (made_release.folder / "modeling_grinmoe.py").read_bytes() == package.read_bytes()
+    assert made_release.left_out == ["evil_grinmoe.py"]
+
+
+def test_the_checkpoint_of_a_trainer_goes_without_the_training(model, made):
+    state = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin", "scaler.pt"]
+    state += ["trainer_state.json", "checkpoint-5/optimizer.pt", "checkpoint-5/model.safetensors", "runs/events.out.1"]
+    for name in state:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(b"\x80\x04state")
+    (model / ".cache").mkdir()
+    (model / ".cache" / "x").write_text("x")
+    made_release = made(model)
+    assert contents(made_release.folder).keys() == MODEL
+    assert made_release.left_out == sorted([*state, ".cache/x"])
+
+
+def test_ways_to_name_a_folder(model, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = contents(made(model).folder)
+    for name in ("model", "model/", "./model//", "~/model", str(model) + "/"):
+        assert contents(made(name).folder) == expected
+    monkeypatch.chdir(model)
+    assert contents(made(".").folder) == expected
+
+
+def test_shards_that_are_links(model, made, tmp_path):
+    store = tmp_path / "store"
+    store.mkdir()
+    expected = contents(made(model).folder)
+    for name in SHARDS:
+        (model / name).rename(store / name)
+        (model / name).symlink_to(Path("..") / "store" / name)
+    assert contents(made(model).folder) == expected
+
+
+def test_a_tokenizer_of_another_folder(model, made, tmp_path):
+    for name in TOKENIZER:
+        (model / name).unlink()
+    tokenizer = tmp_path / "tokenizer"
+    small_tokenizer().save_pretrained(tokenizer)
+    (tokenizer / "tokenizer.model").write_bytes(b"\n\x0b pieces")
+    made_release = made(model, ReleaseOptions(load_check=False, tokenizer=str(tokenizer)))
+    assert contents(made_release.folder).keys() == {*MODEL, "tokenizer.model"}
+    assert AutoTokenizer.from_pretrained(made_release.folder)("Hello").input_ids == small_tokenizer()("Hello").input_ids
+    # There is no config beside it that it could be held against.
+    small_tokenizer(400).save_pretrained(tokenizer)
+    with pytest.raises(TokenizerError, match="ids up to 354 .* vocab_size is 320"):
+        made(model, ReleaseOptions(load_check=False, tokenizer=str(tokenizer)))
+
+
+def test_notes_say_what_may_be_wrong(model, made):
+    edit_json(model / "generation_config.json", eos_token_id=309)
+    edit_json(model / "config.json", eos_token_id=2)
+    (model / "chat_template.jinja").rename(model / "chat_template.txt")
+    notes = " ".join(made(model).notes)
+    assert "has no chat template" in notes and "the config with [2]" in notes and "<|end|>" not in notes
+    (model / "chat_template.txt").rename(model / "chat_template.jinja")
+    assert "a chat with <|end|> (316)" in " ".join(made(model).notes)
+
+
+# ---- adapters
+
+
+def test_a_release_of_an_adapter(adapter, saved, made):
+    """Trained on a folder, which PEFT writes into config, card and tags: the id is put in its place everywhere."""
+    options = ReleaseOptions(card=CardOverrides(base_model="me/base"))
+    small_tokenizer().save_pretrained(adapter)
+    (adapter / "optimizer.pt").write_bytes(b"\x80\x04state")
+    made_release = made(adapter, options)
+    files = contents(made_release.folder)
+    assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER}
+    assert made_release.is_adapter and made_release.left_out == ["optimizer.pt"]
+    assert "loaded in a process without this package: same logits" in made_release.notes
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/base"
+    card = files["README.md"].decode()
+    assert "base_model: me/base" in card and "base_model:adapter" not in card and "lora" in card
+    assert not any(str(saved).encode() in content for content in files.values())
+
+
+def test_an_adapter_whose_base_model_is_not_here(adapter, made, tmp_path):
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="me/base")
+    (adapter / "README.md").unlink()
+    made_release = made(adapter, ReleaseOptions())
+    assert any("not loaded for a check" in note for note in made_release.notes)
+    assert "base_model: me/base" in (made_release.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, note",
+    [
+        (lambda base, adapter: remove("modeling_grinmoe.py")(base), "its base model, with its code, is in no folder"),
+        (
+            lambda base, adapter: edit_json(adapter / "adapter_config.json", task_type="SEQ_CLS"),
+            "it puts another head on its base model",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_loaded_for_a_check(model, adapter, made, change, note):
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(model))
+    change(model, adapter)
+    made_release = made(adapter, ReleaseOptions(card=CardOverrides(base_model="me/base")))
+    assert any("not loaded for a check: " + note in said for said in made_release.notes)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def poison(value: float, name: str = "adapter_model.safetensors"):
+    def change(folder: Path) -> None:
+        edit_weights(folder / name, lambda tensors: next(iter(tensors.values())).view(-1)[3:5].fill_(value))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda folder: None, "no repository of the Hub; name the one that it was trained on with --base-model"),
+        (
+            lambda folder: edit_json(folder / "adapter_config.json", base_model_name_or_path=None),
+            "base model is None, which is no repository",
+        ),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json is not JSON"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "is no JSON object; save the adapter again"),
+        (
+            remove("adapter_model.safetensors"),
+            "holds no adapter_model.safetensors; save the adapter with save_pretrained",
+        ),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"short"),
+            "is truncated or not safetensors",
+        ),
+        (poison(float("nan")), "has 2 values that are NaN or infinite"),
+    ],
+)
+def test_bad_adapters(adapter, made, change, message):
+    if message.startswith("has 2"):
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path="me/base")
+        remove("README.md")(adapter)
+    change(adapter)
+    with pytest.raises(ValueError, match=message):
+        made(adapter)
+
+
+def test_a_model_and_an_adapter_in_one_folder(model, adapter, made):
+    shutil.copy(adapter / "adapter_config.json", model)
+    with pytest.raises(ReleaseError, match="holds a model .* and an adapter .*a folder of its own"):
+        made(model)
+
+
+# ---- folders that must not be published
+
+
+def tokenizer_with(folder: Path, **entries) -> None:
+    edit_json(folder / "tokenizer_config.json", **entries)
+
+
+def without_token(folder: Path, token: str) -> None:
+    """As if a special token had never been added."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != token]
+    content["model"]["vocab"].pop(token, None)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def lead_outside(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    (folder.parent / "outside.safetensors").write_bytes((folder / SHARDS[2]).read_bytes())
+    weight_map = {key: name.replace(SHARDS[2], "../outside.safetensors") for key, name in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps({**index, "weight_map": weight_map}))
+
+
+def fuse(folder: Path) -> None:
+    model = GrinMoeForCausalLM.from_pretrained(folder)
+    for name in (*SHARDS, INDEX):
+        (folder / name).unlink()
+    model.save_pretrained(folder, save_original_format=False)
+
+
+def only_pickles(folder: Path) -> None:
+    for name in (*SHARDS, INDEX):
+        (folder / name).unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def no_weights(folder: Path) -> None:
+    for name in (*SHARDS, INDEX):
+        (folder / name).unlink()
+
+
+def cut_shard(folder: Path) -> None:
+    (folder / SHARDS[1]).write_bytes(truncated((folder / SHARDS[1]).read_bytes()))
+
+
+BAD_FOLDERS = {
+    "truncated shard": (cut_shard, CheckpointError, f"{SHARDS[1]} .* is truncated or not safetensors"),
+    "missing shard": (remove(SHARDS[0]), CheckpointError, f"in {SHARDS[0]}, which is not there; download that shard"),
+    "only pickles": (only_pickles, CheckpointError, "only pickled weights .* convert them to safetensors"),
+    "no weights": (no_weights, CheckpointError, "holds no safetensors weights; save the model with save_pretrained"),
+    "no config": (remove("config.json"), ReleaseError, "holds neither config.json nor adapter_config.json"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), ReleaseError, "cannot be read .* save"),
+    "config of another model": (
+        lambda folder: edit_json(folder / "config.json", model_type="llama"),
+        ValueError,
+        "llama",
+    ),
+    "config of other sizes": (
+        lambda folder: edit_json(folder / "config.json", intermediate_size=48),
+        CheckpointError,
+        "with shape .* config.json makes it",
+    ),
+    "index of another folder": (lead_outside, ReleaseError, "'../outside.safetensors', which is no shard of"),
+    "fused experts": (fuse, ReleaseError, "fused experts' weights, .* save it again"),
+    "no tokenizer": (remove("tokenizer.json"), ReleaseError, "holds no tokenizer.json, .* --tokenizer"),
+    "tokenizer of a larger model": (
+        lambda folder: small_tokenizer(400).save_pretrained(folder),
+        TokenizerError,
+        "the model's vocab_size is 320; take the model's own tokenizer",
+    ),
+    "missing special tokens": (
+        lambda folder: without_token(folder, "<|end|>"),
+        TokenizerError,
+        "lacks the special tokens <|end|>",
+    ),
+    "another template": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages[0].content }}"),
+        ReleaseError,
+        "is not the family's: it renders .*--own-template",
+    ),
+    "broken template": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{% for %}"),
+        ReleaseError,
+        "is not the family's: it fails on",
+    ),
+    "broken card": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense: [mit\n---\n# x\n"),
+        ValueError,
+        "README.md cannot be read .* correct the lines between",
+    ),
+    "NaN in an expert": (poison(float("nan"), SHARDS[1]), ReleaseError, f"{SHARDS[1]}: .* has 2 values that are NaN"),
+    "infinite weights": (poison(float("-inf"), SHARDS[2]), ReleaseError, "NaN or infinite; .* an earlier checkpoint"),
+    "broken generation config": (
+        lambda folder: (folder / "generation_config.json").write_text("{"),
+        ReleaseError,
+        "generation_config.json cannot be read",
+    ),
+    "licence in another encoding": (
+        lambda folder: (folder / "LICENSE").write_bytes("Lizenz für alle".encode("latin-1")),
+        ReleaseError,
+        "LICENSE is not UTF-8 text; convert it",
+    ),
+    "a pickle with another name": (
+        lambda folder: (folder / "training.png").write_bytes(b"\x80\x04\x95state"),
+        ReleaseError,
+        "training.png is a pickle",
+    ),
+    "an archive of torch with another name": (
+        lambda folder: torch.save({}, folder / "LICENSE"),
+        ReleaseError,
+        "LICENSE is a pickle",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_bad_folders_are_refused_with_a_remedy(model, made, name):
+    change, error, message = BAD_FOLDERS[name]
+    change(model)
+    with pytest.raises(error, match=message) as raised:
+        made(model)
+    assert isinstance(raised.value, (ValueError, OSError)), "what the command line says in one line"
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "rng_state_3.pth", "training_args.bin", "trainer_state.json", "latest"]
+)
+def test_training_state_has_a_message_of_its_own(tmp_path, name):
+    """Nothing puts it into a release; the check does not rely on that."""
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(ReleaseError, match=f"^{name} is training state, which a release does not need; leave it out$"):
+        check_files(tmp_path, [name], Private())
+    (tmp_path / "WEIGHTS.PT").write_bytes(b"{}")
+    with pytest.raises(ReleaseError, match="WEIGHTS.PT is a pickle"):
+        check_files(tmp_path, ["WEIGHTS.PT"], Private())
+
+
+def test_own_template(model, made):
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    made_release = made(model, ReleaseOptions(load_check=False, own_template=True))
+    assert (made_release.folder / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("name", ["", "not-there", "README.md"])
+def test_what_is_no_folder(model, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(model)
+    with pytest.raises(ReleaseError, match="is no folder; give that of a checkpoint or an adapter"):
+        make_release(name, tmp_path, "me/model", QUICK)
+
+
+def test_a_tokenizer_folder_without_a_tokenizer(model, adapter, made, tmp_path):
+    options = ReleaseOptions(load_check=False, tokenizer=str(tmp_path), card=CardOverrides(base_model="me/base"))
+    for folder in (model, adapter):
+        with pytest.raises(ReleaseError, match="--tokenizer .* holds no tokenizer.json"):
+            made(folder, options)
+
+
+def test_weights_that_change_while_they_are_checked(model, made, monkeypatch):
+    """A training that goes on: what was checked is not what would be sent."""
+
+    def save_again(weights):
+        os.utime(model / SHARDS[0], ns=(1, 1))
+
+    monkeypatch.setattr(release, "check_finite", save_again)
+    with pytest.raises(ReleaseError, match="changed while they were checked; push when nothing writes there"):
+        made(model)
+
+
+def test_a_file_over_the_hubs_limit(model, made, monkeypatch):
+    monkeypatch.setattr("grinmoe.release_checks.HUB_FILE_LIMIT_BYTES", 90_000)
+    with pytest.raises(
+        ReleaseError, match=rf"{SHARDS[0]} has .* GB, the Hub takes .* smaller shards \(max_shard_size\)"
+    ):
+        made(model)
+
+
+def test_the_memory_for_the_check(model, made, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 300)
+    with pytest.raises(ReleaseError, match="needs 0 GiB of memory, .* --no-load-check"):
+        made(model, ReleaseOptions())
+
+
+# ---- loading elsewhere
+
+
+def test_code_that_does_not_load_is_not_published(model, made, monkeypatch):
+    def broken(folder):
+        release_add_remote_code(folder)
+        (folder / "routing_grinmoe.py").write_text("raise ImportError('not on this machine')\n")
+
+    release_add_remote_code = release.add_remote_code
+    monkeypatch.setattr(release, "add_remote_code", broken)
+    with pytest.raises(LoadElsewhereError, match="did not load without the package .*not on this machine") as raised:
+        made(model, ReleaseOptions())
+    assert isinstance(raised.value, ValueError), "the command line says it in one line"
+
+
+def test_other_logits_elsewhere_are_an_error(saved):
+    """As if the code in the checkpoint computed something else than the package."""
+    input_ids = torch.arange(8)
+    with torch.inference_mode():
+        logits = GrinMoeForCausalLM.from_pretrained(saved / "model").eval()(input_ids[None]).logits
+    with pytest.raises(LoadElsewhereError, match="gives other logits without the package, by 0.001"):
+        load_elsewhere(saved / "model", input_ids, logits + 1e-3, quiet=True)
+
+
+def test_a_process_that_was_killed(model, made, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr("grinmoe.elsewhere.subprocess.run", lambda *arguments, **options: killed)
+    with pytest.raises(LoadElsewhereError, match="it was ended by signal 9; memory may have run out"):
+        made(model, ReleaseOptions())
+
+
+def test_other_ids_elsewhere_are_an_error(model, made, monkeypatch):
+    def other_ids(*arguments, texts, **options):
+        return Elsewhere(0.0, {}, [[1]] * len(texts))
+
+    monkeypatch.setattr(release, "load_elsewhere", other_ids)
+    with pytest.raises(ReleaseError, match="AutoTokenizer gives other ids without this package"):
+        made(model, ReleaseOptions())
+
+
+def test_logits_that_are_not_finite(model, made):
+    """The weights are, but they are too large for what is computed with them."""
+    edit_weights(model / SHARDS[2], lambda tensors: [tensor.fill_(3e38) for tensor in tensors.values()])
+    with pytest.raises(ReleaseError, match="gives logits that are not finite"):
+        made(model, ReleaseOptions())
