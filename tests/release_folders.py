@@ -14,8 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import grinmoe_cli
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+from grinmoe.hub import PushOptions, push
+from grinmoe.model_card import CardOverrides
+from grinmoe.release import ReleaseOptions
 from grinmoe.tokenization import build_tokenizer
 
+REPO = "writer-user/model"
 TEXT = ["The quick brown fox jumps over the lazy dog.", "two  spaces\tand 1234"] * 10
 CARD = "---\nlicense: mit\n---\n\n# My model\n\nIt was trained on text.\n\n![Training](training.png)\n"
 # A picture that holds nothing but its signature.
@@ -93,6 +97,12 @@ def edit_weights(file: Path, change=None, metadata: dict[str, str] | None = None
 def truncated(weights: bytes) -> bytes:
     """A shard whose header is whole and whose last tensor is not."""
     return weights[: 8 + struct.unpack("<Q", weights[:8])[0] + 64]
+
+
+def push_quick(folder: Path, repo: str = REPO, base_model: str | None = None, **options) -> str | None:
+    """Push without the check that takes seconds."""
+    release = ReleaseOptions(load_check=False, card=CardOverrides(base_model=base_model))
+    return push(folder, PushOptions(repo, release=release, **options))
 
 
 def run_cli(capsys, *arguments: str) -> tuple[int, str, str]:

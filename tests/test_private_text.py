@@ -140,7 +140,7 @@ tokens: 4096, token = tokenizer.eos_token, password = getpass.getpass("Password 
 
 | tokens | 32_064 | sha256 | 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0bdeadbeef0123456789ab |
 commit 4f1b2b0bdeadbeef0123456789ab0123456789ab of wandb, task-specific-models-with-1-billion-parameters
-C:\\ is a drive, A:\\ too; a ratio of 3:/4, s/home/work/, ${ROOT}/home/x, <root>/mnt/x, ../home/x
+C:\\ is a drive, A:\\ too; a ratio of 3:/4, s/home/job/, ${ROOT}/home/x, <root>/mnt/x, ../home/x
 <user>:<token>@host, ssh://git@github.com/me/x, mailto:me@example.com, https://host/a:b@c
 """
 

@@ -13,13 +13,20 @@ from huggingface_hub import HfApi, constants
 
 from grinmoe import GrinMoeForCausalLM, load_tokenizer
 from grinmoe.checkpoint_grinmoe import CheckpointError
-from grinmoe.hub import HubError, PushOptions, pull, push
-from grinmoe.model_card import CardOverrides
-from grinmoe.release import ReleaseOptions
+from grinmoe.hub import HubError, pull
 from tests.hub_server import OTHER
-from tests.release_folders import INDEX, SHARDS, contents, edit_weights, run_cli, save_adapter, save_model, truncated
-
-REPO = "writer-user/model"
+from tests.release_folders import (
+    INDEX,
+    REPO,
+    SHARDS,
+    contents,
+    edit_weights,
+    push_quick,
+    run_cli,
+    save_adapter,
+    save_model,
+    truncated,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +39,6 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture
 def model(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved / "model", tmp_path / "source" / "model"))
-
-
-def push_quick(folder: Path, base_model: str | None = None, **options) -> None:
-    release = ReleaseOptions(load_check=False, card=CardOverrides(base_model=base_model))
-    push(folder, PushOptions(REPO, release=release, **options))
 
 
 @pytest.fixture
@@ -212,7 +214,9 @@ def test_what_is_there_of_another_commit_does_not_pass_for_this_one(pushed, refu
     pushed.heal()
     pushed.add_commit(REPO, {"LICENSE": licence}, deleted=["training.png"])
     pushed.fail("/tree/", 503, times=1000)
-    assert "did not arrive (LICENSE)" in refused(keeps=True)
+    said = refused(keeps=True)
+    # huggingface_hub 1.33 raises where 2.4 takes what is there.
+    assert "did not arrive (LICENSE)" in said or "the Hub failed (503)" in said
     pushed.heal()
     pushed.requests.clear()
     assert contents(pull(REPO, output)) == pushed.files(REPO)

@@ -12,24 +12,22 @@ import torch
 from huggingface_hub import HfApi, constants, set_client_factory
 
 from grinmoe import GrinMoeForCausalLM
-from grinmoe.hub import HubError, PushOptions, push
-from grinmoe.model_card import CardOverrides
-from grinmoe.release import ReleaseOptions
+from grinmoe.hub import HubError
 from grinmoe.release_checks import ReleaseError, sha256_of
+from tests.bad_folders import BAD_FOLDERS
 from tests.hub_server import OTHER, READER, WRITER, client_kept_on
 from tests.release_folders import (
     INDEX,
+    REPO,
     SHARDS,
     contents,
     edit_weights,
+    push_quick,
     run_cli,
     run_without_package,
     save_adapter,
     save_model,
 )
-from tests.test_release import BAD_FOLDERS
-
-REPO = "writer-user/model"
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +46,6 @@ def model(saved, tmp_path) -> Path:
 @pytest.fixture
 def adapter(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved / "adapter", tmp_path / "adapter"))
-
-
-def push_quick(folder: Path, repo: str = REPO, base_model: str | None = None, **options) -> str | None:
-    """Without the check that takes seconds."""
-    release = ReleaseOptions(load_check=False, card=CardOverrides(base_model=base_model))
-    return push(folder, PushOptions(repo, release=release, **options))
 
 
 def shas(hub, repo: str = REPO, revision: str = "main") -> list[str]:
@@ -476,56 +468,3 @@ def test_secrets_stay_here(refused, model, hub):
     said = refused(model)
     assert "README.md, line 6: the token in use" in said and "hf_writer" not in said and "/home/alice/x" in said
     assert not hub.store.repositories
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--create-pr", "--tag", "v1"], "--create-pr and --tag exclude each other"),
-        (["--create-pr", "--revision", "x"], "--create-pr and --revision exclude each other"),
-        (["--create-pr", "--private"], "--create-pr and --private exclude each other"),
-        (["--tag", "v 1"], "--tag 'v 1' is no name for a git reference"),
-        (["--tag", "a..b"], "--tag 'a..b' is no name"),
-        (["--tag", "v1.lock"], "--tag 'v1.lock' is no name"),
-        (["--tag", "-v1"], "--tag"),
-        (["--tag", ""], "--tag '' is no name"),
-        (["--revision", "a//b"], "--revision 'a//b' is no name"),
-        (["--revision", "x."], "--revision 'x.' is no name"),
-        (["--revision", "0" * 40], "is a commit, which cannot be changed; give a branch"),
-        (["--revision", "v1", "--tag", "v1"], "--tag and --revision are both 'v1'"),
-        (["--message", " "], "--message is empty"),
-        (["--repo", "a/b/c"], "--repo 'a/b/c' is no name of a repository; give NAME or OWNER/NAME"),
-        (["--repo", ""], "--repo '' is no name"),
-        (["--model", "not/there"], "--model not/there is no folder"),
-        (["--evaluations", "not-there.json"], "not-there.json"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_options_that_make_no_sense(hub, model, capsys, arguments, message):
-    base = ["push", "--model", str(model), "--repo", REPO, "--no-load-check"]
-    code, _, error = run_cli(capsys, *base, *arguments)
-    assert code == 2 and message in error
-    assert not hub.paths("POST")
-
-
-# ---- dry runs
-
-
-def test_a_dry_run_sends_no_request_and_needs_no_token(hub, model, capsys, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
-    (model / "optimizer.pt").write_bytes(b"state")
-    before = contents(model)
-    arguments = ["--no-load-check", "--tag", "v1", "--dry-run"]
-    code, printed, error = run_cli(capsys, "push", "--model", str(model), "--repo", "model", *arguments)
-    assert code == 0, error
-    assert not hub.requests and contents(model) == before
-    assert all(name in printed for name in (*SHARDS, "README.md", "modeling_grinmoe.py", "24 files"))
-    assert "left out (1): optimizer.pt" in printed and "dry run: nothing was sent" in printed
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert run_cli(capsys, "push", "--model", str(model), "--repo", REPO, *arguments)[0] == 0
-
-
-def test_a_dry_run_finds_what_a_push_would_refuse(hub, model, capsys):
-    BAD_FOLDERS["truncated shard"][0](model)
-    code, _, error = run_cli(capsys, "push", "--model", str(model), "--repo", REPO, "--dry-run")
-    assert code == 2 and "is truncated" in error and not hub.requests

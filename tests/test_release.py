@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel, release
-from grinmoe.checkpoint_grinmoe import CheckpointError, code_files
+from grinmoe.checkpoint_grinmoe import code_files
 from grinmoe.configuration_grinmoe import AUTO_MAP
-from grinmoe.elsewhere import Elsewhere, LoadElsewhereError, load_elsewhere
+from grinmoe.elsewhere import Elsewhere, LoadElsewhereError
 from grinmoe.model_card import CardFacts, CardOverrides
 from grinmoe.private_text import Private
 from grinmoe.release import Release, ReleaseOptions, make_release
 from grinmoe.release_checks import ReleaseError, check_files
 from grinmoe.tokenization import TokenizerError
+from tests.bad_folders import BAD_FOLDERS, poison, without
 from tests.release_folders import (
     INDEX,
     SHARDS,
@@ -30,7 +29,6 @@ from tests.release_folders import (
     save_adapter,
     save_model,
     small_tokenizer,
-    truncated,
 )
 
 QUICK = ReleaseOptions(load_check=False)
@@ -235,7 +233,7 @@ def test_an_adapter_whose_base_model_is_not_here(adapter, made, tmp_path):
 @pytest.mark.parametrize(
     "change, note",
     [
-        (lambda base, adapter: remove("modeling_grinmoe.py")(base), "its base model, with its code, is in no folder"),
+        (lambda base, adapter: without("modeling_grinmoe.py")(base), "its base model, with its code, is in no folder"),
         (
             lambda base, adapter: edit_json(adapter / "adapter_config.json", task_type="SEQ_CLS"),
             "it puts another head on its base model",
@@ -249,17 +247,6 @@ def test_an_adapter_that_cannot_be_loaded_for_a_check(model, adapter, made, chan
     assert any("not loaded for a check: " + note in said for said in made_release.notes)
 
 
-def remove(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def poison(value: float, name: str = "adapter_model.safetensors"):
-    def change(folder: Path) -> None:
-        edit_weights(folder / name, lambda tensors: next(iter(tensors.values())).view(-1)[3:5].fill_(value))
-
-    return change
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -271,7 +258,7 @@ def poison(value: float, name: str = "adapter_model.safetensors"):
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json is not JSON"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "is no JSON object; save the adapter again"),
         (
-            remove("adapter_model.safetensors"),
+            without("adapter_model.safetensors"),
             "holds no adapter_model.safetensors; save the adapter with save_pretrained",
         ),
         (
@@ -284,7 +271,7 @@ def poison(value: float, name: str = "adapter_model.safetensors"):
 def test_bad_adapters(adapter, made, change, message):
     if message.startswith("has 2"):
         edit_json(adapter / "adapter_config.json", base_model_name_or_path="me/base")
-        remove("README.md")(adapter)
+        without("README.md")(adapter)
     change(adapter)
     with pytest.raises(ValueError, match=message):
         made(adapter)
@@ -297,117 +284,6 @@ def test_a_model_and_an_adapter_in_one_folder(model, adapter, made):
 
 
 # ---- folders that must not be published
-
-
-def tokenizer_with(folder: Path, **entries) -> None:
-    edit_json(folder / "tokenizer_config.json", **entries)
-
-
-def without_token(folder: Path, token: str) -> None:
-    """As if a special token had never been added."""
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != token]
-    content["model"]["vocab"].pop(token, None)
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-
-
-def lead_outside(folder: Path) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    (folder.parent / "outside.safetensors").write_bytes((folder / SHARDS[2]).read_bytes())
-    weight_map = {key: name.replace(SHARDS[2], "../outside.safetensors") for key, name in index["weight_map"].items()}
-    (folder / INDEX).write_text(json.dumps({**index, "weight_map": weight_map}))
-
-
-def fuse(folder: Path) -> None:
-    model = GrinMoeForCausalLM.from_pretrained(folder)
-    for name in (*SHARDS, INDEX):
-        (folder / name).unlink()
-    model.save_pretrained(folder, save_original_format=False)
-
-
-def only_pickles(folder: Path) -> None:
-    for name in (*SHARDS, INDEX):
-        (folder / name).unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-
-
-def no_weights(folder: Path) -> None:
-    for name in (*SHARDS, INDEX):
-        (folder / name).unlink()
-
-
-def cut_shard(folder: Path) -> None:
-    (folder / SHARDS[1]).write_bytes(truncated((folder / SHARDS[1]).read_bytes()))
-
-
-BAD_FOLDERS = {
-    "truncated shard": (cut_shard, CheckpointError, f"{SHARDS[1]} .* is truncated or not safetensors"),
-    "missing shard": (remove(SHARDS[0]), CheckpointError, f"in {SHARDS[0]}, which is not there; download that shard"),
-    "only pickles": (only_pickles, CheckpointError, "only pickled weights .* convert them to safetensors"),
-    "no weights": (no_weights, CheckpointError, "holds no safetensors weights; save the model with save_pretrained"),
-    "no config": (remove("config.json"), ReleaseError, "holds neither config.json nor adapter_config.json"),
-    "broken config": (lambda folder: (folder / "config.json").write_text("{"), ReleaseError, "cannot be read .* save"),
-    "config of another model": (
-        lambda folder: edit_json(folder / "config.json", model_type="llama"),
-        ValueError,
-        "llama",
-    ),
-    "config of other sizes": (
-        lambda folder: edit_json(folder / "config.json", intermediate_size=48),
-        CheckpointError,
-        "with shape .* config.json makes it",
-    ),
-    "index of another folder": (lead_outside, ReleaseError, "'../outside.safetensors', which is no shard of"),
-    "fused experts": (fuse, ReleaseError, "fused experts' weights, .* save it again"),
-    "no tokenizer": (remove("tokenizer.json"), ReleaseError, "holds no tokenizer.json, .* --tokenizer"),
-    "tokenizer of a larger model": (
-        lambda folder: small_tokenizer(400).save_pretrained(folder),
-        TokenizerError,
-        "the model's vocab_size is 320; take the model's own tokenizer",
-    ),
-    "missing special tokens": (
-        lambda folder: without_token(folder, "<|end|>"),
-        TokenizerError,
-        "lacks the special tokens <|end|>",
-    ),
-    "another template": (
-        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages[0].content }}"),
-        ReleaseError,
-        "is not the family's: it renders .*--own-template",
-    ),
-    "broken template": (
-        lambda folder: (folder / "chat_template.jinja").write_text("{% for %}"),
-        ReleaseError,
-        "is not the family's: it fails on",
-    ),
-    "broken card": (
-        lambda folder: (folder / "README.md").write_text("---\nlicense: [mit\n---\n# x\n"),
-        ValueError,
-        "README.md cannot be read .* correct the lines between",
-    ),
-    "NaN in an expert": (poison(float("nan"), SHARDS[1]), ReleaseError, f"{SHARDS[1]}: .* has 2 values that are NaN"),
-    "infinite weights": (poison(float("-inf"), SHARDS[2]), ReleaseError, "NaN or infinite; .* an earlier checkpoint"),
-    "broken generation config": (
-        lambda folder: (folder / "generation_config.json").write_text("{"),
-        ReleaseError,
-        "generation_config.json cannot be read",
-    ),
-    "licence in another encoding": (
-        lambda folder: (folder / "LICENSE").write_bytes("Lizenz für alle".encode("latin-1")),
-        ReleaseError,
-        "LICENSE is not UTF-8 text; convert it",
-    ),
-    "a pickle with another name": (
-        lambda folder: (folder / "training.png").write_bytes(b"\x80\x04\x95state"),
-        ReleaseError,
-        "training.png is a pickle",
-    ),
-    "an archive of torch with another name": (
-        lambda folder: torch.save({}, folder / "LICENSE"),
-        ReleaseError,
-        "LICENSE is a pickle",
-    ),
-}
 
 
 @pytest.mark.parametrize("name", BAD_FOLDERS)
@@ -490,22 +366,6 @@ def test_code_that_does_not_load_is_not_published(model, made, monkeypatch):
     with pytest.raises(LoadElsewhereError, match="did not load without the package .*not on this machine") as raised:
         made(model, ReleaseOptions())
     assert isinstance(raised.value, ValueError), "the command line says it in one line"
-
-
-def test_other_logits_elsewhere_are_an_error(saved):
-    """As if the code in the checkpoint computed something else than the package."""
-    input_ids = torch.arange(8)
-    with torch.inference_mode():
-        logits = GrinMoeForCausalLM.from_pretrained(saved / "model").eval()(input_ids[None]).logits
-    with pytest.raises(LoadElsewhereError, match="gives other logits without the package, by 0.001"):
-        load_elsewhere(saved / "model", input_ids, logits + 1e-3, quiet=True)
-
-
-def test_a_process_that_was_killed(model, made, monkeypatch):
-    killed = subprocess.CompletedProcess([], -9, "", "")
-    monkeypatch.setattr("grinmoe.elsewhere.subprocess.run", lambda *arguments, **options: killed)
-    with pytest.raises(LoadElsewhereError, match="it was ended by signal 9; memory may have run out"):
-        made(model, ReleaseOptions())
 
 
 def test_other_ids_elsewhere_are_an_error(model, made, monkeypatch):
