@@ -26,7 +26,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from rich.console import Console
 from rich.table import Table
 
-from .hub_errors import HubError, check_repo, first_line, readable_size, said_clearly, status_of
+from .hub_errors import LONGEST_WAIT_S, HubError, check_repo, first_line, readable_size, said_clearly, status_of
 from .layout_grinmoe import stale_weights
 from .model_card import CARD_NAME
 from .pull import pull
@@ -167,7 +167,7 @@ def _find_place(options: PushOptions, api: HfApi) -> _Place:
     """
     repo = options.repo if "/" in options.repo else f"{api.whoami()['name']}/{options.repo}"
     try:
-        info = api.model_info(repo)
+        info = api.model_info(repo, timeout=LONGEST_WAIT_S)
     except RepositoryNotFoundError as error:
         # The Hub answers 404 for what a valid token may not see, 401 without one.
         if status_of(error) != 404 or options.create_pr or _PULL_REQUEST.fullmatch(options.revision or ""):
@@ -195,7 +195,7 @@ def _publish(release: Release, place: _Place, options: PushOptions, api: HfApi, 
         if not place.exists:
             api.create_repo(place.repo, private=options.private or None)
         base = None if place.makes_branch else options.revision
-        head = api.model_info(place.repo, revision=base)
+        head = api.model_info(place.repo, revision=base, timeout=LONGEST_WAIT_S)
     present = [file.rfilename for file in head.siblings or []]
     stale = _stale(present, release, place.repo)
     additions = _additions(release)

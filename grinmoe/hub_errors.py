@@ -7,7 +7,7 @@ import errno
 from collections.abc import Iterator
 from typing import Literal
 
-from huggingface_hub import get_token
+from huggingface_hub import get_session, get_token
 
 # The client exports the base of its HTTP library's errors (httpx or httpx2, by its version) under this name only.
 from huggingface_hub.errors import (
@@ -29,6 +29,10 @@ _AGAIN = {
 }
 
 
+# Of one answer, and of each piece of a transfer. A commit of many large files takes the Hub a while.
+LONGEST_WAIT_S = 120.0
+
+
 class HubError(OSError):
     """What the Hub refused or could not do, and what to do about it."""
 
@@ -42,7 +46,8 @@ def said_clearly(repo: str, doing: Doing) -> Iterator[None]:
         HubError: for these. Errors of ours pass through.
     """
     try:
-        yield
+        with _not_waiting_forever():
+            yield
     except HubError:
         raise
     except OfflineModeIsEnabled as error:
@@ -59,6 +64,19 @@ def said_clearly(repo: str, doing: Doing) -> Iterator[None]:
                 f"{_nothing(doing)}the transfer failed ({first_line(error)}); check the network, then {_AGAIN[doing]}"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def _not_waiting_forever() -> Iterator[None]:
+    """The client sets no limit on how long a request may wait for the Hub; this one is for all that have none."""
+    session = get_session()
+    before = session.timeout
+    if before.read is None:
+        session.timeout = LONGEST_WAIT_S
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def http_cause(error: BaseException | None) -> BaseException | None:

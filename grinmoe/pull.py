@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from .checkpoint_grinmoe import CheckpointError, check_shapes, read_shapes
 from .configuration_grinmoe import GrinMoeConfig
-from .hub_errors import HubError, check_repo, readable_size, said_clearly
+from .hub_errors import LONGEST_WAIT_S, HubError, check_repo, readable_size, said_clearly
 from .release import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .release_checks import PICKLE_SUFFIXES, sha256_of
 from .tokenization import TokenizerError, load_tokenizer
@@ -76,7 +76,7 @@ def pull(repo: str, output: str | os.PathLike, revision: str | None = None) -> P
     target = _checked_target(output)
     staging = target.parent / f".{target.name}.pulling"
     with said_clearly(repo, "pull"):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=LONGEST_WAIT_S)
     remote = _what_to_fetch(repo, info, revision)
     _prepare(remote, staging)
     _fetch(remote, staging, list(remote.files))

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub import HfApi, constants, get_session
 
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.hub import HubError
 from grinmoe.release_checks import ReleaseError, sha256_of
 from tests.bad_folders import BAD_FOLDERS
-from tests.hub_server import OTHER, READER, WRITER, client_kept_on
+from tests.hub_server import OTHER, READER, WRITER
 from tests.release_folders import (
     INDEX,
     REPO,
@@ -421,17 +421,15 @@ def test_the_hub_cannot_be_reached(refused, model, hub, monkeypatch):
     assert "ConnectError" in said
 
 
-def test_the_hub_does_not_answer(refused, model, hub):
-    def impatient():
-        client = client_kept_on(hub.endpoint)
-        client.timeout = 0.2
-        return client
-
-    set_client_factory(impatient)
-    hub.delay("/refs", seconds=3, times=10)
+@pytest.mark.parametrize("endpoint", ["/refs", "/preupload/"])
+def test_the_hub_does_not_answer(refused, model, hub, monkeypatch, endpoint):
+    """The client by itself would wait forever."""
+    monkeypatch.setattr("grinmoe.hub_errors.LONGEST_WAIT_S", 0.3)
+    hub.delay(endpoint, seconds=2, times=10)
     hub.add_commit(REPO, {})
     said = refused(model)
     assert "nothing was published: the Hub cannot be reached or did not answer" in said and "ReadTimeout" in said
+    assert get_session().timeout.read is None, "as it was"
 
 
 def test_a_transfer_that_fails_without_a_request(refused, model, hub, monkeypatch):
