@@ -38,6 +38,8 @@ SECRETS = {
     "GitHub": made_up("ghp_", 36),
     "GitHub, fine": made_up("github_pat_", 22) + made_up("_", 59),
     "GitLab": made_up("glpat-", 20),
+    "Hugging Face, of one letter": "hf_" + "a" * 34,
+    "AWS id of the documentation": "AKIAIOSFODNN7" + "EXAMPLE",
     "AWS id": made_up("AKIA", 16, string.ascii_uppercase + string.digits),
     "AWS key": "aws_secret_access_key = " + made_up("", 40, LETTERS + "/+"),
     "AWS key, in JSON": f'"AWS_SECRET_ACCESS_KEY": "{made_up("", 40, LETTERS + "/+")}"',
@@ -125,7 +127,7 @@ See https://example.com/home/x and http://localhost:8000/Users/x, or [the paper]
 pip install --upgrade 'grinmoe[train]' && cd /path/to/model
 docker run -v ~/.cache/huggingface:/root/.cache/huggingface -v $HOME/data:/workspace vllm/vllm-openai --model me/model
 export HF_TOKEN=hf_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx OPENAI_API_KEY="your-api-key-goes-here-123"
-export AWS_ACCESS_KEY_ID=AKIAIOSFODNN7EXAMPLE
+export AWS_ACCESS_KEY_ID=your-key
 python train.py --output /tmp/out --data ./data/train.jsonl --log /home/user/app/log
 git clone https://username:password@github.com/me/model; curl -H "Authorization: Bearer $HF_TOKEN" https://x.org
 ```
