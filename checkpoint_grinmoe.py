@@ -63,8 +63,8 @@ def read_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
             )
         return None
     try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        weight_map = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
         raise CheckpointFileError(f"{index_file} is not a safetensors index ({error!r}); download it again") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in sorted(set(weight_map.values())):

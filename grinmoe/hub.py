@@ -7,6 +7,7 @@ so an interrupted push goes on where it was), and one commit publishes all or no
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -26,7 +27,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from rich.console import Console
 from rich.table import Table
 
-from .hub_errors import LONGEST_WAIT_S, HubError, check_repo, first_line, readable_size, said_clearly, status_of
+from .hub_errors import COMMIT_WAIT_S, WAIT_S, HubError, check_repo, first_line, readable_size, said_clearly, status_of
 from .layout_grinmoe import stale_weights
 from .model_card import CARD_NAME
 from .pull import pull
@@ -167,7 +168,7 @@ def _find_place(options: PushOptions, api: HfApi) -> _Place:
     """
     repo = options.repo if "/" in options.repo else f"{api.whoami()['name']}/{options.repo}"
     try:
-        info = api.model_info(repo, timeout=LONGEST_WAIT_S)
+        info = api.model_info(repo, timeout=WAIT_S)
     except RepositoryNotFoundError as error:
         # The Hub answers 404 for what a valid token may not see, 401 without one.
         if status_of(error) != 404 or options.create_pr or _PULL_REQUEST.fullmatch(options.revision or ""):
@@ -195,7 +196,7 @@ def _publish(release: Release, place: _Place, options: PushOptions, api: HfApi, 
         if not place.exists:
             api.create_repo(place.repo, private=options.private or None)
         base = None if place.makes_branch else options.revision
-        head = api.model_info(place.repo, revision=base, timeout=LONGEST_WAIT_S)
+        head = api.model_info(place.repo, revision=base, timeout=WAIT_S)
     present = [file.rfilename for file in head.siblings or []]
     stale = _stale(present, release, place.repo)
     additions = _additions(release)
@@ -207,7 +208,7 @@ def _publish(release: Release, place: _Place, options: PushOptions, api: HfApi, 
             place.repo, additions, revision=options.revision, create_pr=options.create_pr, free_memory=False
         )
     _refuse_changes(release, additions)
-    with said_clearly(place.repo, "push"):
+    with said_clearly(place.repo, "push", wait_s=COMMIT_WAIT_S):
         operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
         commit = _commit(operations, place, options, str(head.sha), api)
         if stale:
@@ -293,7 +294,8 @@ def _commit(operations: list, place: _Place, options: PushOptions, parent: str, 
             # What is stale was told from this one: a commit in between is an error.
             parent_commit=parent,
         )
-    except HTTPError as error:
+    # The last two: an answer that is not the Hub's, or lacks what the client looks for in it.
+    except (HTTPError, json.JSONDecodeError, KeyError) as error:
         status = status_of(error)
         if status is not None and status < 500:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 from collections.abc import Iterator
 from typing import Literal
 
@@ -29,8 +30,10 @@ _AGAIN = {
 }
 
 
-# Of one answer, and of each piece of a transfer. A commit of many large files takes the Hub a while.
-LONGEST_WAIT_S = 120.0
+# Longest wait for an answer, and for each piece of a transfer.
+WAIT_S = 30.0
+# A commit of many large files takes the Hub a while.
+COMMIT_WAIT_S = 120.0
 
 
 class HubError(OSError):
@@ -38,20 +41,29 @@ class HubError(OSError):
 
 
 @contextlib.contextmanager
-def said_clearly(repo: str, doing: Doing) -> Iterator[None]:
+def said_clearly(repo: str, doing: Doing, wait_s: float | None = None) -> Iterator[None]:
     """
     Around calls of the client only: its errors, and those of its HTTP library, as one sentence with a remedy.
+
+    Args:
+        repo: for the message.
+        doing: for the message.
+        wait_s: longest wait for an answer, and for each piece of a transfer; None: WAIT_S.
 
     Raises:
         HubError: for these. Errors of ours pass through.
     """
     try:
-        with _not_waiting_forever():
+        with _not_waiting_forever(WAIT_S if wait_s is None else wait_s):
             yield
     except HubError:
         raise
     except OfflineModeIsEnabled as error:
         raise HubError(f"cannot {doing}: HF_HUB_OFFLINE is set, which forbids every request; unset it") from error
+    except (json.JSONDecodeError, KeyError) as error:
+        raise HubError(
+            f"{_nothing(doing)}what answered is not the Hub ({first_line(error)}); check HF_ENDPOINT, the proxy, the network"
+        ) from error
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         cause = http_cause(error)
         if cause is not None:
@@ -67,12 +79,12 @@ def said_clearly(repo: str, doing: Doing) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _not_waiting_forever() -> Iterator[None]:
+def _not_waiting_forever(wait_s: float) -> Iterator[None]:
     """The client sets no limit on how long a request may wait for the Hub; this one is for all that have none."""
     session = get_session()
     before = session.timeout
     if before.read is None:
-        session.timeout = LONGEST_WAIT_S
+        session.timeout = wait_s
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ _SECRETS = {
         r"wandb_v1_[A-Za-z0-9_]{30,}|wandb[ .]login[^\n]{0,40}?(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])"
     ),
     "a PyPI or npm token": re.compile(r"(?<![A-Za-z0-9])(?:pypi-AgEI[A-Za-z0-9_-]{20,}|npm_[A-Za-z0-9]{36})"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"),
     "a token in a header": re.compile(r"(?i)\bauthorization\b\W{1,4}(?:bearer|basic|token)\s+[A-Za-z0-9._~+/=-]{16,}"),
     "a signed address": re.compile(r"[?&](?:X-Amz-Signature|X-Goog-Signature|Signature|sig)=[A-Za-z0-9%/+=_-]{20,}"),
     # A name that says so, and a value that is no word: letters and digits.
@@ -38,12 +38,15 @@ _STAND_INS = re.compile(r"(?i)example|your[_-]|placeholder|:(?:password|passwd|p
 # A user's name stands behind these; the stand-ins that documentation uses do not count.
 _STAND_IN_USERS = r"(?!(?:user(?:name)?|you(?:r[_-]?name)?|me|name)(?![\w.-]))"
 _HOMES = (
-    rf"/(?:home|Users)/{_STAND_IN_USERS}[\w.@+-]+(?:/[\w.@+-]+)*"
+    rf"(?:/(?:storage|export|data))?/(?:home|Users)/{_STAND_IN_USERS}[\w.@+-]+(?:/[\w.@+-]+)*"
+    # A long path under the name of a stand-in is more than an example.
+    r"|/(?:home|Users)/[\w-]+/(?!\.cache)[\w.@+-]+(?:/[\w.@+-]+)+"
     rf"|(?<![A-Za-z])[A-Za-z]:(?:\\\\?|/)(?:Users|home)(?:\\\\?|/){_STAND_IN_USERS}[^\s\"'`\\/]+[^\s\"'`]*"
 )
 # In prose and in code examples /tmp/out, ~/.cache and /path/to are nobody's. /root/.cache is every container's.
 _PATH_IN_PROSE = re.compile(
-    rf"(?<![\w./~$}}>-])(?:{_HOMES}|/(?:mnt|scratch|gpfs|lustre|fsx|nfs)/[\w.@+-]+(?:/[\w.@+-]+)*)|file:///[\w./@+-]+"
+    rf"(?<![\w./~$}}>-])(?:{_HOMES}|/(?:mnt|scratch|gpfs|lustre|fsx|nfs|workspace|root)/(?!\.cache)[\w.@+-]+(?:/[\w.@+-]+)*)"
+    r"|file:///[\w./@+-]+"
 )
 # Metadata has no business with any path: every absolute one is of this machine.
 _PATH_IN_METADATA = re.compile(

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import ModelInfo
 from rich.console import Console
@@ -18,7 +20,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from .checkpoint_grinmoe import CheckpointError, check_shapes, read_shapes
 from .configuration_grinmoe import GrinMoeConfig
-from .hub_errors import LONGEST_WAIT_S, HubError, check_repo, readable_size, said_clearly
+from .hub_errors import WAIT_S, HubError, check_repo, readable_size, said_clearly
 from .release import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .release_checks import PICKLE_SUFFIXES, sha256_of
 from .tokenization import TokenizerError, load_tokenizer
@@ -71,12 +73,22 @@ def pull(repo: str, output: str | os.PathLike, revision: str | None = None) -> P
         CheckpointError: the repository's weights are incomplete, or not those of its config.
         ValueError: `output` is not empty, or the repository holds no model of this architecture.
     """
-    console = Console(highlight=False, soft_wrap=True, markup=False)
     check_repo(repo)
     target = _checked_target(output)
+    # Two pulls into one folder would take each other's files away. The lock ends with the process, however that ends.
+    name = hashlib.sha256(str(target).encode()).hexdigest()[:16]
+    try:
+        with FileLock(Path(tempfile.gettempdir()) / f"grinmoe-pull-{name}.lock", timeout=0):
+            return _pull(repo, target, output, revision)
+    except Timeout as error:
+        raise HubError(f"another pull into {output} is running; wait for it, or choose another --output") from error
+
+
+def _pull(repo: str, target: Path, output: str | os.PathLike, revision: str | None) -> Path:
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     staging = target.parent / f".{target.name}.pulling"
     with said_clearly(repo, "pull"):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=LONGEST_WAIT_S)
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=WAIT_S)
     remote = _what_to_fetch(repo, info, revision)
     _prepare(remote, staging)
     _fetch(remote, staging, list(remote.files))
@@ -211,7 +223,12 @@ def _fetch(remote: _Remote, staging: Path, names: list[str]) -> None:
 def _check_plan(remote: _Remote, staging: Path) -> None:
     """The config and the list of shards, before what is large."""
     if CONFIG_NAME in remote.files and ADAPTER_CONFIG not in remote.files:
-        GrinMoeConfig.from_pretrained(staging)
+        try:
+            GrinMoeConfig.from_pretrained(staging)
+        except (OSError, AttributeError, TypeError) as error:  # the last two: JSON that is no object
+            raise CheckpointError(
+                f"{CONFIG_NAME} of {remote.repo} cannot be read; tell its owner, or give another --revision"
+            ) from error
     if SAFE_WEIGHTS_INDEX_NAME not in remote.files or SAFE_WEIGHTS_NAME in remote.files:
         return
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +163,7 @@ def _assemble_model(source: Path, release: Release, options: ReleaseOptions) -> 
     """Weights, config, code, generation config and tokenizer of a model."""
     try:
         config = GrinMoeConfig.from_pretrained(source)
-    except OSError as error:
+    except (OSError, AttributeError, TypeError) as error:  # the last two: JSON that is no object
         raise ReleaseError(f"{source / CONFIG_NAME} cannot be read ({error}); save the model again") from error
     shapes = read_shapes(source)
     if shapes is None:
@@ -249,7 +250,7 @@ def _add_generation_config(source: Path, config: GrinMoeConfig, tokenizer: Any, 
     if (source / GENERATION_CONFIG_NAME).is_file():
         try:
             generation = GenerationConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise ReleaseError(f"{source / GENERATION_CONFIG_NAME} cannot be read ({error}); write it anew") from error
         shutil.copyfile(source / GENERATION_CONFIG_NAME, release.folder / GENERATION_CONFIG_NAME)
         ends = _as_set(generation.eos_token_id)
@@ -406,7 +407,8 @@ def _local_base(source: Path) -> Path | None:
 def _private(source: Path, model: str | os.PathLike) -> Private:
     """The secrets that are in use here, and where the model and the user live, as these could stand in a file."""
     secrets = secrets_of_environment()
-    if token := get_token():
+    # A shorter one ("test" for a Hub of one's own) may stand in any text by chance.
+    if (token := get_token()) and (len(token) >= 16 or re.fullmatch("hf_.{6,}", token)):
         secrets = {"the token in use": token, **secrets}
     given = Path(os.path.abspath(Path(model).expanduser()))
     paths = {str(path) for path in (source.resolve(), given, Path.home(), Path.cwd()) if len(path.parts) > 2}

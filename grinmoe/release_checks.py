@@ -23,6 +23,13 @@ TRAINING_STATE = re.compile(
 _METADATA_SUFFIXES = (".json", ".yaml", ".yml")
 # Not text, or vocabularies: they are of the training corpus, and anything may stand in that.
 _BINARY_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".model")
+_PICTURES = {
+    ".png": rb"\x89PNG",
+    ".jpg": rb"\xff\xd8\xff",
+    ".jpeg": rb"\xff\xd8\xff",
+    ".gif": rb"GIF8",
+    ".webp": rb"RIFF....WEBP",
+}
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
 _SHOWN_PROBLEMS = 10
 
@@ -61,6 +68,8 @@ def _problems(file: Path, name: str, private: Private, origin: Path | None) -> I
         yield f"{name} is training state, which a release does not need; leave it out"
     elif is_pickle(file):
         yield f"{name} is a pickle, which can run code when it is loaded; convert it to safetensors or leave it out"
+    elif (magic := _PICTURES.get(file.suffix.lower())) and not re.match(magic, _start(file), re.DOTALL):
+        yield f"{name} is no picture, whatever it is; draw it again or leave it out"
     elif file.suffix == ".safetensors":
         for finding in private.in_text(_metadata(file), metadata=True):
             yield f"the metadata of {name}: {finding.what}"
@@ -90,9 +99,12 @@ def is_pickle(file: Path) -> bool:
     """By name, or by the first bytes: a pickle protocol, or the zip archive that torch.save writes."""
     if file.suffix.lower() in PICKLE_SUFFIXES:
         return True
+    return re.match(rb"\x80[\x02-\x05]|PK\x03\x04", _start(file)) is not None
+
+
+def _start(file: Path) -> bytes:
     with file.open("rb") as opened:
-        start = opened.read(4)
-    return re.match(rb"\x80[\x02-\x05]|PK\x03\x04", start) is not None
+        return opened.read(16)
 
 
 def _metadata(file: Path) -> str:

@@ -51,6 +51,7 @@ SECRETS = {
     "wandb, Python": f'wandb.login(key="{HEX}")',
     "wandb, new": made_up("wandb_v1_", 60),
     "private key": "-----BEGIN OPENSSH PRIVATE " + "KEY-----",
+    "PGP": "-----BEGIN PGP PRIVATE " + "KEY BLOCK-----",
     "password": f'"password": "{made_up("", 18)}"',
     "token": f"token: {made_up('', 24)}",
     "API key": f"api-key='{made_up('', 24)}'",
@@ -101,6 +102,10 @@ PATHS_ANYWHERE = [
     r"C:\Users\alice\model",
     "c:/Users/alice/model",
     "--output /gpfs/home/alice",
+    "from /home/user/checkpoints/run3",
+    "in /root/model",
+    "at /workspace/run1/model",
+    "see /storage/home/bob/x",
 ]
 
 
@@ -128,7 +133,7 @@ pip install --upgrade 'grinmoe[train]' && cd /path/to/model
 docker run -v ~/.cache/huggingface:/root/.cache/huggingface -v $HOME/data:/workspace vllm/vllm-openai --model me/model
 export HF_TOKEN=hf_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx OPENAI_API_KEY="your-api-key-goes-here-123"
 export AWS_ACCESS_KEY_ID=your-key
-python train.py --output /tmp/out --data ./data/train.jsonl --log /home/user/app/log
+python train.py --output /tmp/out --data ./data/train.jsonl --log /home/user/log
 git clone https://username:password@github.com/me/model; curl -H "Authorization: Bearer $HF_TOKEN" https://x.org
 ```
 

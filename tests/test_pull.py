@@ -432,3 +432,19 @@ def test_errors_are_of_their_kind(hub, output):
     hub.add_commit(REPO, {"config.json": b"{}", INDEX: b'{"weight_map": {"a": "b"}}'})
     with pytest.raises(CheckpointError):
         pull(REPO, output)
+
+
+def test_two_pulls_into_one_folder(pushed, output):
+    """They would take each other's files away."""
+    said = []
+
+    def pull_too() -> None:
+        try:
+            pull(REPO, output)
+        except HubError as error:
+            said.append(str(error))
+
+    pushed.after("/resolve/", pull_too)
+    pull(REPO, output)
+    assert (output / "config.json").is_file()
+    assert len(said) == 1 and f"another pull into {output} is running; wait for it" in said[0]

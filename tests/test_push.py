@@ -424,12 +424,39 @@ def test_the_hub_cannot_be_reached(refused, model, hub, monkeypatch):
 @pytest.mark.parametrize("endpoint", ["/refs", "/preupload/"])
 def test_the_hub_does_not_answer(refused, model, hub, monkeypatch, endpoint):
     """The client by itself would wait forever."""
-    monkeypatch.setattr("grinmoe.hub_errors.LONGEST_WAIT_S", 0.3)
+    monkeypatch.setattr("grinmoe.hub_errors.WAIT_S", 0.3)
     hub.delay(endpoint, seconds=2, times=10)
     hub.add_commit(REPO, {})
     said = refused(model)
     assert "nothing was published: the Hub cannot be reached or did not answer" in said and "ReadTimeout" in said
     assert get_session().timeout.read is None, "as it was"
+
+
+@pytest.mark.parametrize("endpoint", ["/whoami-v2", "/api/models/writer-user/model$"])
+def test_what_answers_is_not_the_hub(refused, model, hub, endpoint):
+    """Something else with status 200."""
+    hub.fail(endpoint, 200, times=9)
+    repo = "model" if "whoami" in endpoint else REPO
+    assert "nothing was published: what answered is not the Hub" in refused(model, repo=repo)
+
+
+def test_what_answers_is_the_page_of_a_proxy(refused, model, hub, monkeypatch):
+    monkeypatch.setattr(HfApi, "model_info", lambda *arguments, **options: json.loads("<html>"))
+    assert "nothing was published: what answered is not the Hub (Expecting value" in refused(model)
+
+
+def test_an_answer_without_the_address_of_a_pull_request(model, hub, capsys, monkeypatch):
+    """The commit may have been made all the same."""
+    hub.add_commit(REPO, {})
+    monkeypatch.setattr(HfApi, "create_commit", lambda *arguments, **options: {}["pullRequestUrl"])
+    code, _, error = run_cli(capsys, "push", "--model", str(model), "--repo", REPO, "--no-load-check", "--create-pr")
+    assert code == 2 and "the Hub did not confirm the commit" in error and "among the pull requests there" in error
+
+
+def test_a_short_token_may_stand_in_any_text(model, hub, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "model")
+    code, _, error = run_cli(capsys, "push", "--model", str(model), "--repo", REPO, "--no-load-check", "--dry-run")
+    assert code == 0, error
 
 
 def test_a_transfer_that_fails_without_a_request(refused, model, hub, monkeypatch):

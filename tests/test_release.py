@@ -382,3 +382,26 @@ def test_logits_that_are_not_finite(model, made):
     edit_weights(model / SHARDS[2], lambda tensors: [tensor.fill_(3e38) for tensor in tensors.values()])
     with pytest.raises(ReleaseError, match="gives logits that are not finite"):
         made(model, ReleaseOptions())
+
+
+@pytest.mark.parametrize("content", ["[]", "null"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"]
+)
+def test_json_of_another_kind(model, made, name, content):
+    (model / name).write_text(content)
+    with pytest.raises(ValueError, match=name.removesuffix(".json").replace(".", r"\.")):
+        made(model)
+
+
+def test_a_tokenizer_file_of_something_else(model, made):
+    edit_json(model / "tokenizer.json", something="else")
+    with pytest.raises(TokenizerError, match="no tokenizer can be loaded from"):
+        made(model)
+
+
+def test_a_picture_that_is_none(model, made):
+    (model / "training.png").write_bytes(b"cos\nsystem\n(S'echo hi'\ntR.")
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# A model\n\n![x](training.png)\n")
+    with pytest.raises(ReleaseError, match=r"training\.png is no picture"):
+        made(model)
