@@ -43,7 +43,7 @@ test-oldest: $(OLDEST)/.stamp  ## the model's tests on the oldest supported Tran
 		tests/test_chat_template.py tests/test_hub_server.py tests/test_tokenizer_build.py tests/test_tokenizer_loading.py \
 		tests/test_tokenizer_sources.py tests/test_tokenizer_verify.py tests/test_uploading.py tests/test_release.py \
 		tests/test_push.py tests/test_pull.py tests/test_private_text.py tests/test_model_card.py tests/test_card_facts.py \
-		tests/test_card_metadata.py tests/test_trainer_card.py
+		tests/test_card_metadata.py tests/test_trainer_card.py tests/test_push_options.py tests/test_elsewhere.py
 
 check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 	@$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from huggingface_hub import get_token
@@ -320,7 +321,9 @@ def _write_card(source: Path, release: Release, repo_id: str, options: ReleaseOp
     card.save(release.folder / CARD_NAME)
     text = str(card)
     names = {path.name for path in source.iterdir() if path.is_file()}
-    shown = {name for name in names if Path(name).suffix.lower() in _PICTURE_SUFFIXES and f"({name})" in text}
+    pictures = {name for name in names if Path(name).suffix.lower() in _PICTURE_SUFFIXES}
+    # As Markdown or HTML, and with what an address may not hold escaped.
+    shown = {name for name in pictures if name in text or quote(name) in text}
     for name in shown | (names & set(_LICENCE_FILES)):
         shutil.copyfile(source / name, release.folder / name)
 

@@ -405,3 +405,16 @@ def test_a_picture_that_is_none(model, made):
     (model / "README.md").write_text("---\nlicense: mit\n---\n# A model\n\n![x](training.png)\n")
     with pytest.raises(ReleaseError, match=r"training\.png is no picture"):
         made(model)
+
+
+def test_a_picture_with_a_space_in_its_name_is_published_with_the_card_that_shows_it(model, made):
+    (model / "training.png").rename(model / "my run.png")
+    (model / "README.md").unlink()
+    CardFacts(title="Trained", summary="It has a picture.", license="mit", picture="my run.png").write(model)
+    folder = made(model).folder
+    assert "](my%20run.png)" in (folder / "README.md").read_text() and (folder / "my run.png").is_file()
+
+
+def test_a_picture_shown_by_html_is_published(model, made):
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# A model\n\n<img src='training.png' width='80%'>\n")
+    assert (made(model).folder / "training.png").is_file()
