@@ -10,6 +10,9 @@ the implementation by `experts_implementation`: `grouped_mm` by default, `eager`
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -48,8 +51,7 @@ class GrinMoeExperts(nn.Module):
         """
         Reference loop: sort by expert, one SwiGLU per expert, weight, sum. This is `experts_implementation="eager"`.
 
-        The weights are unbound once instead of indexed per expert: the backward of `W[e]` fills a zero tensor as
-        large as all experts for each of them. The loop needs the group sizes on the host, so it does not compile.
+        The loop needs the group sizes on the host, so it does not compile.
 
         Args:
             hidden_states: (T, H).
@@ -65,13 +67,24 @@ class GrinMoeExperts(nn.Module):
         served_elsewhere = order.numel() - sum(group_sizes)
         *groups, elsewhere = hidden_states[order // top_k].split([*group_sizes, served_elsewhere])
         outputs = [
-            nn.functional.linear(self._apply_gate(nn.functional.linear(group, gate_up)), down)
-            for group, gate_up, down in zip(groups, self.gate_up_proj.unbind(0), self.down_proj.unbind(0))
+            down(self._apply_gate(gate_up(group)))
+            for group, gate_up, down in zip(groups, self.linears("gate_up_proj"), self.linears("down_proj"))
         ]
         outputs.append(torch.zeros_like(elsewhere))
         weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order].unsqueeze(-1)  # (T * K, H)
         per_choice = weighted[order.argsort()].view(-1, top_k, self.hidden_dim)
         return per_choice.sum(dim=1).to(hidden_states.dtype)
+
+    def linears(self, name: str) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """For each expert, the product with its part of a fused weight: (n, in) to (n, out).
+
+        The loops read the weights here and nowhere else, so that they may be kept in another form. They are unbound once
+        instead of indexed per expert: the backward of `W[e]` fills a zero tensor as large as all experts for each of them.
+
+        Args:
+            name: "gate_up_proj" (H to 2I) or "down_proj" (I to H).
+        """
+        return [functools.partial(nn.functional.linear, weight=weight) for weight in getattr(self, name).unbind(0)]
 
     def seed_dropout(self, routing_seed: int, layer_idx: int, device: torch.device) -> None:
         """Draw the next forward's dropout from a generator of its own, not from torch's default one.
