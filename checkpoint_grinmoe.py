@@ -23,6 +23,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from .configuration_grinmoe import AUTO_MAP, GrinMoeConfig
 from .layout_grinmoe import can_alias, fused_name, fused_shapes, official_shapes, official_state_dict, stale_weights
+from .quantization_grinmoe import experts_are_quantized, is_bitsandbytes, packed_layout
 from .upload_grinmoe import upload_checkpoint
 
 
@@ -122,6 +123,33 @@ def check_shapes(
             )
     missing = [key for key in official if key not in names and fused_name(key) not in names]
     if message := describe_missing(missing, head_prefixes=("lm_head.", *head_keys)):
+        raise CheckpointError(f"{folder}: {message}")
+
+
+def check_quantized_shapes(
+    shapes: dict[str, tuple[int, ...]],
+    config: GrinMoeConfig,
+    folder: str | os.PathLike,
+    head_keys: tuple[str, ...] = (),
+) -> None:
+    """
+    The same for a checkpoint that was saved quantised, which `config.quantization_config` tells.
+
+    The packed form of linears is bitsandbytes' own: of their tensors, only the presence of the weight is checked.
+    """
+    packed = {key: shape for key, (shape, _) in packed_layout(config, config.quantization_config).items()}
+    dense = official_shapes(config)
+    expected = {key: shape for key, shape in dense.items() if fused_name(key) == key}
+    # Skipped experts are in there in full precision, under their fused names.
+    expected |= {key: shape for key, shape in fused_shapes(config).items() if key not in packed} | packed
+    names = {key if key in expected else f"model.{key}": shape for key, shape in shapes.items()}
+    for name, shape in expected.items():
+        if name in names and names[name] != shape and not name.endswith("_proj.weight"):
+            raise CheckpointError(
+                f"{folder} holds {name} with shape {names[name]}, config.json makes it {shape}; use the config that the "
+                "weights were saved with"
+            )
+    if message := describe_missing(expected.keys() - names.keys(), head_prefixes=("lm_head.", *head_keys)):
         raise CheckpointError(f"{folder}: {message}")
 
 
@@ -299,13 +327,14 @@ class OfficialCheckpointMixin:
         if checked and is_local:
             cls._check_folder(folder, kwargs, tensors_checked)
         try:
-            model, loading_info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-                **kwargs,
-            )
+            with experts_are_quantized():
+                model, loading_info = super().from_pretrained(
+                    pretrained_model_name_or_path,
+                    *model_args,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=ignore_mismatched_sizes,
+                    **kwargs,
+                )
         except (SafetensorError, RuntimeError):
             if checked and not is_local:
                 # What the library says names neither file nor remedy; if the checkpoint is at fault, this does.
@@ -330,11 +359,14 @@ class OfficialCheckpointMixin:
             )
             raise CheckpointFileError(f"{folder} holds no {CONFIG_NAME}; {remedy}")
         shapes = read_shapes(folder)
-        if not shapes or not tensors_checked or kwargs.get("quantization_config") is not None:
+        if not shapes or not tensors_checked:
             return
         config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
-        if getattr(config, "quantization_config", None) is None:
+        quantization_config = getattr(config, "quantization_config", None)
+        if quantization_config is None:
             check_shapes(shapes, config, folder, head_keys=("score.",))
+        elif is_bitsandbytes(quantization_config):
+            check_quantized_shapes(shapes, config, folder, head_keys=("score.",))
 
     @classmethod
     def _check_download(cls, repo_id: str, kwargs: dict[str, Any], tensors_checked: bool) -> None:
@@ -383,7 +415,9 @@ class OfficialCheckpointMixin:
         if "token" in hub_options:
             kwargs["token"] = hub_options["token"]
         adapter_only = getattr(self, "_hf_peft_config_loaded", False)
-        if save_original_format and not adapter_only and getattr(self, "hf_quantizer", None) is None:
+        if getattr(self, "hf_quantizer", None) is not None:
+            save_original_format = False  # what is packed has no official layout
+        if save_original_format and not adapter_only:
             weights = self.state_dict() if state_dict is None else state_dict
             if can_alias(weights):
                 state_dict, save_original_format = official_state_dict(weights), False

@@ -62,6 +62,10 @@ class GrinMoeExperts(nn.Module):
             (T, H), in the dtype of `hidden_states`.
         """
         _refuse_compilation("eager")
+        return self.loop(hidden_states, top_k_index, top_k_weights)
+
+    def loop(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """The reference loop itself, which `experts_implementation` does not exchange. Contract of `forward`."""
         top_k = top_k_index.shape[-1]
         order, group_sizes = group_by_expert(top_k_index, self.num_experts)
         served_elsewhere = order.numel() - sum(group_sizes)
@@ -334,6 +338,12 @@ def load_per_expert_weights(
                 fused[name] = torch.zeros_like(parameter, device=weight.device) if parameter.is_meta else parameter
             rows = rows_per_matrix[name]
             target = fused[name][expert, position * rows : (position + 1) * rows]
+            if not target.is_floating_point():
+                error_msgs.append(
+                    f"{key} is full precision, and these experts are quantised; load it by from_pretrained(..., "
+                    "quantization_config=...)"
+                )
+                continue
             if weight.shape != target.shape:
                 error_msgs.append(
                     f"size mismatch for {key}: the checkpoint has {tuple(weight.shape)}, the model {tuple(target.shape)}"

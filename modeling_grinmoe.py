@@ -29,6 +29,8 @@ from .estimators_grinmoe import RoutingNoise
 from .experts_grinmoe import GrinMoeExperts
 from .generation_grinmoe import GrinMoeGenerationMixin
 from .layout_grinmoe import register_weight_conversion
+from .quantization_grinmoe import parameters_beyond_bytes
+from .quantized_experts_grinmoe import QuantizedGrinMoeExperts
 from .routing_grinmoe import load_balancing_loss, routing_seed
 
 register_weight_conversion()
@@ -130,11 +132,18 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, GrinMoeRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, QuantizedGrinMoeExperts):
+            module.init_missing(std)
         elif isinstance(module, GrinMoeExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, GrinMoeRotaryEmbedding) and module.rope_type == "longrope":
             init.copy_(module.long_inv_freq, module.long_rope_init(module.config))
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As in Transformers; of quantised weights all are counted, however they are packed. None of them trains."""
+        counted = super().num_parameters(only_trainable, exclude_embeddings)
+        return counted if only_trainable else counted + parameters_beyond_bytes(self)
 
     def _ranks_per_batch(self) -> int:
         """How many consecutive ranks share a batch: the tensor-parallel group's size, 1 without one."""
@@ -199,7 +208,9 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         Args:
             input_ids: (B, S) int64, or `inputs_embeds` (B, S, H).
             attention_mask: (B, past + S), 1 for tokens and 0 for padding; or a prepared 4-D mask.
-            position_ids: (B, S); by default the positions after what the cache holds, for every row alike.
+            position_ids: (B, S); by default the positions after what the cache holds, for every row alike. Where they begin
+                again at 0 within a row, and no cache is given, samples are packed: they do not see each other, and the
+                output has no cache.
             past_key_values: any Transformers cache; since Transformers 5.24 it may be called `cache`.
             routing_noise: one `RoutingNoise` per layer, to replay recorded draws in training.
             routing_seed: int from which the layers' draws in training follow; by default drawn from torch's generator

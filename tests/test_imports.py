@@ -25,7 +25,9 @@ ALLOWED_SIBLINGS = {
     "attention_grinmoe": {"configuration_grinmoe"},
     "layout_grinmoe": {"configuration_grinmoe", "experts_grinmoe"},
     "upload_grinmoe": {"layout_grinmoe"},
-    "checkpoint_grinmoe": {"configuration_grinmoe", "layout_grinmoe", "upload_grinmoe"},
+    "quantized_experts_grinmoe": {"experts_grinmoe"},
+    "quantization_grinmoe": {"experts_grinmoe", "quantized_experts_grinmoe"},
+    "checkpoint_grinmoe": {"configuration_grinmoe", "layout_grinmoe", "quantization_grinmoe", "upload_grinmoe"},
     "modeling_grinmoe": {
         "attention_grinmoe",
         "balance_grinmoe",
@@ -36,6 +38,8 @@ ALLOWED_SIBLINGS = {
         "experts_grinmoe",
         "generation_grinmoe",
         "layout_grinmoe",
+        "quantization_grinmoe",
+        "quantized_experts_grinmoe",
         "routing_grinmoe",
     },
 }
@@ -85,6 +89,8 @@ def test_flat_files_need_nothing_that_a_user_of_the_checkpoint_lacks(path):
     allowed = {"torch", "transformers", "safetensors"}
     if path.stem in ("checkpoint_grinmoe", "upload_grinmoe"):
         allowed |= {"huggingface_hub"}  # Transformers cannot be installed without it
+    if path.stem == "quantized_experts_grinmoe":
+        allowed |= {"bitsandbytes"}  # tried in a function, for those who ask for it
     if path.stem in ("estimators_grinmoe", "routing_grinmoe", "balance_grinmoe"):
         allowed = {"torch"}
     if path.stem == "kernels_grinmoe":

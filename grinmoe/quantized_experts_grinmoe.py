@@ -1,0 +1,1 @@
+../quantized_experts_grinmoe.py
