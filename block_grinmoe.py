@@ -71,6 +71,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.input_jitter_noise = config.input_jitter_noise
+        self.expert_dropout = config.expert_dropout
         self.gate = GrinMoeRouter(config, layer_idx)
         self.experts = GrinMoeExperts(config)
 
@@ -88,7 +89,8 @@ class GrinMoeSparseMoeBlock(nn.Module):
         if self.training:
             if routing_seed is not None:
                 generator = routing_generator(routing_seed, self.layer_idx, hidden_states.device)
-                self.experts.seed_dropout(routing_seed, self.layer_idx, hidden_states.device)
+                if self.expert_dropout > 0:  # PEFT's wrappers of the experts know no seed_dropout
+                    self.experts.seed_dropout(routing_seed, self.layer_idx, hidden_states.device)
             hidden_states = self._jittered(hidden_states, noise, generator)
         _, routing_weights, selected_experts, expert_gradient_scale, _ = self.gate(hidden_states, noise, generator)
         if expert_gradient_scale is None:

@@ -31,16 +31,33 @@ def build_parser() -> argparse.ArgumentParser:
     load.add_argument("--layers", type=int, default=8, metavar="L", help="175 MB each in bfloat16 (default: 8)")
     load.add_argument("--rounds", type=int, default=3, metavar="N", help="processes per arm (default: 3)")
     load.add_argument("--folder", default=None, metavar="DIR", help="where the checkpoint is made (default: temporary)")
+    lora = commands.add_parser(
+        "lora",
+        help="LoRA on one layer's experts, forward and backward, against PEFT's target_parameters",
+        epilog="example: python -m benchmarks lora --rounds 20",
+    )
+    lora.add_argument("--tokens", type=int, metavar="T", help="default: 1024, on a GPU 8192")
+    lora.add_argument("--hidden-size", type=int, metavar="H", help="default: 512, on a GPU 4096")
+    lora.add_argument("--intermediate-size", type=int, metavar="I", help="default: 800, on a GPU 6400")
+    lora.add_argument("--experts", type=int, default=16, metavar="E")
+    lora.add_argument("--r", type=int, default=16, metavar="R", help="rank (default: 16)")
+    lora.add_argument("--warmup", type=int, default=3, metavar="N", help="uncounted rounds (default: 3)")
+    lora.add_argument("--rounds", type=int, default=10, metavar="N", help="counted rounds (default: 10)")
     return parser
 
 
 def main() -> None:
     options = vars(build_parser().parse_args())
     # Imported after parsing: --help should not wait for torch.
-    if options.pop("command") == "block":
+    command = options.pop("command")
+    if command == "block":
         from benchmarks.bench_block import BlockSettings, run
 
         path = run(BlockSettings(**options))
+    elif command == "lora":
+        from benchmarks.bench_lora import LoraSettings, run
+
+        path = run(LoraSettings(**options))
     else:
         from benchmarks.bench_load import LoadSettings, run
 

@@ -1,0 +1,129 @@
+"""Merge a LoRA adapter into its base and save the result in the official layout.
+
+    merge_adapter("adapter", "merged")                                    # into the base that the adapter names
+    merge_adapter("adapter", "merged", from_quantized=BitsAndBytesConfig(load_in_4bit=True, ...))
+
+Each expert's delta is added in float32 and rounded once, so that a float32 merge equals the adapter on its base within
+rounding. An adapter trained on 4-bit weights was trained to correct *those*: merged into the dense weights, it meets others
+(docs/lora.md has the errors). `from_quantized` merges into the dequantised weights instead.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint_grinmoe import refuse_checkout, replaced_when_whole
+from .configuration_grinmoe import GrinMoeConfig
+from .expert_lora import GrinMoeLoraConfig
+from .lora import AdapterError, check_adapter, load_adapter, read_lora_config
+from .modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def merge_adapter(
+    adapter: str | os.PathLike,
+    output: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    dtype: torch.dtype | str = "auto",
+    from_quantized: Any = None,
+) -> Path:
+    """
+    Merge an adapter's folder into its base: a checkpoint in the official layout, with the code and the tokenizer.
+
+    The output appears when it is whole. Neither the base nor the adapter is changed. The tokenizer is copied from the
+    adapter's folder, else from the base's, if one is there.
+
+    Args:
+        adapter: folder of a PEFT adapter.
+        output: folder of the merged checkpoint.
+        base: folder or Hub id of the base; by default what the adapter's configuration names.
+        dtype: of the merge and of what is saved; "auto" is the base's own.
+        from_quantized: the `quantization_config` that the adapter was trained on: the base is loaded so, and dequantised
+            before the merge.
+
+    Returns:
+        Path of `output`.
+
+    Raises:
+        AdapterError: no base is known or it is not there, or the adapter does not fit it (before any weight is loaded).
+        ValueError: `output` is the base's or the adapter's folder, or this source code's.
+    """
+    config = read_lora_config(adapter)
+    base = _base_of(config, adapter, base)
+    refuse_checkout(output)
+    for folder in (adapter, base):
+        if Path(folder).exists() and Path(output).resolve() == Path(folder).resolve():
+            raise ValueError(
+                f"output={os.fspath(output)!r} is the folder of the adapter or of its base; give another one"
+            )
+    model_class = GrinMoeForSequenceClassification if config.task_type == "SEQ_CLS" else GrinMoeForCausalLM
+    check_adapter(adapter, model_class, GrinMoeConfig.from_pretrained(base))
+    model = _load_base(model_class, base, dtype, from_quantized)
+    merged = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
+    with replaced_when_whole(output) as staging:
+        merged.save_pretrained(staging)
+        _copy_tokenizer((Path(adapter), Path(base)), staging)
+    return Path(output)
+
+
+def run_merge(
+    adapter: str, output: str, base: str | None = None, dtype: str = "auto", quantized_base: str | None = None
+) -> None:
+    """`grinmoe merge`: arguments as typed; `quantized_base` is nf4, fp4 (both with double quantisation) or int8."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
+    from_quantized = None
+    if quantized_base is not None:
+        from .training import quantization_config
+
+        from_quantized = quantization_config(quantized_base, torch.float32)
+    path = merge_adapter(adapter, output, base, dtype if dtype == "auto" else getattr(torch, dtype), from_quantized)
+    print(f"merged: {path}")
+
+
+def _base_of(config: GrinMoeLoraConfig, adapter: str | os.PathLike, base: str | os.PathLike | None) -> str:
+    named = config.base_model_name_or_path
+    if base is None and not named:
+        raise AdapterError(f"the adapter in {adapter} does not name its base; give it (base=...)")
+    if base is None and os.path.isabs(str(named)) and not Path(str(named)).is_dir():
+        raise AdapterError(
+            f"the adapter in {adapter} names {named} as its base, which is not there; give it (base=...)"
+        )
+    return os.fspath(base) if base is not None else str(named)
+
+
+def _load_base(
+    model_class: type[GrinMoePreTrainedModel], base: str, dtype: torch.dtype | str, from_quantized: Any
+) -> GrinMoePreTrainedModel:
+    options = {} if from_quantized is None else {"quantization_config": from_quantized}
+    model = model_class.from_pretrained(base, dtype=dtype, **options)
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    return model.dequantize(dtype=model.dtype if dtype == "auto" else dtype)
+
+
+def _copy_tokenizer(sources: tuple[Path, ...], target: Path) -> None:
+    for folder in sources:
+        files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        # A lone chat template is no tokenizer.
+        if any(file.name in ("tokenizer.json", "tokenizer.model") for file in files):
+            for file in files:
+                shutil.copyfile(file, target / file.name)
+            return
+
+
+__all__ = ["merge_adapter", "run_merge"]
