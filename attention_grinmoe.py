@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_grinmoe import GrinMoeConfig
 
@@ -31,6 +32,58 @@ def take_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Cache |
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of one argument; give one of them")
     return past_key_values if cache is None else cache
+
+
+def packed_samples(
+    config: GrinMoeConfig,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    use_cache: bool | None,
+    has_borders: bool,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | int]] | None:
+    """How to keep packed samples apart, or None where there are none or the library sees to it.
+
+    The library finds packed samples by their positions, but only without a mask and without a cache, and for flash
+    attention only in a batch of one row; anywhere else it lets samples see their predecessors without a word. So where
+    positions begin again at 0 behind a token, the mask is built of positions alone, in which each token of padding is
+    a sample of its own, and flash attention is told the borders.
+
+    Args:
+        config: of the model.
+        attention_mask: (B, S) or prepared, or None.
+        position_ids: (B, S).
+        use_cache: whether a cache was asked for.
+        has_borders: the caller has given flash attention's `cu_seq_lens`.
+
+    Returns:
+        (B, S) positions to build the mask from, and flash attention's arguments.
+    """
+    needs_borders = is_flash_attention_requested(config) and not has_borders
+    if attention_mask is None:
+        if not (needs_borders or use_cache):
+            return None
+        valid = torch.ones_like(position_ids, dtype=torch.bool)
+    elif attention_mask.dim() == 2:
+        valid = attention_mask.bool()
+    else:
+        return None
+    if torch.compiler.is_compiling():  # nothing may depend on the values
+        if needs_borders or use_cache:
+            return None
+    elif not ((position_ids[:, 1:] == 0) & valid[:, 1:] & valid[:, :-1]).any():
+        return None
+    mask_positions = torch.where(valid, position_ids, -2)  # no step of 1 leads to or from -2
+    if not needs_borders:
+        return mask_positions, {}
+    begins = torch.diff(mask_positions, prepend=mask_positions[:, :1] - 2) != 1
+    borders = nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).to(torch.int32)
+    longest = int(borders.diff().max())
+    return mask_positions, {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 class GrinMoeRotaryEmbedding(nn.Module):

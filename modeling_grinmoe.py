@@ -20,7 +20,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
-from .attention_grinmoe import CACHE, GrinMoeAttention, GrinMoeRotaryEmbedding, take_cache
+from .attention_grinmoe import CACHE, GrinMoeAttention, GrinMoeRotaryEmbedding, packed_samples, take_cache
 from .balance_grinmoe import BalanceWindow, router_z_loss
 from .block_grinmoe import GrinMoeRouter, GrinMoeSparseMoeBlock
 from .checkpoint_grinmoe import OfficialCheckpointMixin
@@ -234,19 +234,29 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             raise ValueError(
                 "a cache with gradient checkpointing: recomputed layers would write to it twice; pass no cache in training"
             )
-        if use_cache and cache is None:
+        samples = None
+        if position_ids is not None and cache is None:
+            rows = position_ids.expand(inputs_embeds.shape[0], -1)
+            has_borders = kwargs.get("cu_seq_lens_q") is not None
+            samples = packed_samples(self.config, attention_mask, rows, use_cache, has_borders)
+        if use_cache and cache is None and samples is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
         self._refuse_regime_change(position_ids, cache)
+        mask_positions = position_ids
+        if samples is not None:
+            attention_mask = None
+            mask_positions, flash_borders = samples
+            kwargs.update(flash_borders)
         create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         causal_mask = create_mask(
             config=self.window_config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=mask_positions,
             **{CACHE: cache},
         )
         if self.training and kwargs.get("routing_seed") is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +82,70 @@ def texts(conversations: list[Conversation]) -> list[str]:
     return [message["content"] for conversation in conversations for message in conversation]
 
 
+def preference_pairs(conversations: list[Conversation], seed: int = 0) -> list[dict[str, Conversation]]:
+    """
+    A pair for every conversation: the true last answer is chosen, one to another question is rejected.
+
+    Args:
+        conversations: of one part, so that no answer wanders from one to the other.
+        seed: which answers are drawn.
+
+    Returns:
+        Rows of `prompt` (all messages but the last), `chosen` and `rejected` (one message each). A rejected text is no
+        answer that the corpus gives to this prompt.
+    """
+    answers = [conversation[-1]["content"] for conversation in conversations]
+    true_answers: dict[str, set[str]] = {}
+    for conversation, answer in zip(conversations, answers, strict=True):
+        true_answers.setdefault(_question(conversation), set()).add(answer)
+    draw = random.Random(seed)
+    pairs = []
+    for conversation in conversations:
+        others = true_answers[_question(conversation)]
+        if others.issuperset(answers):
+            raise ValueError("all conversations ask the same question; pairs need answers to another one")
+        while (rejected := draw.choice(answers)) in others:
+            pass
+        pairs.append({"prompt": conversation[:-1], "chosen": conversation[-1:], "rejected": [_message(1, rejected)]})
+    return pairs
+
+
+def _question(conversation: Conversation) -> str:
+    return json.dumps(conversation[:-1])
+
+
+def write_examples(folder: str | Path, held_out_share: float = 0.1, seed: int = 0) -> dict[str, Path]:
+    """
+    Write the corpus as data for `grinmoe sft` and `grinmoe dpo`, the same bytes every time.
+
+    Args:
+        folder: is made.
+        held_out_share: see `load_corpus`; no question is in both parts.
+        seed: of the rejected answers.
+
+    Returns:
+        The files by what they hold: `chat` and `chat-held-out` with rows of `messages`, `preference` and
+        `preference-held-out` with rows of `prompt`, `chosen` and `rejected`.
+    """
+    corpus, folder = load_corpus(held_out_share), Path(folder)
+    rows: dict[str, list[Any]] = {}
+    for suffix, part in (("", corpus.train), ("-held-out", corpus.held_out)):
+        rows["chat" + suffix] = [{"messages": conversation} for conversation in part]
+        rows["preference" + suffix] = preference_pairs(part, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, part_rows in rows.items():
+        files[name] = folder / f"{name}.jsonl"
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part_rows]
+        files[name].write_text("".join(lines), encoding="utf-8", newline="\n")
+    return files
+
+
 def encode(conversations: list[Conversation], tokenizer, length: int) -> list[dict[str, Any]]:
     """
     One row per conversation: rendered with the chat template, cut to `length` tokens.
 
-    Conversations are not packed into one row: the model's attention has no borders between them.
+    Conversations are not packed: they are short, and batches of rows of like length have little padding.
     Every token is a target: a model trained from scratch has to learn the questions' English as well.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grinmoe.data import encode, load_corpus, texts
+from grinmoe.data import encode, load_corpus, preference_pairs, texts, write_examples
 from grinmoe.tokenization import build_tokenizer
 
 
@@ -80,3 +81,51 @@ def test_without_the_corpus_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "chatterbot_corpus", None)
     with pytest.raises(ImportError, match=r"pip install 'grinmoe\[train\]'"):
         load_corpus()
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """The rows of every file that `write_examples` writes."""
+    files = write_examples(tmp_path_factory.mktemp("examples") / "new")
+    return {
+        name: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for name, file in files.items()
+    }
+
+
+def test_the_examples_are_the_corpus_as_chats_and_as_pairs(examples, corpus):
+    assert examples.keys() == {"chat", "chat-held-out", "preference", "preference-held-out"}
+    for suffix, part in (("", corpus.train), ("-held-out", corpus.held_out)):
+        assert [row["messages"] for row in examples["chat" + suffix]] == part
+        assert [row["prompt"] + row["chosen"] for row in examples["preference" + suffix]] == part
+
+
+def test_a_rejected_answer_is_the_answer_to_another_question(examples):
+    for name in ("preference", "preference-held-out"):
+        true_answers: dict[str, set[str]] = {}
+        for row in examples[name]:
+            true_answers.setdefault(str(row["prompt"]), set()).add(row["chosen"][0]["content"])
+        all_answers = set().union(*true_answers.values())
+        for row in examples[name]:
+            (rejected,) = row["rejected"]
+            assert rejected["role"] == "assistant"
+            assert rejected["content"] in all_answers - true_answers[str(row["prompt"])]
+    assert len({row["rejected"][0]["content"] for row in examples["preference"]}) > 300
+
+
+def test_no_question_or_answer_of_a_pair_crosses_over_to_the_other_part(examples):
+    asked = [{row["prompt"][0]["content"].lower() for row in examples[name]} for name in sorted(examples)[2:]]
+    assert all(asked) and not asked[0] & asked[1]
+
+
+def test_examples_are_the_same_bytes_every_time(tmp_path):
+    first, second = write_examples(tmp_path / "a"), write_examples(tmp_path / "b")
+    other = write_examples(tmp_path / "c", seed=1)
+    assert all(first[name].read_bytes() == second[name].read_bytes() for name in first)
+    assert first["preference"].read_bytes() != other["preference"].read_bytes()
+    assert first["chat"].read_bytes() == other["chat"].read_bytes()
+
+
+def test_pairs_of_one_question_alone_are_refused():
+    with pytest.raises(ValueError, match="the same question"):
+        preference_pairs([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 2)
