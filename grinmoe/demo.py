@@ -31,8 +31,9 @@ from .data import encode, load_corpus, texts
 from .elsewhere import load_elsewhere
 from .model_card import CARD_NAME, CardFacts, Evaluation, card_for
 from .modeling_grinmoe import GrinMoeForCausalLM
-from .monitoring import LossOnProgressBar, RoutingMonitor
+from .monitoring import RoutingMonitor
 from .plots import plot_training
+from .progress import TrainingProgress, peak_gib
 from .tokenization import build_tokenizer
 
 # The first two questions are in the training text, the third is held out.
@@ -131,7 +132,7 @@ def run_demo(output: str | os.PathLike, steps: int | None = None, seed: int = 0)
     try:
         with result.timed("total"):
             _run_stages(settings, workspace, result, console)
-        result.peak_gib = max(_peak_gib(resource.RUSAGE_SELF), _peak_gib(resource.RUSAGE_CHILDREN))
+        result.peak_gib = max(peak_gib(), peak_gib(resource.RUSAGE_CHILDREN))
         (workspace / _FACTS).write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
         _replace(target, workspace)
     finally:
@@ -150,7 +151,7 @@ def _run_stages(settings: DemoSettings, workspace: Path, result: DemoResult, con
         held_out = encode(corpus.held_out, tokenizer, settings.row_length)
     result.train_rows, result.held_out_rows = len(train_rows), len(held_out)
 
-    model = GrinMoeForCausalLM(_config(settings, tokenizer))
+    model = GrinMoeForCausalLM(demo_config(settings, tokenizer))
     # An answer ends with its <|end|>.
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
     result.parameters, result.active_parameters = count_parameters(model)
@@ -178,7 +179,8 @@ def _run_stages(settings: DemoSettings, workspace: Path, result: DemoResult, con
         _write_card(folder, result)
 
 
-def _config(settings: DemoSettings, tokenizer) -> GrinMoeConfig:
+def demo_config(settings: DemoSettings, tokenizer) -> GrinMoeConfig:
+    """The demo's model."""
     return GrinMoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -234,7 +236,7 @@ def _train(settings, model, tokenizer, train_rows, held_out, workspace: Path, re
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LossOnProgressBar)
+    trainer.add_callback(TrainingProgress)
     monitor = RoutingMonitor().attach(trainer)
     with result.timed("evaluate"):
         result.perplexity_before = math.exp(trainer.evaluate()["eval_loss"])
@@ -336,11 +338,6 @@ def _replace(target: Path, workspace: Path) -> None:
         previous.rename(target)
         raise
     shutil.rmtree(previous)
-
-
-def _peak_gib(who: int) -> float:
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(who).ru_maxrss * unit / 2**30
 
 
 def _print_summary(result: DemoResult, output: Path, console: Console) -> None:

@@ -6,7 +6,6 @@ import io
 import math
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 from .configuration_grinmoe import GrinMoeConfig
+from .model_source import folder_or_repository
 from .modeling_grinmoe import GrinMoeForCausalLM
 from .tokenization import load_tokenizer
 
@@ -114,25 +114,12 @@ def load_chat(model: str, options: ChatOptions) -> Chat:
         raise ValueError(
             f"--device {device} cannot be used here ({error}); leave it out for the best there is"
         ) from error
-    model = _folder_or_repository(model)
+    model = folder_or_repository(model, "--model")
     # The small files first: what is wrong with them is said before gigabytes have been read.
     config = GrinMoeConfig.from_pretrained(model)
     tokenizer = load_tokenizer(model)
     loaded = GrinMoeForCausalLM.from_pretrained(model, config=config, dtype=options.dtype)
     return Chat(loaded.to(device).eval(), tokenizer, options)
-
-
-def _folder_or_repository(model: str) -> str:
-    """`model` as it is to be loaded. What can only be meant as a folder is not looked for on the Hub, with its waits."""
-    if not model:
-        raise ValueError("--model is empty; give a checkpoint's folder or the id of a Hub repository")
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    meant_as_folder = model.startswith((".", "/", "~")) or model.count("/") > 1 or folder.is_file()
-    if meant_as_folder or (len(folder.parts) > 1 and folder.parent.is_dir()):
-        raise FileNotFoundError(f"there is no folder {model}; give a checkpoint's folder or the id of a Hub repository")
-    return model
 
 
 def run_generate(model: str, prompt: str | None, options: ChatOptions) -> None:

@@ -137,6 +137,10 @@ class RoutingMonitor(TrainerCallback):
         if self.records or self.loss:
             self.eval_loss = []
         self._start_anew()
+        if state.global_step > 0:
+            # What the run logged before it was resumed.
+            for name, values in (("loss", self.loss), ("eval_loss", self.eval_loss)):
+                values[:] = [(entry["step"], float(entry[name])) for entry in state.log_history if name in entry]
         decoder = next((module for module in model.modules() if isinstance(module, GrinMoeModel)), None)
         if decoder is None:
             raise ValueError(f"RoutingMonitor watches GRIN-MoE models; {type(model).__name__} does not hold one")
@@ -370,20 +374,3 @@ class _MeansOnConsole(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in [name for name in logs or {} if name.startswith(_LAYER)]:
             del logs[name]
-
-
-class LossOnProgressBar(ProgressCallback):
-    """The Trainer's progress bar with the losses on it, in place of a printed dictionary at every log."""
-
-    def __init__(self):
-        super().__init__()
-        self._shown: dict[str, str] = {}
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        names = {"loss": "loss", "eval_loss": "held out"}
-        self._shown |= {shown: f"{float(logs[name]):.3f}" for name, shown in names.items() if name in logs}
-        if state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.set_postfix(self._shown)
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        """No second bar: an evaluation takes a fraction of a second."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
 from tests.hub_server import hub  # noqa: F401
+from tests.small_chat import chat_data, chat_model  # noqa: F401
 
 DATA = Path(__file__).parent / "goldens" / "data"
 
