@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,35 +115,29 @@ def shard_model(
         "shard_placement_fn": lambda parameter: placement(parameter, ranks),
         "offload_policy": offload_policy or OffloadPolicy(),
     }
-    layered = {**options, "mp_policy": MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32)}
-    router = {**options, "mp_policy": MixedPrecisionPolicy(torch.float32, reduce_dtype=torch.float32)}
     device = torch.device(mesh.device_type)
-    master = torch.float32 if param_dtype is not None else None
-    moved: dict[nn.Parameter, nn.Parameter] = {}
-
-    def shard(module: nn.Module, policy: dict[str, Any], reshard: bool | None) -> None:
+    for module, reshard, is_router in _groups(model, layers, reshard_after_forward):
+        policy = MixedPrecisionPolicy(torch.float32 if is_router else param_dtype, reduce_dtype=torch.float32)
         # Group by group, so that no device ever holds the whole model.
-        _move_weights(module, device, master, from_rank_0, moved)
-        fully_shard(module, reshard_after_forward=reshard, **policy)
-
-    for layer in layers:
-        # So small that it stays for the backward: gathering it again would cost more than its memory.
-        shard(layer.get_submodule("block_sparse_moe.gate"), router, False)
-        shard(layer, layered, reshard_after_forward)
-    embedding, head = _embedding_and_head(model)
-    # Tied weights must be in one group, and the root is one.
-    if head is None or head.weight is not embedding.weight:
-        shard(embedding, layered, reshard_after_forward)
-        if head is not None:
-            # Its backward follows its forward at once.
-            shard(head, layered, False)
-    shard(model, layered, None)
+        _move_weights(module, device, None if param_dtype is None else torch.float32, from_rank_0)
+        fully_shard(module, reshard_after_forward=reshard, mp_policy=policy, **options)
     _move_buffers(model, device, from_rank_0)
     return model
 
 
-def _embedding_and_head(model: Any) -> tuple[nn.Module, nn.Module | None]:
-    return model.get_input_embeddings(), model.get_output_embeddings()
+def _groups(model: Any, layers: list[nn.Module], reshard: bool) -> Iterator[tuple[nn.Module, bool | None, bool]]:
+    """What is gathered as one, inner modules first; whether it is freed after its forward; whether it is a router."""
+    for layer in layers:
+        # So small that it stays for the backward: gathering it again would cost more than its memory.
+        yield layer.get_submodule("block_sparse_moe.gate"), False, True
+        yield layer, reshard, False
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # Tied weights must be in one group, and the root is one.
+    if head is None or head.weight is not embedding.weight:
+        yield embedding, reshard, False
+        if head is not None:
+            yield head, False, False  # its backward follows its forward at once
+    yield model, None, False
 
 
 def placement(parameter: torch.Tensor, ranks: int) -> Shard:
@@ -189,14 +183,9 @@ def _check_alike(model: nn.Module) -> None:
             )
 
 
-def _move_weights(
-    module: nn.Module,
-    device: torch.device,
-    master: torch.dtype | None,
-    from_rank_0: bool,
-    moved: dict[nn.Parameter, nn.Parameter],
-) -> None:
+def _move_weights(module: nn.Module, device: torch.device, master: torch.dtype | None, from_rank_0: bool) -> None:
     """Put the weights that are not sharded yet on the device: rank 0's or the own, trainable ones in `master`."""
+    moved: dict[nn.Parameter, nn.Parameter] = {}  # of this group only: what is in here is not freed
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
