@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import warnings
 
 # Task -> what it is, what its description adds, a recipe of recipes/ for the example.
 _TRAINING = {
@@ -73,7 +74,12 @@ def _add_generate(commands) -> None:
         "/reset forgets it, /quit (or end of input) ends it.",
         epilog='example: grinmoe generate --model demo-output/model --prompt "What is AI?"',
     )
-    generate.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="folder, or a repository of the Hub")
+    generate.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="folder of a model or adapter, or a repository of the Hub",
+    )
     generate.add_argument("--prompt", metavar="TEXT", help="one message; without it, a conversation")
     generate.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
@@ -286,10 +292,6 @@ def _run_generate(arguments: argparse.Namespace) -> None:
 
 
 def _run_training(arguments: argparse.Namespace) -> int:
-    import warnings
-
-    # Of the libraries among themselves; nothing that a user of this command could change.
-    warnings.filterwarnings("ignore", category=FutureWarning)
     from grinmoe.recipe import option_help, read_recipe
 
     if arguments.options:
@@ -415,6 +417,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
+    # Of the libraries among themselves; nothing that a user of a command could change.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:

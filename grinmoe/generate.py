@@ -6,6 +6,7 @@ import io
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,7 +106,10 @@ class Chat:
 
 
 def load_chat(model: str, options: ChatOptions) -> Chat:
-    """Load a folder or Hub repository with this package's own classes: no remote code runs."""
+    """Load a folder or Hub repository with this package's own classes: no remote code runs.
+
+    The folder may be that of an adapter, which names its base.
+    """
     logging.disable_progress_bar()
     device = options.device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
     try:
@@ -115,10 +119,23 @@ def load_chat(model: str, options: ChatOptions) -> Chat:
             f"--device {device} cannot be used here ({error}); leave it out for the best there is"
         ) from error
     model = folder_or_repository(model, "--model")
+    adapter = model if (Path(model) / "adapter_config.json").is_file() else None
+    base = model
+    if adapter is not None:
+        from .lora import base_of, check_adapter
+
+        base = folder_or_repository(base_of(adapter), "base of the adapter")
     # The small files first: what is wrong with them is said before gigabytes have been read.
-    config = GrinMoeConfig.from_pretrained(model)
-    tokenizer = load_tokenizer(model)
-    loaded = GrinMoeForCausalLM.from_pretrained(model, config=config, dtype=options.dtype)
+    config = GrinMoeConfig.from_pretrained(base)
+    # That of the adapter where it has one: it is `model` then, and `base` otherwise.
+    tokenizer = load_tokenizer(model if (Path(model) / "tokenizer.json").is_file() else base)
+    if adapter is not None:
+        check_adapter(adapter, GrinMoeForCausalLM, config)
+    loaded = GrinMoeForCausalLM.from_pretrained(base, config=config, dtype=options.dtype)
+    if adapter is not None:
+        from .lora import load_adapter
+
+        loaded = load_adapter(loaded, adapter)
     return Chat(loaded.to(device).eval(), tokenizer, options)
 
 

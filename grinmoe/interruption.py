@@ -29,6 +29,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from . import sharded_checkpoint
+
 _STATE = "trainer_state.json"
 
 
@@ -171,8 +173,9 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     weights = list(folder.glob("*.safetensors"))
-    sharded = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.distcp"))]
-    if not isinstance(state, dict) or not (weights or sharded) or any(folder.glob(".saving-*")):
+    if not isinstance(state, dict) or any(folder.glob(".saving-*")):
+        return False
+    if not (sharded_checkpoint.is_whole(folder) if sharded_checkpoint.is_sharded(folder) else weights):
         return False
     index = next(folder.glob("*.safetensors.index.json"), None)
     if index is not None and not _holds_all(index):
@@ -181,7 +184,6 @@ def _is_whole(folder: Path) -> bool:
     return (
         all(_is_safetensors(file) for file in weights)
         and all(zipfile.is_zipfile(file) for file in pickles if file.is_file())
-        and all((part / ".metadata").is_file() for part in sharded)
         and any(file.name.startswith("rng_state") for file in pickles)
     )
 

@@ -146,6 +146,23 @@ def read_lora_config(folder: str | os.PathLike) -> GrinMoeLoraConfig:
     return GrinMoeLoraConfig(**{field.name: getattr(plain, field.name) for field in fields(plain)}, **form)
 
 
+def base_of(adapter: str | os.PathLike) -> str:
+    """
+    What an adapter's folder names as its base: a folder or a Hub id.
+
+    Raises:
+        AdapterError: it names none, or a folder that is not there.
+    """
+    named = read_lora_config(adapter).base_model_name_or_path
+    if not named:
+        raise AdapterError(f"the adapter in {adapter} does not name its base; give it (base=...)")
+    if os.path.isabs(named) and not Path(named).is_dir():
+        raise AdapterError(
+            f"the adapter in {adapter} names {named} as its base, which is not there; give it (base=...)"
+        )
+    return named
+
+
 def adapter_shapes(model_class: type, config: Any, adapter: GrinMoeLoraConfig) -> dict[str, tuple[int, ...]]:
     """
     Shapes of the tensors in the file of this adapter, by key. Nothing is allocated.
@@ -261,6 +278,7 @@ __all__ = [
     "ExpertLora",
     "GrinMoeLoraConfig",
     "adapter_shapes",
+    "base_of",
     "check_adapter",
     "load_adapter",
     "lora_config",

@@ -19,8 +19,7 @@ import torch
 
 from .checkpoint_grinmoe import refuse_checkout, replaced_when_whole
 from .configuration_grinmoe import GrinMoeConfig
-from .expert_lora import GrinMoeLoraConfig
-from .lora import AdapterError, check_adapter, load_adapter, read_lora_config
+from .lora import base_of, check_adapter, load_adapter, read_lora_config
 from .modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -63,7 +62,7 @@ def merge_adapter(
         ValueError: `output` is the base's or the adapter's folder, or this source code's.
     """
     config = read_lora_config(adapter)
-    base = _base_of(config, adapter, base)
+    base = base_of(adapter) if base is None else os.fspath(base)
     refuse_checkout(output)
     for folder in (adapter, base):
         if Path(folder).exists() and Path(output).resolve() == Path(folder).resolve():
@@ -93,17 +92,6 @@ def run_merge(
         from_quantized = quantization_config(quantized_base, torch.float32)
     path = merge_adapter(adapter, output, base, dtype if dtype == "auto" else getattr(torch, dtype), from_quantized)
     print(f"merged: {path}")
-
-
-def _base_of(config: GrinMoeLoraConfig, adapter: str | os.PathLike, base: str | os.PathLike | None) -> str:
-    named = config.base_model_name_or_path
-    if base is None and not named:
-        raise AdapterError(f"the adapter in {adapter} does not name its base; give it (base=...)")
-    if base is None and os.path.isabs(str(named)) and not Path(str(named)).is_dir():
-        raise AdapterError(
-            f"the adapter in {adapter} names {named} as its base, which is not there; give it (base=...)"
-        )
-    return os.fspath(base) if base is not None else str(named)
 
 
 def _load_base(

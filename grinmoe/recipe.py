@@ -234,11 +234,11 @@ def _build(task: str, values: dict[str, Any]) -> Recipe:
 def _check_gpus(use_cpu: bool) -> None:
     """Before TrainingArguments, which takes hold of this rank's GPU."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if is_sharded() or (ranks > 1 and not use_cpu and torch.cuda.is_available()):
+    if launched_for_fsdp() or (ranks > 1 and not use_cpu and torch.cuda.is_available()):
         check_gpus(ranks, int(os.environ.get("GROUP_WORLD_SIZE", "1")))
 
 
-def is_sharded() -> bool:
+def launched_for_fsdp() -> bool:
     """Whether `accelerate launch` has started this process for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
@@ -250,8 +250,8 @@ def _fit_method(run: RunOptions, chosen: dict[str, Any]) -> None:
             chosen[new] = chosen.pop(old)
     if run.method == "full-8bit":
         # bitsandbytes' optimizer raises on sharded weights, torchao's does not.
-        chosen["optim"] = "adamw_torch_8bit" if is_sharded() else "adamw_bnb_8bit"
-    if is_sharded() and chosen.get("accelerator_config") is None:
+        chosen["optim"] = "adamw_torch_8bit" if launched_for_fsdp() else "adamw_bnb_8bit"
+    if launched_for_fsdp() and chosen.get("accelerator_config") is None:
         # By default the gradients of all weights stay whole until the last micro-batch of a step.
         chosen["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     if run.early_stopping_patience is not None or chosen.get("load_best_model_at_end"):

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .interruption import last_whole_checkpoint
 from .model_card import CARD_NAME, CardFacts, Evaluation, card_for
 from .recipe import Recipe
+from .sharded_checkpoint import export_sharded, is_sharded
 
 _ALGORITHM = {
     "sft": "supervised fine-tuning",
@@ -41,9 +43,13 @@ def save_trained(recipe: Recipe, trainer: Any, target: Path, metrics: dict[str, 
     trainer.model.config.use_cache = True  # the Trainer had turned it off
     if "ref" in getattr(trainer.model, "peft_config", {}):
         trainer.model.delete_adapter("ref")  # TRL's copy of the adapter that a preference training began with
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(partial))
+    source = _sharded_source(trainer, run_folder)
+    if source is None:
+        trainer.save_model(str(partial))
+    elif is_main:
+        # Rather than gather all float32 weights on one rank a second time.
+        export_sharded(source, partial)
+        trainer.processing_class.save_pretrained(partial)
     if is_main:
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of this machine
         (partial / CARD_NAME).unlink(missing_ok=True)  # of PEFT or TRL: ours says more
@@ -56,6 +62,18 @@ def save_trained(recipe: Recipe, trainer: Any, target: Path, metrics: dict[str, 
         shutil.rmtree(previous, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return target
+
+
+def _sharded_source(trainer: Any, run_folder: Path) -> Path | None:
+    """The sharded checkpoint of what the model now is, None where it is not sharded."""
+    if not trainer.is_fsdp_enabled:
+        return None
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    source = Path(best) if best is not None else last_whole_checkpoint(run_folder)
+    if source is not None and is_sharded(source) and (best or source.name.endswith(f"-{trainer.state.global_step}")):
+        return source
+    trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    return None
 
 
 def _write_card(recipe: Recipe, folder: Path, run_folder: Path, metrics: dict[str, float], trainer: Any) -> None:

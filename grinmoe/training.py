@@ -23,8 +23,9 @@ from .interruption import StopAtSignal
 from .modeling_grinmoe import GrinMoeForCausalLM
 from .monitoring import RoutingMonitor
 from .progress import TrainingProgress, peak_gib
-from .recipe import Recipe, is_sharded
+from .recipe import Recipe, launched_for_fsdp
 from .run_folder import COMPLETE, STOPPED, RunFolder
+from .sharding import load_for_sharding, shard_for
 from .tokenization import load_tokenizer
 from .trained import save_trained
 from .training_data import PreparedData, RowCollator, load_data
@@ -97,7 +98,7 @@ def check_installation(recipe: Recipe) -> None:
     needed = {"peft": "train"} if run.uses_adapter else {}
     if recipe.task == "dpo":
         needed["trl"] = "train"
-    if run.method == "full-8bit" and is_sharded():
+    if run.method == "full-8bit" and launched_for_fsdp():
         needed["torchao"] = ""
     elif run.method in ("qlora", "full-8bit"):
         needed["bitsandbytes"] = "quant"
@@ -147,7 +148,7 @@ def build_trainer(
     if recipe.task == "dpo":
         trainer = _dpo_trainer(recipe, config, common)
     else:
-        model = load_model(recipe, config)
+        model = load_model(recipe, config, to_be_sharded=launched_for_fsdp())
         if run.uses_adapter:
             model = _with_adapter(recipe, model)
         trainer = Trainer(model=model, data_collator=RowCollator(tokenizer.pad_token_id), **common)
@@ -158,14 +159,12 @@ def build_trainer(
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingProgress)
-    from .sharding import shard_for
-
     shard_for(trainer)
     return trainer, RoutingMonitor().attach(trainer) if run.monitor else None
 
 
-def load_model(recipe: Recipe, config: GrinMoeConfig) -> GrinMoeForCausalLM:
-    """The recipe's model: initialised from its config, loaded, or quantised while it is loaded."""
+def load_model(recipe: Recipe, config: GrinMoeConfig, to_be_sharded: bool = False) -> GrinMoeForCausalLM:
+    """The recipe's model: initialised from its config; loaded (to be sharded: on one rank); or quantised while it is."""
     run = recipe.run
     implementations = {
         name: value
@@ -180,6 +179,8 @@ def load_model(recipe: Recipe, config: GrinMoeConfig) -> GrinMoeForCausalLM:
     options: dict[str, Any] = {"dtype": dtype, "revision": run.revision, **implementations}
     if run.method == "qlora":
         options["quantization_config"] = quantization_config(run.quantization, dtype)
+    elif to_be_sharded:
+        return load_for_sharding(str(run.model), config=config, **options)
     return GrinMoeForCausalLM.from_pretrained(run.model, config=config, **options)
 
 
@@ -275,7 +276,7 @@ def _dpo_trainer(recipe: Recipe, config: GrinMoeConfig, common: dict[str, Any]) 
     if arguments.router_aux_loss_coef is None:
         # TRL's balance loss is Mixtral's, over one batch of one rank: not by default.
         arguments.router_aux_loss_coef = 0.0
-    model: Any = load_model(recipe, config)
+    model: Any = load_model(recipe, config, to_be_sharded=launched_for_fsdp())
     reference, peft_config, kept = None, None, {}
     if recipe.run.adapter is not None:
         model = _with_adapter(recipe, model)

@@ -183,3 +183,33 @@ def test_a_checkpoint_of_another_architecture_is_refused(checkpoint, tmp_path):
     config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "model_type": "mixtral"}))
     with pytest.raises(ValueError, match="mixtral"):
         load_chat(str(folder), ChatOptions(device="cpu"))
+
+
+class TestAdapters:
+    @pytest.fixture(scope="class")
+    def adapter(self, checkpoint, tmp_path_factory):
+        from peft import get_peft_model
+
+        from grinmoe.lora import lora_config
+
+        folder = tmp_path_factory.mktemp("adapter")
+        base = GrinMoeForCausalLM.from_pretrained(checkpoint)
+        torch.manual_seed(2)
+        model = get_peft_model(base, lora_config(base, r=4, init_lora_weights=False))
+        model.save_pretrained(folder)
+        return folder
+
+    def test_an_adapter_s_folder_answers_as_its_base_with_it(self, adapter, checkpoint, chat):
+        from grinmoe.merge import merge_adapter
+
+        options = ChatOptions(max_new_tokens=6, temperature=0, device="cpu")
+        answer = load_chat(str(adapter), options).answer("Hello")
+        merged = merge_adapter(adapter, adapter / "merged", base=checkpoint)
+        assert answer == load_chat(str(merged), options).answer("Hello") != chat.answer("Hello")
+
+    def test_a_base_that_is_gone_is_named(self, adapter, tmp_path):
+        moved = shutil.copytree(adapter, tmp_path / "adapter")
+        config = json.loads((moved / "adapter_config.json").read_text())
+        (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere/base"}))
+        with pytest.raises(ValueError, match="names /nowhere/base as its base, which is not there"):
+            load_chat(str(moved), ChatOptions())
