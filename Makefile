@@ -7,7 +7,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 PIP    := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check bench clean
+.PHONY: help demo example test test-oldest check bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -31,6 +31,9 @@ $(OLDEST)/.stamp: $(VENV)/.stamp
 demo: $(VENV)/.stamp  ## train a small GRIN MoE on real text, save it, load it elsewhere, chat (2 minutes, after the set-up)
 	@$(BIN)/grinmoe demo --output demo-output
 
+example: $(VENV)/.stamp  ## pretrain, sft with QLoRA, dpo on real text, and a report (about 6 minutes)
+	@$(BIN)/python scripts/worked_example.py --output worked-example
+
 test: $(VENV)/.stamp  ## the whole CPU test suite
 	@$(BIN)/python -m pytest -q
 
@@ -43,7 +46,10 @@ test-oldest: $(OLDEST)/.stamp  ## the model's tests on the oldest supported Tran
 		tests/test_chat_template.py tests/test_hub_server.py tests/test_tokenizer_build.py tests/test_tokenizer_loading.py \
 		tests/test_tokenizer_sources.py tests/test_tokenizer_verify.py tests/test_uploading.py tests/test_release.py \
 		tests/test_push.py tests/test_pull.py tests/test_private_text.py tests/test_model_card.py tests/test_card_facts.py \
-		tests/test_card_metadata.py tests/test_trainer_card.py tests/test_push_options.py tests/test_elsewhere.py
+		tests/test_card_metadata.py tests/test_trainer_card.py tests/test_push_options.py tests/test_elsewhere.py \
+		tests/test_data.py tests/test_expert_lora.py tests/test_finetuning.py tests/test_interruption.py tests/test_lora.py \
+		tests/test_merge.py tests/test_packing.py tests/test_plan.py tests/test_preference.py tests/test_quantization.py \
+		tests/test_quantized_experts.py tests/test_recipe.py tests/test_training_data.py
 
 check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 	@$(BIN)/ruff check .
@@ -54,6 +60,7 @@ check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 bench: $(VENV)/.stamp  ## measure on this CPU and write dated reports (about 3 minutes; leave the machine alone meanwhile)
 	@$(BIN)/python -m benchmarks block
 	@$(BIN)/python -m benchmarks load
+	@$(BIN)/python -m benchmarks lora
 
 clean:  ## remove environments and build output
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo-output .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo-output worked-example .pytest_cache .hypothesis .ruff_cache .mypy_cache

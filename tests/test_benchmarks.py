@@ -13,6 +13,7 @@ import torch
 
 import benchmarks.bench_block as bench_block
 import benchmarks.bench_load as bench_load
+import benchmarks.bench_lora as bench_lora
 import benchmarks.protocol as protocol
 
 ROOT = Path(protocol.__file__).resolve().parents[1]
@@ -25,7 +26,7 @@ def results(tmp_path, monkeypatch):
     return tmp_path / "results"
 
 
-@pytest.mark.parametrize("arguments", [[], ["block"], ["load"]], ids=["all", "block", "load"])
+@pytest.mark.parametrize("arguments", [[], ["block"], ["load"], ["lora"]], ids=["all", "block", "load", "lora"])
 def test_help_is_instant_and_shows_an_example(arguments):
     script = (
         "import sys, runpy; sys.argv = ['benchmarks', *sys.argv[1:], '--help']\n"
@@ -89,3 +90,12 @@ def test_loading_and_saving_stay_within_their_limits(results):
     ours = facts["arms"]["grinmoe"][0]
     assert ours["load_own_bytes"] <= 1.05 * facts["checkpoint_bytes"]
     assert ours["save_own_bytes"] <= 1.1 * ours["largest_shard_bytes"]
+
+
+def test_a_lora_report_is_written_whole(results):
+    """Tiny; outputs and gradients of all arms are gated in it before anything is timed."""
+    settings = bench_lora.LoraSettings(tokens=32, hidden_size=32, intermediate_size=48, experts=4, r=4, warmup=1, rounds=2)
+    path = bench_lora.run(settings)
+    facts = json.loads(path.with_suffix(".json").read_text())
+    assert "PEFT" in path.read_text()
+    assert len(facts["arms"]) >= 2
