@@ -137,13 +137,13 @@ class RoutingMonitor(TrainerCallback):
         if self.records or self.loss:
             self.eval_loss = []
         self._start_anew()
+        decoder = next((module for module in model.modules() if isinstance(module, GrinMoeModel)), None)
+        if decoder is None:
+            raise ValueError(f"RoutingMonitor watches GRIN-MoE models; {type(model).__name__} does not hold one")
         if state.global_step > 0:
             # What the run logged before it was resumed.
             for name, values in (("loss", self.loss), ("eval_loss", self.eval_loss)):
                 values[:] = [(entry["step"], float(entry[name])) for entry in state.log_history if name in entry]
-        decoder = next((module for module in model.modules() if isinstance(module, GrinMoeModel)), None)
-        if decoder is None:
-            raise ValueError(f"RoutingMonitor watches GRIN-MoE models; {type(model).__name__} does not hold one")
         config = decoder.config
         self._config = config
         self._ranks_per_batch = decoder._ranks_per_batch()

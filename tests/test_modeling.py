@@ -74,6 +74,7 @@ class TestCompilation:
 
     @pytest.mark.parametrize("experts", ["eager", "grinmoe_cpu"])
     def test_what_cannot_be_compiled_says_so(self, tiny_model, experts):
+        torch.compiler.reset()  # what failed to compile before hides the reason
         model = tiny_model()
         model.set_experts_implementation(experts)
         compiled = torch.compile(model.forward, fullgraph=True, backend="eager")

@@ -276,6 +276,8 @@ def test_prediction_is_what_fsdp2_allocates_on_each_of_two_ranks(tmp_path):
 
 def test_8bit_states_are_as_large_as_those_of_bitsandbytes():
     bitsandbytes = pytest.importorskip("bitsandbytes")
+    # Exceptions that a Trainer has made in this process, by parameters' addresses.
+    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
     for shape in ((100, 100), (64, 64), (10, 10)):
         parameter = torch.nn.Parameter(torch.randn(shape))
         optimizer = bitsandbytes.optim.AdamW8bit([parameter])
