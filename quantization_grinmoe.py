@@ -9,6 +9,7 @@ far results move.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -53,6 +54,11 @@ def check_quantization_config(quantization_config: BitsAndBytesConfig) -> None:
     if not (quantization_config.load_in_4bit or quantization_config.load_in_8bit):
         raise ValueError("quantization_config asks for neither load_in_4bit nor load_in_8bit; set one of them")
     if quantization_config.load_in_8bit:
+        if quantization_config.llm_int8_has_fp16_weight:
+            raise ValueError(
+                "llm_int8_has_fp16_weight=True trains 16-bit weights beside the 8-bit ones, which the experts do not have; "
+                "leave it out, and train what is added (LoRA)"
+            )
         return
     if quantization_config.bnb_4bit_quant_type not in ("nf4", "fp4"):
         raise ValueError(
@@ -180,8 +186,14 @@ class _ExpertsToo(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedGrinMoeExperts):
                 model.set_submodule(name, module.dense(dtype))
+        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
-        return super()._dequantize(model, dtype=dtype)
+        model = super()._dequantize(model, dtype=dtype)
+        for name, module in model.named_modules():
+            if name in linears and module.bias is not None:
+                # bitsandbytes' linears leave it in the dtype that they last computed in.
+                module.bias.data = module.bias.data.to(module.weight.dtype)
+        return model
 
 
 class GrinMoeBnb4BitHfQuantizer(_ExpertsToo, Bnb4BitHfQuantizer):
@@ -244,13 +256,24 @@ def quantize_model(model: PreTrainedModel, quantization_config: BitsAndBytesConf
 
     Raises:
         ImportError: bitsandbytes is not installed.
-        ValueError: the model is quantised already, or a wrong `quantization_config`.
+        ValueError: the model is quantised already, carries adapters or has sizes that blocks do not fit, or a wrong
+            `quantization_config`. The model is then as it was.
     """
+    if not isinstance(quantization_config, BitsAndBytesConfig):
+        raise ValueError(f"quantization_config={quantization_config!r}; give a transformers.BitsAndBytesConfig")
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{type(model).__name__} has adapters, or is no model of Transformers; quantise it before adapters are added"
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantised already; load it in full precision, or dequantise it first")
     method = "bitsandbytes_8bit" if quantization_config.load_in_8bit else "bitsandbytes_4bit"
     quantizer = QUANTIZERS[method](quantization_config, pre_quantized=False)
     quantizer.validate_environment(device_map=None)
+    with torch.device("meta"):
+        # What would be refused halfway is refused on a model without memory.
+        rehearsal = type(model)(copy.deepcopy(model.config))
+        QUANTIZERS[method](quantization_config, pre_quantized=False).preprocess_model(rehearsal, device_map=None)
     dense = dict(model.named_parameters())
     quantizer.preprocess_model(model, device_map=None)
     model.train(model.training)  # the new linears too: the 8-bit ones compute otherwise in training

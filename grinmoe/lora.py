@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import ParamWrapper
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -136,10 +138,9 @@ def read_lora_config(folder: str | os.PathLike) -> GrinMoeLoraConfig:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{file} is not JSON ({error}); copy the adapter again") from error
-    if content.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{file} is of peft_type {content.get('peft_type')!r}; only LORA adapters are supported here"
-        )
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if kind != "LORA":
+        raise AdapterError(f"{file} is of peft_type {kind!r}; only LORA adapters are supported here")
     # The two fields that plain PEFT does not know are kept from it, so that it can warn of others.
     form = {name: content.pop(name) for name in ("experts", "shared_a") if name in content}
     plain = LoraConfig.from_peft_type(**content)
@@ -156,14 +157,27 @@ def base_of(adapter: str | os.PathLike) -> str:
     named = read_lora_config(adapter).base_model_name_or_path
     if not named:
         raise AdapterError(f"the adapter in {adapter} does not name its base; give it (base=...)")
-    if os.path.isabs(named) and not Path(named).is_dir():
+    if not may_be_there(named):
         raise AdapterError(
             f"the adapter in {adapter} names {named} as its base, which is not there; give it (base=...)"
         )
     return named
 
 
-def adapter_shapes(model_class: type, config: Any, adapter: GrinMoeLoraConfig) -> dict[str, tuple[int, ...]]:
+def may_be_there(base: str | os.PathLike) -> bool:
+    """Whether this is a folder, or could be an id on the Hub."""
+    if Path(base).is_dir():
+        return True
+    try:
+        validate_repo_id(os.fspath(base))
+    except HFValidationError:
+        return False
+    return True
+
+
+def adapter_shapes(
+    model_class: type, config: Any, adapter: GrinMoeLoraConfig, embeddings: bool = False
+) -> dict[str, tuple[int, ...]]:
     """
     Shapes of the tensors in the file of this adapter, by key. Nothing is allocated.
 
@@ -171,6 +185,7 @@ def adapter_shapes(model_class: type, config: Any, adapter: GrinMoeLoraConfig) -
         model_class: of the base, GrinMoeForCausalLM for one.
         config: of the base.
         adapter: the adapter's configuration.
+        embeddings: with those of the input and output embeddings, which PEFT saves where they are targets or were resized.
 
     Raises:
         AdapterError: the base has none of the weights that the adapter is for, or not the experts.
@@ -182,8 +197,29 @@ def adapter_shapes(model_class: type, config: Any, adapter: GrinMoeLoraConfig) -
             model = get_peft_model(base, replace(adapter, base_model_name_or_path=None))
         except ValueError as error:
             raise AdapterError(f"the adapter does not fit a {config.model_type} model: {error}") from error
-        state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
+        state_dict = get_peft_model_state_dict(model, save_embedding_layers=embeddings)
     return {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+
+
+def stored_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """
+    Shapes of the tensors in an adapter's folder, by key. No weight is read.
+
+    Raises:
+        AdapterError: the file is missing, pickled or damaged.
+    """
+    file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        if (Path(folder) / WEIGHTS_NAME).is_file():
+            raise AdapterError(
+                f"{folder} holds only pickled weights, which can run code; save the adapter as safetensors"
+            )
+        raise AdapterError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; copy the adapter again")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"{file} is truncated or not safetensors ({error}); copy it again") from error
 
 
 def check_adapter(folder: str | os.PathLike, model_class: type, config: Any) -> GrinMoeLoraConfig:
@@ -198,18 +234,16 @@ def check_adapter(folder: str | os.PathLike, model_class: type, config: Any) -> 
     """
     adapter = read_lora_config(folder)
     file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file():
-        if (Path(folder) / WEIGHTS_NAME).is_file():
-            raise AdapterError(
-                f"{folder} holds only pickled weights, which can run code; save the adapter as safetensors"
-            )
-        raise AdapterError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; copy the adapter again")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            found = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise AdapterError(f"{file} is truncated or not safetensors ({error}); copy it again") from error
+    found = stored_shapes(folder)
     expected = adapter_shapes(model_class, config, adapter)
+    embeddings = adapter_shapes(model_class, config, adapter, embeddings=True)
+    for key in found.keys() & embeddings.keys() - expected.keys():
+        if found[key] != embeddings[key]:
+            raise AdapterError(
+                f"{file} holds {key} with shape {found[key]}, this base has {embeddings[key]}: it was trained on resized "
+                f"embeddings; call resize_token_embeddings({found[key][0]}) on the base first (to merge, save that base)"
+            )
+        expected[key] = embeddings[key]
     _compare_shapes(file, expected, found, adapter.base_model_name_or_path)
     return adapter
 
@@ -282,6 +316,8 @@ __all__ = [
     "check_adapter",
     "load_adapter",
     "lora_config",
+    "may_be_there",
     "read_lora_config",
+    "stored_shapes",
     "use_expert_lora",
 ]

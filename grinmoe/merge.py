@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from transformers.utils import CONFIG_NAME
 
 from .checkpoint_grinmoe import refuse_checkout, replaced_when_whole
 from .configuration_grinmoe import GrinMoeConfig
-from .lora import base_of, check_adapter, load_adapter, read_lora_config
+from .lora import AdapterError, base_of, check_adapter, load_adapter, may_be_there, read_lora_config, stored_shapes
 from .modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -59,21 +61,23 @@ def merge_adapter(
 
     Raises:
         AdapterError: no base is known or it is not there, or the adapter does not fit it (before any weight is loaded).
-        ValueError: `output` is the base's or the adapter's folder, or this source code's.
+        ValueError: (before, too) a wrong dtype; `output` is a file, the base's or the adapter's folder, this source
+            code's, or one that holds an adapter.
     """
     config = read_lora_config(adapter)
     base = base_of(adapter) if base is None else os.fspath(base)
+    dtype = _floating_dtype(dtype)
     refuse_checkout(output)
-    for folder in (adapter, base):
-        if Path(folder).exists() and Path(output).resolve() == Path(folder).resolve():
-            raise ValueError(
-                f"output={os.fspath(output)!r} is the folder of the adapter or of its base; give another one"
-            )
-    model_class = GrinMoeForSequenceClassification if config.task_type == "SEQ_CLS" else GrinMoeForCausalLM
-    check_adapter(adapter, model_class, GrinMoeConfig.from_pretrained(base))
-    model = _load_base(model_class, base, dtype, from_quantized)
-    merged = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
-    with replaced_when_whole(output) as staging:
+    _check_folders(adapter, base, output)
+    base_config = GrinMoeConfig.from_pretrained(base)
+    model_class: type[GrinMoePreTrainedModel] = GrinMoeForCausalLM
+    if config.task_type == "SEQ_CLS":
+        model_class = GrinMoeForSequenceClassification
+        _take_number_of_labels(base_config, adapter)
+    check_adapter(adapter, model_class, base_config)
+    with replaced_when_whole(output) as staging:  # which says now that nothing can be written there, not hours later
+        model = _load_base(model_class, base, base_config, dtype, from_quantized)
+        merged = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
         merged.save_pretrained(staging)
         _copy_tokenizer((Path(adapter), Path(base)), staging)
     return Path(output)
@@ -83,22 +87,60 @@ def run_merge(
     adapter: str, output: str, base: str | None = None, dtype: str = "auto", quantized_base: str | None = None
 ) -> None:
     """`grinmoe merge`: arguments as typed; `quantized_base` is nf4, fp4 (both with double quantisation) or int8."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
     from_quantized = None
     if quantized_base is not None:
         from .training import quantization_config
 
         from_quantized = quantization_config(quantized_base, torch.float32)
-    path = merge_adapter(adapter, output, base, dtype if dtype == "auto" else getattr(torch, dtype), from_quantized)
+    path = merge_adapter(adapter, output, base, dtype, from_quantized)
     print(f"merged: {path}")
 
 
+def _floating_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """The same as torch has it, "auto" apart; refused is what weights cannot be merged in."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}; choose one of {', '.join(DTYPES)}")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _take_number_of_labels(config: GrinMoeConfig, adapter: str | os.PathLike) -> None:
+    """A classifier that was made of a base without labels has its head, and so their number, in the adapter alone."""
+    for key, shape in stored_shapes(adapter).items():
+        if key.endswith(".score.weight") and shape[0] != config.num_labels:
+            config.num_labels = shape[0]
+
+
+def _check_folders(adapter: str | os.PathLike, base: str, output: str | os.PathLike) -> None:
+    for folder in (adapter, base):
+        if Path(folder).exists() and Path(output).resolve() == Path(folder).resolve():
+            raise ValueError(
+                f"output={os.fspath(output)!r} is the folder of the adapter or of its base; give another one"
+            )
+    if (Path(output) / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"output={os.fspath(output)!r} holds an adapter, which Transformers would load on top of what is merged; give "
+            "another folder"
+        )
+    if not may_be_there(base):
+        raise AdapterError(f"base={base!r} is not there; give a folder or an id on the Hub")
+    if Path(base).is_dir() and (Path(base) / ADAPTER_CONFIG).exists():
+        raise AdapterError(
+            f"base={base!r} holds an adapter itself, which Transformers would load with it; give a folder of the base alone"
+        )
+    if Path(base).is_dir() and not (Path(base) / CONFIG_NAME).is_file():
+        raise AdapterError(f"base={base!r} holds no {CONFIG_NAME}; give the folder of a checkpoint")
+
+
 def _load_base(
-    model_class: type[GrinMoePreTrainedModel], base: str, dtype: torch.dtype | str, from_quantized: Any
+    model_class: type[GrinMoePreTrainedModel],
+    base: str,
+    config: GrinMoeConfig,
+    dtype: torch.dtype | str,
+    from_quantized: Any,
 ) -> GrinMoePreTrainedModel:
     options = {} if from_quantized is None else {"quantization_config": from_quantized}
-    model = model_class.from_pretrained(base, dtype=dtype, **options)
+    model = model_class.from_pretrained(base, config=config, dtype=dtype, **options)
     if getattr(model, "hf_quantizer", None) is None:
         return model
     return model.dequantize(dtype=model.dtype if dtype == "auto" else dtype)

@@ -290,6 +290,8 @@ class TestUnusableAdapters:
         self.refused(tiny_model(), folder, "is not JSON")
         (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
         self.refused(tiny_model(), folder, "peft_type 'IA3'")
+        (folder / "adapter_config.json").write_text("[]")
+        self.refused(tiny_model(), folder, "peft_type None")
         self.refused(tiny_model(), folder / "nowhere", "holds no adapter_config.json")
 
     def test_a_name_that_is_taken(self, tiny_model, folder):
@@ -311,6 +313,17 @@ class TestUnusableAdapters:
         (tmp_path / "adapter_config.json").write_text(json.dumps({**content, "from_the_future": 1}))
         with pytest.warns(UserWarning, match=r"\['from_the_future'\]"):
             assert read_lora_config(tmp_path).experts == [1]
+
+    def test_of_resized_embeddings(self, tiny_model, tmp_path):
+        """PEFT saves them with the adapter, so the base has to be resized too."""
+        tiny_model().save_pretrained(tmp_path / "base")
+        bases = [GrinMoeForCausalLM.from_pretrained(tmp_path / "base") for _ in range(3)]
+        for base in bases[:2]:
+            base.resize_token_embeddings(104)
+        adapted = randomised(get_peft_model(bases[0], lora_config(bases[0], r=2))).eval()
+        adapted.save_pretrained(tmp_path / "adapter")
+        self.refused(bases[2], tmp_path / "adapter", r"call resize_token_embeddings\(104\) on the base first")
+        assert torch.equal(load_adapter(bases[1], tmp_path / "adapter")(IDS).logits, adapted(IDS).logits)
 
     def test_the_check_needs_no_model(self, tiny_config, folder):
         assert isinstance(check_adapter(folder, GrinMoeForCausalLM, tiny_config()), GrinMoeLoraConfig)

@@ -78,6 +78,37 @@ def test_a_classifier_merges_too(tiny_config, tmp_path):
     assert (merged(IDS).logits - adapted(IDS).logits).abs().max() <= 1e-5
 
 
+def test_a_classifier_of_a_base_without_labels_merges_too(make, tmp_path):
+    """How many labels there are is known from the head in the adapter alone."""
+    base = GrinMoeForSequenceClassification.from_pretrained(make()[0], num_labels=3)
+    adapted = get_peft_model(base, lora_config(base, r=2, task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "classifier")
+    merge_adapter(tmp_path / "classifier", tmp_path / "merged")
+    merged = GrinMoeForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert (merged(IDS).logits - adapted(IDS).logits).abs().max() <= 1e-5
+
+
+def test_embeddings_and_head_can_be_targets(make, tmp_path):
+    """PEFT then saves their own weights beside the factors."""
+    base = GrinMoeForCausalLM.from_pretrained(make()[0])
+    config = lora_config(base, r=2, init_lora_weights=False)
+    config.target_modules = {*config.target_modules, "embed_tokens", "lm_head"}
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "embeddings")
+    merge_adapter(tmp_path / "embeddings", tmp_path / "merged")
+    merged = GrinMoeForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (merged(IDS).logits - adapted(IDS).logits).abs().max() <= 1e-5
+
+
+def test_what_is_merged_never_lies_beside_an_adapter(make, tmp_path):
+    """Transformers would load that on top: the delta would be added twice."""
+    _, adapter, _ = make()
+    shutil.copytree(adapter, tmp_path / "run")
+    with pytest.raises(ValueError, match="which Transformers would load on top"):
+        merge_adapter(adapter, tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(adapter)
+
+
 @pytest.mark.parametrize("holders, winner", [(["base"], "base"), (["base", "adapter"], "adapter"), ([], None)])
 def test_the_tokenizer_comes_along(make, tmp_path, tiny_tokenizer_folder, holders, winner):
     """That of the adapter, with which it was trained, before that of the base."""
@@ -130,6 +161,19 @@ def test_what_does_not_fit_is_refused_before_any_weight_is_read(make, tmp_path, 
             merge_adapter(adapter, tmp_path / place)
     with pytest.raises(ValueError, match="dtype='int3'; choose one of auto"):
         run_merge(str(adapter), str(tmp_path / "merged"), dtype="int3")
+    with pytest.raises(ValueError, match="dtype='int8'; choose one of auto"):
+        merge_adapter(adapter, tmp_path / "merged", dtype=torch.int8)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        merge_adapter(adapter, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    for base, message in (
+        ("nowhere", "is not there; give a folder or an id on the Hub"),
+        ("empty", "holds no config.json"),
+        ("adapter", "holds an adapter itself"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            merge_adapter(adapter, tmp_path / "merged", base=tmp_path / base)
     assert not (tmp_path / "merged").exists()
 
 
