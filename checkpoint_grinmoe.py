@@ -84,6 +84,20 @@ def read_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
     return shapes
 
 
+def check_weights(
+    shapes: dict[str, tuple[int, ...]],
+    config: GrinMoeConfig,
+    folder: str | os.PathLike,
+    head_keys: tuple[str, ...] = (),
+) -> None:
+    """`check_shapes`, or `check_quantized_shapes` where the config says so; another library's quantisation is let pass."""
+    quantization_config = getattr(config, "quantization_config", None)
+    if quantization_config is None:
+        check_shapes(shapes, config, folder, head_keys)
+    elif is_bitsandbytes(quantization_config):
+        check_quantized_shapes(shapes, config, folder, head_keys)
+
+
 def check_shapes(
     shapes: dict[str, tuple[int, ...]],
     config: GrinMoeConfig,
@@ -362,11 +376,7 @@ class OfficialCheckpointMixin:
         if not shapes or not tensors_checked:
             return
         config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
-        quantization_config = getattr(config, "quantization_config", None)
-        if quantization_config is None:
-            check_shapes(shapes, config, folder, head_keys=("score.",))
-        elif is_bitsandbytes(quantization_config):
-            check_quantized_shapes(shapes, config, folder, head_keys=("score.",))
+        check_weights(shapes, config, folder, head_keys=("score.",))
 
     @classmethod
     def _check_download(cls, repo_id: str, kwargs: dict[str, Any], tensors_checked: bool) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .checkpoint_grinmoe import CheckpointError, check_shapes, read_shapes
+from .checkpoint_grinmoe import CheckpointError, check_weights, read_shapes
 from .configuration_grinmoe import GrinMoeConfig
 from .hub_errors import WAIT_S, HubError, check_repo, readable_size, said_clearly
 from .release import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -252,8 +252,7 @@ def _check_pulled(remote: _Remote, folder: Path, console: Console) -> None:
             _check_opens(folder / ADAPTER_WEIGHTS)
         if CONFIG_NAME in remote.files and (shapes := read_shapes(folder)) is not None:
             config = GrinMoeConfig.from_pretrained(folder)
-            if getattr(config, "quantization_config", None) is None:
-                check_shapes(shapes, config, remote.repo, head_keys=("score.",))
+            check_weights(shapes, config, remote.repo, head_keys=("score.",))
     except CheckpointError as error:
         raise _blamed(error, remote, folder) from error
     if (folder / "tokenizer.json").is_file():

@@ -28,7 +28,7 @@ from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .card_facts import FACTS_NAME
-from .checkpoint_grinmoe import CheckpointFileError, add_remote_code, check_shapes, read_shapes
+from .checkpoint_grinmoe import CheckpointFileError, add_remote_code, check_weights, read_shapes
 from .configuration_grinmoe import GrinMoeConfig
 from .elsewhere import load_elsewhere
 from .model_card import CARD_NAME, CardOverrides, card_for
@@ -172,9 +172,10 @@ def _assemble_model(source: Path, release: Release, options: ReleaseOptions) -> 
             f"{source} holds no safetensors weights; save the model with save_pretrained (a sharded training state has to "
             "be gathered first: trainer.save_model)"
         )
-    if getattr(config, "quantization_config", None) is None:
-        check_shapes(shapes, config, source, head_keys=("score.",))
-    if any(key.endswith(".experts.gate_up_proj") for key in shapes):
+    check_weights(shapes, config, source, head_keys=("score.",))
+    # What is packed has no official layout.
+    is_packed = getattr(config, "quantization_config", None) is not None
+    if not is_packed and any(key.endswith(".experts.gate_up_proj") for key in shapes):
         raise ReleaseError(
             f"{source} has fused experts' weights, which other programs do not read; load the model and save it again "
             "with save_pretrained, which writes the official layout"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from tests.bad_folders import BAD_FOLDERS
@@ -68,3 +69,21 @@ def test_a_dry_run_finds_what_a_push_would_refuse(hub, model, capsys):
     BAD_FOLDERS["truncated shard"][0](model)
     code, _, error = run_cli(capsys, "push", "--model", str(model), "--repo", REPO, "--dry-run")
     assert code == 2 and "is truncated" in error and not hub.requests
+
+
+def test_a_quantised_model_is_published_and_comes_back(hub, chat_model, tmp_path, capsys):
+    """Its packed experts have no official layout; the release is loaded without this package all the same."""
+    from grinmoe import GrinMoeForCausalLM, load_tokenizer
+    from grinmoe.training import quantization_config
+
+    model = GrinMoeForCausalLM.from_pretrained(
+        chat_model, quantization_config=quantization_config("int8", torch.float32)
+    )
+    model.save_pretrained(tmp_path / "int8")
+    load_tokenizer(chat_model).save_pretrained(tmp_path / "int8")
+    code, _, error = run_cli(capsys, "push", "--model", str(tmp_path / "int8"), "--repo", REPO, "--license", "mit")
+    assert code == 0, error
+    code, _, error = run_cli(capsys, "pull", "--repo", REPO, "--output", str(tmp_path / "back"))
+    assert code == 0, error
+    again = GrinMoeForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
