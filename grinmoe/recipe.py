@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from .model_source import folder_or_repository
 from .sharding import check_gpus
@@ -76,7 +78,7 @@ class RunOptions:
             "help": "auto: from the run's newest whole checkpoint if there is one; never: the folder must be new."
         },
     )
-    monitor: bool = field(default=True, metadata={"help": "Watch the routers (docs/monitoring.md)."})
+    watch_routers: bool = field(default=True, metadata={"help": "Log and draw what they do (docs/monitoring.md)."})
 
     def __post_init__(self):
         _check_choice("method", self.method, METHODS)
@@ -85,6 +87,10 @@ class RunOptions:
         _check_choice("resume", self.resume, ("auto", "never"))
         if isinstance(self.config_overrides, str):
             object.__setattr__(self, "config_overrides", _json_object("config_overrides", self.config_overrides))
+        if not isinstance(self.config_overrides, dict | None):
+            raise ValueError(f"config_overrides={self.config_overrides!r} is no mapping of fields to values")
+        if isinstance(self.lora_experts, list):  # as YAML may have it
+            object.__setattr__(self, "lora_experts", ",".join(map(str, self.lora_experts)))
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise ValueError(
                 f"early_stopping_patience={self.early_stopping_patience} is below 1; leave it out for none"
@@ -151,10 +157,15 @@ _DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
-    # One length of rows at a time wastes little on padding.
+    # One length of rows at a time wastes little on padding. (Pairs have no length that the Trainer knows.)
     "train_sampling_strategy": "group_by_length",
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+_MAY_BE_NESTED = frozenset(
+    "config_overrides lora_experts report_to loss_type loss_weights lr_scheduler_kwargs optim_args optim_target_modules "
+    "gradient_checkpointing_kwargs activation_checkpointing_kwargs accelerator_config fsdp_config include_for_metrics "
+    "liger_kernel_config parallelism_config".split()
+)
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -167,6 +178,9 @@ _DECIDED = {
     "resume_from_checkpoint": None,
     "enable_jit_checkpoint": False,
 }
+
+
+_LIBRARY_DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
 
 
 def read_recipe(task: str, arguments: Iterable[str]) -> Recipe:
@@ -188,7 +202,8 @@ def read_recipe(task: str, arguments: Iterable[str]) -> Recipe:
     known = {action.dest for action in parser._actions} - {"help"}
     if unknown := [key for key in values if key not in known]:
         raise ValueError(f"{config}: unknown key {_with_hints(unknown, known)}")
-    parser.set_defaults(**{**_DEFAULTS, **{key: _as_flag(value) for key, value in values.items()}})
+    defaults = _DEFAULTS | {"train_sampling_strategy": "random"} if task == "dpo" else _DEFAULTS
+    parser.set_defaults(**{**defaults, **{key: _as_flag(value) for key, value in values.items()}})
     for action in parser._actions:
         action.required = action.required and action.dest not in values
     namespace, rest = parser.parse_known_args(flags)
@@ -202,10 +217,58 @@ def option_help(task: str) -> str:
     return _parser(task).format_help()
 
 
+# Lowest value of a setting; below it the libraries fail late, or train nothing and say that they are done.
+_LOWEST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "max_grad_norm": 0,
+    "save_total_limit": 1,
+    "learning_rate": 0,
+}
+_ABOVE_ZERO = ("lora_alpha", "save_steps", "eval_steps", "logging_steps", "num_train_epochs", "beta")
+
+
+def _check_values(task: str, values: dict[str, Any]) -> None:
+    """What the libraries do not check, or only when the weights are there."""
+    for name, lowest in _LOWEST.items():
+        value = values.get(name)
+        if value is None and name != "learning_rate":
+            continue
+        if not isinstance(value, int | float) or not lowest <= value < math.inf:  # nan too
+            raise ValueError(f"{name}={value!r}; give a number from {lowest} up")
+    for name in _ABOVE_ZERO:
+        value = values.get(name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value!r}; give a number above 0")
+    if values.get("max_steps", -1) == 0:
+        raise ValueError("max_steps=0 trains nothing; leave it out to train num_train_epochs")
+    if values.get("push_to_hub"):
+        raise ValueError(
+            "push_to_hub sends the run's folder unchecked; train, then: grinmoe push --model OUTPUT_DIR/model (or "
+            "OUTPUT_DIR/adapter) --repo NAME"
+        )
+    if values.get("hub_token"):
+        raise ValueError("hub_token would be written into the run's folder; use hf auth login, or HF_TOKEN")
+    if task == "dpo" and values.get("train_sampling_strategy") == "group_by_length":
+        raise ValueError(
+            "train_sampling_strategy='group_by_length' is for rows of tokens, and pairs are text; leave it out"
+        )
+    if task != "dpo" and values.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
+        raise ValueError(f"metric_for_best_model={values['metric_for_best_model']!r}; only the loss is measured here")
+    if values.get("save_strategy") == "best" and values.get("metric_for_best_model") is None:
+        raise ValueError("save_strategy='best' needs metric_for_best_model; give loss")
+    for name, value in _DECIDED.items():
+        if values.get(name) not in (None, value, _LIBRARY_DEFAULTS[name]):
+            raise ValueError(f"{name}={values[name]!r} is decided by this command; leave it out")
+
+
 def _build(task: str, values: dict[str, Any]) -> Recipe:
     def of(kind: type) -> dict[str, Any]:
         return {f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values}
 
+    _check_values(task, values)
     run, data = RunOptions(**of(RunOptions)), DataOptions(**of(DataOptions))
     if not values.get("output_dir"):
         raise ValueError("output_dir is missing; give --output_dir, a folder for this run")
@@ -258,13 +321,22 @@ def _fit_method(run: RunOptions, chosen: dict[str, Any]) -> None:
         if chosen.get("eval_strategy") in (None, "no"):
             raise ValueError("the best model is chosen by evaluations; give eval_strategy and eval_data or eval_share")
         chosen["load_best_model_at_end"] = True
+        if chosen.get("save_total_limit") == 1:
+            # With 1 the Trainer deletes all but the best at the end, also where a signal has brought it about.
+            chosen["save_total_limit"] = 2
 
 
 def _parser(task: str) -> HfArgumentParser:
     kinds: list[Any] = [RunOptions, DataOptions, TrainingArguments]
     if task == "dpo":
         kinds.append(_dpo_only())
-    return _Parser(kinds, prog=f"grinmoe {task}", allow_abbrev=False)
+    parser = _Parser(kinds, prog=f"grinmoe {task}", allow_abbrev=False)
+    for action in parser._actions:
+        if (
+            action.type is string_to_bool and action.nargs is None
+        ):  # those without a default, which the library left out
+            action.nargs, action.const = "?", True
+    return parser
 
 
 class _Parser(HfArgumentParser):
@@ -307,10 +379,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"--config {path} is not there; recipes/ has some to start from") from None
+    except IsADirectoryError:
+        raise ValueError(f"--config {path} is a folder; give a file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is not YAML ({error}); correct it") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} is no mapping of keys to values; see recipes/")
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"--config {path}: key {key!r} is no text; write a setting's name")
+        if isinstance(value, list | dict) and key not in _MAY_BE_NESTED:
+            raise ValueError(f"--config {path}: {key} is {value!r}; give one value")
+        if value is False and key.endswith("_strategy"):
+            content[key] = "no"  # what YAML makes of it
+        if value is None and key == "report_to":
+            content[key] = "none"
     return content
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ RUNNING, STOPPED, COMPLETE = "running", "stopped", "complete"
 # Settings that say how a run is watched, where its time goes or how often it is saved, not what it computes. The two of
 # the batch are compared as their product with the number of ranks.
 _MAY_DIFFER = frozenset(
-    "output_dir resume monitor early_stopping_patience per_device_train_batch_size gradient_accumulation_steps "
+    "output_dir resume watch_routers early_stopping_patience per_device_train_batch_size gradient_accumulation_steps "
     "per_device_eval_batch_size disable_tqdm report_to project trackio_space_id trackio_bucket_id trackio_static_space_id "
     "run_name log_level log_level_replica log_on_each_node "
     "logging_dir logging_strategy logging_first_step logging_steps logging_nan_inf_filter eval_strategy eval_steps "
@@ -77,6 +78,14 @@ class RunFolder:
         folder = cls(recipe.output_dir, recipe.settings(), batch_size)
         if folder.path.is_file():
             raise ValueError(f"output_dir={folder.path} is a file; give a folder")
+        if may_write:
+            try:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder.path).close()
+            except OSError as error:
+                raise ValueError(
+                    f"output_dir={folder.path} cannot be written ({error.strerror}); give another folder"
+                ) from error
         file = folder.path / RUN_NAME
         if not file.is_file():
             # Logs of a start that failed early do no harm; anything else may be somebody's.
@@ -90,10 +99,13 @@ class RunFolder:
         if recipe.run.resume == "never":
             raise ValueError(f"output_dir={folder.path} holds a run, and resume=never; give a new folder")
         folder.record = _read(file)
-        folder._compare()
         folder.checkpoint = last_whole_checkpoint(folder.path)
+        if folder.checkpoint is not None or any((folder.path / name).is_dir() for name in ("model", "adapter")):
+            folder._compare()
         if may_write:
             folder.removed = remove_partial_checkpoints(folder.path)
+            if folder.checkpoint is not None:
+                _name_best_here(folder.checkpoint)
         return folder
 
     def compare_data(self, facts: dict[str, int]) -> None:
@@ -146,6 +158,17 @@ class RunFolder:
                 f"{self.path} holds a run with other settings: {'; '.join(differing)}. Give the same to go on with it, or "
                 "a new output_dir"
             )
+
+
+def _name_best_here(checkpoint: Path) -> None:
+    """The Trainer writes down the best checkpoint as output_dir was typed; the folder may be named otherwise by now."""
+    file = checkpoint / "trainer_state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    best = state.get("best_model_checkpoint")
+    here = None if best is None else checkpoint.parent / Path(best).name
+    if here is not None and here.is_dir() and str(here) != best:
+        state["best_model_checkpoint"] = str(here)
+        write_beside(file, json.dumps(state, indent=2) + "\n")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -152,10 +152,10 @@ def _evaluations(recipe: Recipe, metrics: dict[str, float]) -> list[Evaluation]:
     if not math.isfinite(perplexity):
         return []
     data = recipe.data.eval_data or recipe.data.train_data
-    name = data if not Path(data).exists() else Path(data).name
+    name = "held-out data" if Path(data).exists() else data
     return [
         Evaluation(
-            dataset_name=f"{name}, held out",
+            dataset_name=name,
             dataset_type=name,
             dataset_split="held-out",
             metric_name="perplexity of a target token",

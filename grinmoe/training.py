@@ -18,7 +18,6 @@ from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, set_s
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from .configuration_grinmoe import GrinMoeConfig
-from .hub_callback import CodeWithEveryPush
 from .interruption import StopAtSignal
 from .modeling_grinmoe import GrinMoeForCausalLM
 from .monitoring import RoutingMonitor
@@ -26,6 +25,7 @@ from .progress import TrainingProgress, peak_gib
 from .recipe import Recipe, launched_for_fsdp
 from .run_folder import COMPLETE, STOPPED, RunFolder
 from .sharding import load_for_sharding, shard_for
+from .token_mean import TokenMeanTrainer
 from .tokenization import load_tokenizer
 from .trained import save_trained
 from .training_data import PreparedData, RowCollator, load_data
@@ -151,16 +151,14 @@ def build_trainer(
         model = load_model(recipe, config, to_be_sharded=launched_for_fsdp())
         if run.uses_adapter:
             model = _with_adapter(recipe, model)
-        trainer = Trainer(model=model, data_collator=RowCollator(tokenizer.pad_token_id), **common)
+        trainer = TokenMeanTrainer(model=model, data_collator=RowCollator(tokenizer.pad_token_id), **common)
     if run.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(run.early_stopping_patience))
-    if arguments.push_to_hub:
-        trainer.add_callback(CodeWithEveryPush())
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingProgress)
     shard_for(trainer)
-    return trainer, RoutingMonitor().attach(trainer) if run.monitor else None
+    return trainer, RoutingMonitor().attach(trainer) if run.watch_routers else None
 
 
 def load_model(recipe: Recipe, config: GrinMoeConfig, to_be_sharded: bool = False) -> GrinMoeForCausalLM:
@@ -209,7 +207,10 @@ def weights_dtype(recipe: Recipe) -> torch.dtype:
 def _load_tokenizer(recipe: Recipe):
     source = str(recipe.run.tokenizer or recipe.run.model)
     revision = None if recipe.run.tokenizer else recipe.run.revision
-    return load_tokenizer(source, revision=revision)
+    tokenizer = load_tokenizer(source, revision=revision)
+    # Rows are cut to max_length after they have been tokenised: nothing to warn of.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def _check_model(recipe: Recipe, config: GrinMoeConfig, tokenizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import pytest
@@ -81,6 +82,7 @@ class TestWhatARunLeaves:
         assert facts.hyperparameters["optimizer steps"] == 30
         assert facts.picture == "training.png" and (result.model / "training.png").is_file()
         assert facts.evaluations[0].metric_type == "perplexity"
+        assert facts.evaluations[0].value == pytest.approx(math.exp(result.metrics["eval_loss"]), abs=1e-3)
 
     def test_started_again_it_is_complete_already(self, result, chat_model, chat_data, no_weights, capsys):
         given = small_run(chat_model, chat_data["sft"], result.model.parent, max_steps=30, eval_steps=10, save_steps=10)
@@ -156,6 +158,36 @@ def test_early_stopping_and_the_best_model(flags):
     assert max(losses) == best + 2 < 40
     kept = load_file(result.model.parent / f"checkpoint-{best}" / "model.safetensors")
     assert all(torch.equal(t, kept[n]) for n, t in load_file(result.model / "model.safetensors").items())
+
+
+def test_the_held_out_loss_is_the_mean_over_target_tokens_however_rows_are_batched(flags, chat_model, tmp_path):
+    losses = []
+    given = {"messages_column": "talk", "train_data": uneven(tmp_path)}
+    for batch in (1, 3, 7):
+        settings = {"max_steps": 1, "eval_steps": 1, "learning_rate": 0.0, "per_device_eval_batch_size": batch}
+        flagged = flags(output_dir=tmp_path / str(batch), **given, **settings)
+        losses.append(run("sft", flagged).metrics["eval_loss"])
+    recipe = read_recipe("sft", flags(**given))
+    tokenizer = load_tokenizer(chat_model)
+    held_out = training.load_data("sft", recipe.data, tokenizer, len(tokenizer)).evaluation
+    model = GrinMoeForCausalLM.from_pretrained(chat_model).eval()
+    total, count = 0.0, 0
+    for row in held_out:
+        ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum"))
+        count += int((labels[1:] != -100).sum())
+    assert len(held_out) > 3 and losses == pytest.approx([total / count] * 3, rel=1e-5)
+
+
+def uneven(folder):
+    """Answers of one word and of ten."""
+    rows = [
+        {"talk": [chat["messages"][0], {"role": "assistant", "content": "red " * (1 + 9 * (i % 2))}]}
+        for i, chat in enumerate(chats())
+    ]
+    return write_rows(folder / "uneven.jsonl", rows)
 
 
 class TestMistakesAreFoundBeforeWeightsAreLoaded:
@@ -278,6 +310,16 @@ class TestAFolderThatHoldsARun:
         with pytest.raises(ValueError, match="the data has changed"):
             run("sft", given)
 
+    def test_is_free_after_a_start_that_did_not_get_anywhere(self, flags, monkeypatch):
+        def fail(*args, **kwargs):
+            raise ValueError("no such luck")
+
+        monkeypatch.setattr(training.StopAtSignal, "train", fail)
+        with pytest.raises(ValueError, match="no such luck"):
+            run("sft", flags(learning_rate=1.0))
+        monkeypatch.undo()
+        assert run("sft", flags(learning_rate=1e-3)).status == COMPLETE
+
     def test_of_somebody_else_is_left_alone(self, flags, no_weights, tmp_path):
         (tmp_path / "run").mkdir()
         save_file({"a": torch.ones(1)}, tmp_path / "run" / "precious.safetensors")
@@ -286,5 +328,7 @@ class TestAFolderThatHoldsARun:
         (tmp_path / "run" / "run.json").write_text("{}")
         with pytest.raises(ValueError, match="not what this command writes"):
             run("sft", flags())
+        with pytest.raises(ValueError, match="output_dir=/proc/x/y cannot be written"):
+            run("sft", flags(output_dir="/proc/x/y"))
         with pytest.raises(ValueError, match="is a file"):
             run("sft", flags(output_dir=tmp_path / "run" / "run.json"))

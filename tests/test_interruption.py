@@ -188,6 +188,29 @@ def test_the_best_model_is_saved_also_when_the_run_was_cut_off_behind_its_last_s
     )
 
 
+def test_a_signal_s_checkpoint_stays_where_the_best_one_is_kept_too(flags, tmp_path, monkeypatch):
+    settings = {"load_best_model_at_end": True, "save_total_limit": 1, "max_steps": 6}
+    given = flags(tmp_path / "run", **settings)
+    stopped = run(given, monkeypatch, At("on_step_end", 3, terminate))
+    assert (stopped.step, last_whole_checkpoint(tmp_path / "run").name) == (3, "checkpoint-3")
+    assert (tmp_path / "run" / "checkpoint-2").is_dir(), "the best"
+    assert run(given).status == COMPLETE
+
+
+def test_the_best_model_is_found_where_the_folder_has_another_name_now(flags, tmp_path, monkeypatch):
+    settings = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    run(flags(Path("run"), **settings))
+    best = load_file("run/model/model.safetensors")
+    shutil.rmtree("run/model")
+    Path("run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    run(flags(tmp_path / "moved", **settings))
+    found = load_file(tmp_path / "moved" / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in best.items())
+
+
 class TestWholeCheckpoints:
     @pytest.fixture(params=["full", "lora"])
     def checkpoint(self, undisturbed, request) -> Path:

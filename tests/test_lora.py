@@ -112,7 +112,8 @@ class TestWhatIsTrained:
     def test_a_new_adapter_changes_nothing(self, tiny_model):
         expected = tiny_model()(IDS).logits
         model = tiny_model()
-        assert torch.equal(get_peft_model(model, lora_config(model, router=True)).eval()(IDS).logits, expected)
+        logits = get_peft_model(model, lora_config(model, router=True)).eval()(IDS).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)  # other products, in another order
 
     def test_alpha_is_twice_the_rank_unless_it_is_given(self, tiny_config):
         assert (

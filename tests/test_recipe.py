@@ -88,6 +88,18 @@ def test_overrides_of_the_config_may_be_a_mapping_or_json(flags, tmp_path):
         ({"train_data": None}, "train_data"),
         ({"output_dir": None}, "output_dir is missing"),
         ({"model_config": "/"}, "starts from scratch, which is for pretrain only"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0; give a number from 1 up"),
+        ({"per_device_train_batch_size": -1}, "per_device_train_batch_size=-1"),
+        ({"learning_rate": "nan"}, "learning_rate=nan; give a number from 0 up"),
+        ({"num_train_epochs": -1}, "num_train_epochs=-1.0; give a number above 0"),
+        ({"lora_alpha": 0}, "lora_alpha=0.0; give a number above 0"),
+        ({"save_steps": 0}, "save_steps=0.0; give a number above 0"),
+        ({"max_steps": 0}, "max_steps=0 trains nothing"),
+        ({"push_to_hub": "true"}, "grinmoe push --model"),
+        ({"hub_token": "hf_secret"}, "hub_token would be written"),
+        ({"metric_for_best_model": "accuracy"}, "only the loss is measured"),
+        ({"save_strategy": "best"}, "needs metric_for_best_model"),
+        ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint='x' is decided by this command"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -119,13 +131,17 @@ def test_pretraining_starts_from_a_model_or_from_a_config(flags, chat_model):
         ("a: b: c\n", "is not YAML"),
         ("max_steps: 1.5\n", "max-steps: invalid int value: '1.5'"),
         ("packing: perhaps\n", "packing"),
+        ("3: 4\n", "key 3 is no text"),
+        ("text_column: [a, b]\n", "text_column is .'a', 'b'.; give one value"),
+        ("config_overrides: [1]\n", "no mapping of fields to values"),
+        ("learning_rate: null\n", "learning_rate=None; give a number"),
     ],
 )
 def test_a_wrong_file_is_named(flags, tmp_path, content, message):
     file = tmp_path / "recipe.yaml"
     file.write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_recipe("sft", ["--config", str(file), *flags(max_steps=None)])
+        read_recipe("sft", ["--config", str(file), *flags(max_steps=None, learning_rate=None)])
 
 
 def test_a_missing_file_is_named(flags):
@@ -145,3 +161,23 @@ def test_all_flags_are_listed_with_their_help():
     text = option_help("dpo")
     for flag in ("--lora_experts", "--too_long", "--gradient_accumulation_steps", "--beta"):
         assert flag in text
+
+
+def test_what_yaml_makes_of_no_and_null_and_lists_is_what_was_meant(flags, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("save_strategy: no\nreport_to: null\nlora_experts: [0, 2]\n")
+    recipe = read_recipe("sft", ["--config", str(file), *flags(method="lora"), "--packing"])
+    assert recipe.training.save_strategy.value == "no" and recipe.training.report_to == []
+    assert recipe.run.chosen_experts() == [0, 2] and recipe.data.packing is True
+
+
+def test_one_checkpoint_beside_the_best_is_two(flags):
+    """With 1 the Trainer deletes at its end what a signal has just saved."""
+    recipe = read_recipe("sft", flags(load_best_model_at_end="true", save_total_limit=1))
+    assert recipe.training.save_total_limit == 2
+
+
+def test_pairs_are_not_grouped_by_a_length_that_they_do_not_have(flags):
+    assert read_recipe("dpo", flags("dpo", train_sampling_strategy=None)).training.train_sampling_strategy == "random"
+    with pytest.raises(ValueError, match="pairs are text"):
+        read_recipe("dpo", flags("dpo", train_sampling_strategy="group_by_length"))
