@@ -94,7 +94,9 @@ def test_loading_and_saving_stay_within_their_limits(results):
 
 def test_a_lora_report_is_written_whole(results):
     """Tiny; outputs and gradients of all arms are gated in it before anything is timed."""
-    settings = bench_lora.LoraSettings(tokens=32, hidden_size=32, intermediate_size=48, experts=4, r=4, warmup=1, rounds=2)
+    settings = bench_lora.LoraSettings(
+        tokens=32, hidden_size=32, intermediate_size=48, experts=4, r=4, warmup=1, rounds=2
+    )
     path = bench_lora.run(settings)
     facts = json.loads(path.with_suffix(".json").read_text())
     assert "PEFT" in path.read_text()

@@ -58,7 +58,14 @@ def test_qlora_of_42b_takes_at_most_40_gb(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU of 80 GB")
     arguments = argparse.Namespace(
-        method="qlora", output=str(tmp_path), seq_length=2048, batch_size=1, steps=3, lora_r=16, device="cuda", tiny=False
+        method="qlora",
+        output=str(tmp_path),
+        seq_length=2048,
+        batch_size=1,
+        steps=3,
+        lora_r=16,
+        device="cuda",
+        tiny=False,
     )
     assert script("finetune_42b").run(arguments)["peak_gib"] * 2**30 <= 40e9
 
