@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from grinmoe.block_grinmoe import GrinMoeSparseMoeBlock
 from grinmoe.estimators_grinmoe import RoutingNoise
@@ -59,3 +60,12 @@ def test_the_block_is_the_printed_algorithm(tiny_config, estimator, implementati
     for one, other in zip(expected, found, strict=True):
         assert other.dtype == torch.float32
         assert (other - one).abs().max() <= FAST_PATH_FLOAT32 * one.abs().max()
+
+
+def test_the_experts_may_be_wrapped_by_plain_peft(tiny_model):
+    """It builds a weight as large as all experts in every forward; but it trains."""
+    config = LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"], r=2, init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config).train()
+    ids = torch.arange(24).view(2, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
