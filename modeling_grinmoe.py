@@ -221,19 +221,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             ValueError: neither or both of the inputs, no token at all, or a cache in training with checkpointing.
         """
         cache = take_cache(past_key_values, kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if inputs_embeds.shape[1] == 0:
-            raise ValueError(
-                f"the input has no tokens (shape {tuple(inputs_embeds.shape[:2])}): an empty prompt; give at least one "
-                "token, for instance the beginning-of-sequence token"
-            )
-        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "a cache with gradient checkpointing: recomputed layers would write to it twice; pass no cache in training"
-            )
+        inputs_embeds = self._embedded(input_ids, inputs_embeds, cache)
         samples = None
         if position_ids is not None and cache is None:
             rows = position_ids.expand(inputs_embeds.shape[0], -1)
@@ -251,14 +239,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             attention_mask = None
             mask_positions, flash_borders = samples
             kwargs.update(flash_borders)
-        create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-        causal_mask = create_mask(
-            config=self.window_config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=mask_positions,
-            **{CACHE: cache},
-        )
+        causal_mask = self._causal_mask(inputs_embeds, attention_mask, mask_positions, cache)
         if self.training and kwargs.get("routing_seed") is None:
             kwargs["routing_seed"] = routing_seed(inputs_embeds.device, self._ranks_per_batch())
         hidden_states = inputs_embeds
@@ -274,6 +255,42 @@ class GrinMoeModel(GrinMoePreTrainedModel):
                 **kwargs,
             )
         return GrinMoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+
+    def _embedded(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, cache: Cache | None
+    ) -> torch.Tensor:
+        """(B, S, H), and the checks of what came in."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError(
+                f"the input has no tokens (shape {tuple(inputs_embeds.shape[:2])}): an empty prompt; give at least one "
+                "token, for instance the beginning-of-sequence token"
+            )
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "a cache with gradient checkpointing: recomputed layers would write to it twice; pass no cache in training"
+            )
+        return inputs_embeds
+
+    def _causal_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+    ):
+        """As the attention implementation wants it, None included."""
+        create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        return create_mask(
+            config=self.window_config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE: cache},
+        )
 
     def _refuse_regime_change(self, position_ids: torch.Tensor, cache: Cache | None) -> None:
         """Under LongRoPE the cache is void once the text outgrows the short factors; `generate` then rebuilds it."""
