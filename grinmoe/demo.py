@@ -34,7 +34,7 @@ from .modeling_grinmoe import GrinMoeForCausalLM
 from .monitoring import RoutingMonitor
 from .plots import plot_training
 from .progress import TrainingProgress, peak_gib
-from .tokenization import build_tokenizer
+from .tokenization import answer_ends, build_tokenizer
 
 # The first two questions are in the training text, the third is held out.
 PROMPTS = ("What is a computer?", "I forgot my password.", "What are you?")
@@ -152,8 +152,7 @@ def _run_stages(settings: DemoSettings, workspace: Path, result: DemoResult, con
     result.train_rows, result.held_out_rows = len(train_rows), len(held_out)
 
     model = GrinMoeForCausalLM(demo_config(settings, tokenizer))
-    # An answer ends with its <|end|>.
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+    model.generation_config.eos_token_id = answer_ends(tokenizer)
     result.parameters, result.active_parameters = count_parameters(model)
     console.print(
         f"[bold]2/5[/bold] Training {settings.num_hidden_layers} layers of {settings.num_local_experts} experts, top-"

@@ -26,7 +26,7 @@ from .recipe import Recipe, launched_for_fsdp
 from .run_folder import COMPLETE, STOPPED, RunFolder
 from .sharding import load_for_sharding, shard_for
 from .token_mean import TokenMeanTrainer
-from .tokenization import load_tokenizer
+from .tokenization import answer_ends, load_tokenizer
 from .trained import save_trained
 from .training_data import PreparedData, RowCollator, load_data
 
@@ -149,6 +149,8 @@ def build_trainer(
         trainer = _dpo_trainer(recipe, config, common)
     else:
         model = load_model(recipe, config, to_be_sharded=launched_for_fsdp())
+        if run.model_config is not None:
+            model.generation_config.eos_token_id = answer_ends(tokenizer)
         if run.uses_adapter:
             model = _with_adapter(recipe, model)
         trainer = TokenMeanTrainer(model=model, data_collator=RowCollator(tokenizer.pad_token_id), **common)

@@ -146,6 +146,8 @@ def test_pretraining_from_scratch(flags, chat_model):
     result = run("pretrain", [*given, "--config_overrides", '{"num_hidden_layers": 3}'])
     model = GrinMoeForCausalLM.from_pretrained(result.model)
     assert model.config.num_hidden_layers == 3
+    end = load_tokenizer(result.model).convert_tokens_to_ids("<|end|>")
+    assert end in model.generation_config.eos_token_id, "chats with what is fine-tuned from it end"
     assert CardFacts.read(result.model).base_model is None
     assert (result.model / "README.md").is_file()
 

@@ -2,11 +2,12 @@
 
 from .build import SPECIAL_TOKENS, build_tokenizer
 from .loading import TokenizerError, check_tokenizer, load_tokenizer
-from .template import chat_template, template_difference
+from .template import answer_ends, chat_template, template_difference
 
 __all__ = [
     "SPECIAL_TOKENS",
     "TokenizerError",
+    "answer_ends",
     "build_tokenizer",
     "chat_template",
     "check_tokenizer",

@@ -22,6 +22,12 @@ def chat_template() -> str:
     return (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
 
+def answer_ends(tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the end of a text, and `<|end|>` where the tokenizer has it."""
+    ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|end|>")} - {None}
+    return sorted(ends)
+
+
 def with_marks(template: Any) -> Any:
     """
     The template that a tokenizer should have in place of the released one.
