@@ -31,7 +31,7 @@ $(OLDEST)/.stamp: $(VENV)/.stamp
 demo: $(VENV)/.stamp  ## train a small GRIN MoE on real text, save it, load it elsewhere, chat (2 minutes, after the set-up)
 	@$(BIN)/grinmoe demo --output demo-output
 
-example: $(VENV)/.stamp  ## pretrain, sft with QLoRA, dpo on real text, and a report (about 6 minutes)
+example: $(VENV)/.stamp  ## pretrain, sft with QLoRA, dpo on real text, and a report (about 5 minutes)
 	@$(BIN)/python scripts/worked_example.py --output worked-example
 
 test: $(VENV)/.stamp  ## the whole CPU test suite
