@@ -23,6 +23,7 @@ from .checkpoint_grinmoe import refuse_checkout, replaced_when_whole
 from .configuration_grinmoe import GrinMoeConfig
 from .lora import AdapterError, base_of, check_adapter, load_adapter, may_be_there, read_lora_config, stored_shapes
 from .modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
+from .quantized_base import quantization_config
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 TOKENIZER_FILES = (
@@ -89,8 +90,6 @@ def run_merge(
     """`grinmoe merge`: arguments as typed; `quantized_base` is nf4, fp4 (both with double quantisation) or int8."""
     from_quantized = None
     if quantized_base is not None:
-        from .training import quantization_config
-
         from_quantized = quantization_config(quantized_base, torch.float32)
     path = merge_adapter(adapter, output, base, dtype, from_quantized)
     print(f"merged: {path}")

@@ -25,12 +25,12 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from .model_source import folder_or_repository
+from .quantized_base import QUANTIZATIONS
 from .sharding import check_gpus
 from .training_data import DataOptions
 
 TASKS = ("sft", "dpo", "pretrain")
 METHODS = ("full", "full-8bit", "lora", "qlora")
-QUANTIZATIONS = ("nf4", "fp4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -22,6 +22,7 @@ from .interruption import StopAtSignal
 from .modeling_grinmoe import GrinMoeForCausalLM
 from .monitoring import RoutingMonitor
 from .progress import TrainingProgress, peak_gib
+from .quantized_base import quantization_config
 from .recipe import Recipe, launched_for_fsdp
 from .run_folder import COMPLETE, STOPPED, RunFolder
 from .sharding import load_for_sharding, shard_for
@@ -184,20 +185,6 @@ def load_model(recipe: Recipe, config: GrinMoeConfig, to_be_sharded: bool = Fals
     return GrinMoeForCausalLM.from_pretrained(run.model, config=config, **options)
 
 
-def quantization_config(kind: str, compute_dtype: torch.dtype):
-    """Of `kind` "nf4" or "fp4" (both with double quantisation) or "int8", for `from_pretrained`."""
-    from transformers import BitsAndBytesConfig
-
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
 def weights_dtype(recipe: Recipe) -> torch.dtype:
     """In which the weights are held: float32 where all of them are trained, so that small steps are not lost."""
     if recipe.run.dtype != "auto":
@@ -349,4 +336,4 @@ def _told(metrics: dict[str, float]) -> str:
     return f" ({', '.join(parts)})"
 
 
-__all__ = ["RunResult", "load_model", "quantization_config", "train", "weights_dtype"]
+__all__ = ["RunResult", "load_model", "train", "weights_dtype"]

@@ -77,8 +77,8 @@ def build(arguments: argparse.Namespace) -> Any:
 
     from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
     from grinmoe.lora import lora_config
+    from grinmoe.quantized_base import quantization_config
     from grinmoe.random_model import random_quantized_model
-    from grinmoe.training import quantization_config
 
     config = GrinMoeConfig(max_position_embeddings=max(4096, arguments.seq_length))
     if arguments.tiny:

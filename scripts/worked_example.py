@@ -117,7 +117,7 @@ def measure(output: Path, files: dict[str, Path]) -> dict[str, Any]:
     from grinmoe import GrinMoeForCausalLM, load_tokenizer
     from grinmoe.generate import Chat, ChatOptions
     from grinmoe.lora import load_adapter
-    from grinmoe.training import quantization_config
+    from grinmoe.quantized_base import quantization_config
 
     tokenizer = load_tokenizer(output / "tokenizer")
     chats = [json.loads(line)["messages"] for line in files["chat-held-out"].read_text(encoding="utf-8").splitlines()]

@@ -199,7 +199,7 @@ def test_an_adapter_of_quantised_weights_merges_into_what_it_was_trained_on(make
     compared, layer by layer.)
     """
     pytest.importorskip("bitsandbytes")
-    from grinmoe.training import quantization_config
+    from grinmoe.quantized_base import quantization_config
 
     base, adapter, _ = make(model={"hidden_size": 64, "intermediate_size": 64}, experts=[0, 2])
     quantised = GrinMoeForCausalLM.from_pretrained(

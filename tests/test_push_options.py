@@ -74,7 +74,7 @@ def test_a_dry_run_finds_what_a_push_would_refuse(hub, model, capsys):
 def test_a_quantised_model_is_published_and_comes_back(hub, chat_model, tmp_path, capsys):
     """Its packed experts have no official layout; the release is loaded without this package all the same."""
     from grinmoe import GrinMoeForCausalLM, load_tokenizer
-    from grinmoe.training import quantization_config
+    from grinmoe.quantized_base import quantization_config
 
     model = GrinMoeForCausalLM.from_pretrained(
         chat_model, quantization_config=quantization_config("int8", torch.float32)
