@@ -4,6 +4,7 @@ VENV   := .venv
 OLDEST := .venv-oldest
 BIN    := $(VENV)/bin
 OLDEST_TRANSFORMERS := 5.17.0
+OLDEST_TRITON := 3.6.0
 PIP    := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -25,7 +26,7 @@ $(OLDEST)/.stamp: $(VENV)/.stamp
 	@test -d $(OLDEST) || $(BIN)/python -m venv $(OLDEST)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_borrowed.pth"
-	@$(OLDEST)/bin/python $(PIP) transformers==$(OLDEST_TRANSFORMERS)
+	@$(OLDEST)/bin/python $(PIP) transformers==$(OLDEST_TRANSFORMERS) triton==$(OLDEST_TRITON)
 	@touch $@
 
 demo: $(VENV)/.stamp  ## train a small GRIN MoE on real text, save it, load it elsewhere, chat (2 minutes, after the set-up)

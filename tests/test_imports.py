@@ -1,4 +1,4 @@
-"""Imports point one way (configuration, routing <- experts <- layout <- checkpoint <- modeling <- grinmoe <- tests)."""
+"""Imports point one way (configuration, routing, kernels <- experts <- block, layout <- checkpoint <- modeling <- grinmoe <- tests)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,23 @@ ALLOWED_SIBLINGS = {
     "estimators_grinmoe": set(),
     "routing_grinmoe": {"estimators_grinmoe"},
     "balance_grinmoe": {"routing_grinmoe"},
-    "kernels_grinmoe": set(),
+    "counter_draws_grinmoe": {"estimators_grinmoe"},
+    "router_kernels_grinmoe": {"counter_draws_grinmoe", "estimators_grinmoe"},
+    "experts_kernels_grinmoe": set(),
+    "decode_kernels_grinmoe": set(),
     "generation_grinmoe": {"attention_grinmoe"},
-    "experts_grinmoe": {"configuration_grinmoe", "routing_grinmoe", "kernels_grinmoe"},
-    "block_grinmoe": {"configuration_grinmoe", "estimators_grinmoe", "experts_grinmoe", "routing_grinmoe"},
+    "experts_grinmoe": {"configuration_grinmoe", "routing_grinmoe"},
+    "cpu_experts_grinmoe": {"experts_grinmoe"},
+    "triton_experts_grinmoe": {"decode_kernels_grinmoe", "experts_grinmoe", "experts_kernels_grinmoe"},
+    "dispatch_grinmoe": {"cpu_experts_grinmoe", "experts_grinmoe", "triton_experts_grinmoe"},
+    "block_grinmoe": {
+        "configuration_grinmoe",
+        "dispatch_grinmoe",
+        "estimators_grinmoe",
+        "experts_grinmoe",
+        "router_kernels_grinmoe",
+        "routing_grinmoe",
+    },
     "attention_grinmoe": {"configuration_grinmoe"},
     "layout_grinmoe": {"configuration_grinmoe", "experts_grinmoe"},
     "upload_grinmoe": {"layout_grinmoe"},
@@ -93,8 +106,10 @@ def test_flat_files_need_nothing_that_a_user_of_the_checkpoint_lacks(path):
         allowed |= {"bitsandbytes"}  # tried in a function, for those who ask for it
     if path.stem in ("estimators_grinmoe", "routing_grinmoe", "balance_grinmoe"):
         allowed = {"torch"}
-    if path.stem == "kernels_grinmoe":
-        allowed = {"torch", "triton"}
+    if path.stem == "counter_draws_grinmoe":
+        allowed = {"torch"}
+    if path.stem.endswith("_kernels_grinmoe"):
+        allowed = {"torch", "triton"}  # imported where Triton is there
     assert needs <= allowed
 
 
