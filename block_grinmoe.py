@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .configuration_grinmoe import GrinMoeConfig
+from .dispatch_grinmoe import DEFAULT_EXPERTS  # noqa: F401  (registers the implementations)
 from .estimators_grinmoe import RoutingNoise, scale_gradient
 from .experts_grinmoe import GrinMoeExperts
 from .routing_grinmoe import route, routing_generator, within_capacity

@@ -4,8 +4,7 @@ Shapes: T tokens, K experts per token, E experts, H hidden size, I expert width.
 
 On disk an expert has three matrices, w1 (gate, (I, H)), w3 (up, (I, H)) and w2 (down, (H, I)); in memory all experts
 of a layer share `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I). Transformers' experts interface picks
-the implementation by `experts_implementation`: `grouped_mm` by default, `eager` is the reference loop below, and
-`grinmoe_cpu` a fast path for training on a CPU.
+the implementation by `experts_implementation`: `eager` is the reference loop below; dispatch_grinmoe.py has the default.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .routing_grinmoe import mix_seed, routing_generator, this_rank
 
@@ -61,7 +58,11 @@ class GrinMoeExperts(nn.Module):
         Returns:
             (T, H), in the dtype of `hidden_states`.
         """
-        _refuse_compilation("eager")
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "experts_implementation='eager' loops over group sizes on the host and cannot be compiled; use "
+                "model.set_experts_implementation('grinmoe')"
+            )
         return self.loop(hidden_states, top_k_index, top_k_weights)
 
     def loop(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -121,145 +122,6 @@ class GrinMoeExperts(nn.Module):
         return activation * self.keep_mask(activation) if self.training and self.dropout > 0 else activation
 
 
-def cpu_experts_forward(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """
-    Fast path for training on a CPU: `experts_implementation="grinmoe_cpu"`. Contract of [`GrinMoeExperts.forward`].
-
-    One pass over the experts in each direction, so that what belongs to an expert stays in the cache. Only the input
-    and the pre-activations (T * K, 2I) are kept for the backward: activations are computed again, and the routing
-    weights' gradient is their inner product with their own gradient.
-
-    Raises:
-        ValueError: tensors on another device than the CPU, or an activation other than silu.
-    """
-    if hidden_states.device.type != "cpu":
-        raise ValueError(
-            f"experts_implementation='grinmoe_cpu' got tensors on {hidden_states.device}; choose 'grouped_mm' there"
-        )
-    if module.config.hidden_act not in ("silu", "swish"):
-        raise ValueError(
-            f"experts_implementation='grinmoe_cpu' is for hidden_act='silu', not {module.config.hidden_act!r}; choose "
-            "'grouped_mm'"
-        )
-    _refuse_compilation("grinmoe_cpu")
-    gate_up_proj, down_proj = module.gate_up_proj, module.down_proj
-    dtype = hidden_states.dtype
-    if torch.is_autocast_enabled("cpu"):
-        # Nothing inside of an autograd function is cast by itself.
-        autocast = torch.get_autocast_dtype("cpu")
-        hidden_states, gate_up_proj, down_proj = (t.to(autocast) for t in (hidden_states, gate_up_proj, down_proj))
-    blocks = _Blocks(top_k_index, module.num_experts)
-    weights = top_k_weights.to(hidden_states.dtype)
-    keep = None
-    if module.training and module.dropout > 0:
-        keep = module.keep_mask(hidden_states.new_empty((blocks.num_rows, module.down_proj.shape[2])))
-    return _CpuExperts.apply(hidden_states, weights, gate_up_proj, down_proj, blocks, keep).to(dtype)
-
-
-class _Blocks:
-    """
-    The choices of all tokens, sorted by expert into blocks of rows whose lengths are rounded up.
-
-    oneDNN compiles a product for every shape that it meets, and keeps some hundreds. Rounded to sixteenths of a power of
-    two, the lengths that occur in training are few; the rows that fill a block up (3 % on average) have weight zero.
-
-    Attributes:
-        tokens: (rows,) the token of every row; of a filling row, any.
-        row_of_choice: (T * K,) where a choice is; the row after the last block is for those served elsewhere.
-        experts: number and rows (a slice) of each expert that has tokens.
-        idle: the experts that have none.
-    """
-
-    def __init__(self, top_k_index: torch.Tensor, num_experts: int):
-        order, sizes = group_by_expert(top_k_index, num_experts)
-        self.experts: list[tuple[int, slice]] = []
-        self.idle = [expert for expert, size in enumerate(sizes) if size == 0]
-        first_choice = first_row = 0
-        rows_in_order = []
-        for expert, size in enumerate(sizes):
-            if size:
-                length = _rounded_up(size)
-                self.experts.append((expert, slice(first_row, first_row + length)))
-                rows_in_order.append(torch.arange(first_row, first_row + size))
-                first_choice, first_row = first_choice + size, first_row + length
-        self.num_rows = first_row
-        rows_in_order.append(torch.full((order.numel() - first_choice,), self.num_rows))
-        self.row_of_choice = torch.empty_like(order)
-        self.row_of_choice[order] = torch.cat(rows_in_order)
-        choices = torch.zeros(self.num_rows + 1, dtype=torch.int64)
-        choices[self.row_of_choice] = torch.arange(order.numel())
-        self.tokens = choices[:-1] // top_k_index.shape[1]
-
-
-def _rounded_up(size: int) -> int:
-    step = max(8, 2 ** (size.bit_length() - 5))
-    return -(-size // step) * step
-
-
-class _CpuExperts(torch.autograd.Function):
-    """Sum over choices of weight * down(silu(gate) * up * keep); `keep` (rows, I) is dropout, None for none."""
-
-    @staticmethod
-    def forward(ctx, hidden_states, weights, gate_up_proj, down_proj, blocks, keep):
-        pre_activation = hidden_states.new_empty(blocks.num_rows, gate_up_proj.shape[1])
-        outputs = hidden_states.new_empty(blocks.num_rows + 1, hidden_states.shape[1])
-        for expert, rows in blocks.experts:
-            pre_activation[rows] = _linear(hidden_states[blocks.tokens[rows]], gate_up_proj[expert])
-            gate, up = pre_activation[rows].chunk(2, dim=-1)
-            activation = nn.functional.silu(gate).mul_(up)
-            if keep is not None:
-                activation *= keep[rows]
-            outputs[rows] = _linear(activation, down_proj[expert])
-        outputs[-1] = 0  # served elsewhere (expert parallelism)
-        ctx.save_for_backward(hidden_states, weights, gate_up_proj, down_proj, pre_activation)
-        ctx.blocks, ctx.keep = blocks, keep
-        per_choice = outputs[blocks.row_of_choice].view(*weights.shape, hidden_states.shape[1])  # (T, K, H)
-        return torch.bmm(weights.unsqueeze(1), per_choice).squeeze(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        hidden_states, weights, gate_up_proj, down_proj, pre_activation = ctx.saved_tensors
-        blocks = ctx.blocks
-        row_weight = weights.new_zeros(blocks.num_rows + 1, 1)
-        row_weight[blocks.row_of_choice] = weights.reshape(-1, 1)
-        grad_row_weight = torch.zeros_like(row_weight)
-        grad_rows = hidden_states.new_empty(blocks.num_rows + 1, hidden_states.shape[1])
-        grad_gate_up = torch.empty_like(gate_up_proj) if ctx.needs_input_grad[2] else None
-        grad_down = torch.empty_like(down_proj) if ctx.needs_input_grad[3] else None
-        for expert, rows in blocks.experts:
-            upstream = grad_output[blocks.tokens[rows]]  # (n, H)
-            gate, up = pre_activation[rows].chunk(2, dim=-1)
-            sigmoid = gate.sigmoid()
-            silu = gate * sigmoid
-            activation = silu * up
-            grad_activation = _linear(upstream, down_proj[expert].t())  # (n, I), not yet weighted
-            if ctx.keep is not None:
-                activation *= ctx.keep[rows]
-            grad_row_weight[rows] = torch.linalg.vecdot(grad_activation, activation).unsqueeze(-1)
-            grad_activation *= row_weight[rows]
-            if ctx.keep is not None:
-                grad_activation *= ctx.keep[rows]
-            if grad_down is not None:
-                grad_down[expert] = _linear((upstream * row_weight[rows]).t(), activation.t())
-            grad_pre = torch.empty_like(pre_activation[rows])
-            grad_gate_part, grad_up_part = grad_pre.chunk(2, dim=-1)
-            torch.mul(grad_activation, silu, out=grad_up_part)
-            # d silu / d gate = sigmoid + silu * (1 - sigmoid)
-            torch.mul(grad_activation.mul_(up), sigmoid + silu * (1 - sigmoid), out=grad_gate_part)
-            if grad_gate_up is not None:
-                grad_gate_up[expert] = _linear(grad_pre.t(), hidden_states[blocks.tokens[rows]].t())
-            grad_rows[rows] = _linear(grad_pre, gate_up_proj[expert].t())
-        for gradient in (grad_gate_up, grad_down):
-            if gradient is not None:
-                gradient[blocks.idle] = 0
-        grad_rows[-1] = 0
-        grad_hidden = grad_rows[blocks.row_of_choice].view(*weights.shape, hidden_states.shape[1]).sum(dim=1)
-        return grad_hidden, grad_row_weight[blocks.row_of_choice].view_as(weights), grad_gate_up, grad_down, None, None
-
-
 def group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
     """
     Sort the choices of all tokens by expert.
@@ -274,37 +136,6 @@ def group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.
     """
     sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
     return order, torch.bincount(sorted_experts, minlength=num_experts)[:num_experts].tolist()
-
-
-def _onednn_linear():
-    """oneDNN's float32 product: (n, k) and (m, k) to (n, m), any strides; None where torch is built without it.
-
-    The one use of a private torch operator in this project. torch.mm is MKL in float32, which on AMD processors takes
-    twice the time of oneDNN, and no public function leads there. The operator is what torch's own compiler calls.
-    """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
-    return lambda left, right: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-
-
-_float32_linear = _onednn_linear() or nn.functional.linear
-
-
-def _linear(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """(n, k) and (m, k) to (n, m) = left @ right.T."""
-    return _float32_linear(left, right) if left.dtype == torch.float32 else nn.functional.linear(left, right)
-
-
-def _refuse_compilation(implementation: str) -> None:
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"experts_implementation={implementation!r} loops over group sizes on the host and cannot be compiled; use "
-            "model.set_experts_implementation('grouped_mm') (or 'batched_mm' for decoding)"
-        )
-
-
-# Assigning again is harmless: this module may be imported under several names.
-ALL_EXPERTS_FUNCTIONS.register("grinmoe_cpu", cpu_experts_forward)
 
 
 def load_per_expert_weights(

@@ -25,6 +25,7 @@ from .balance_grinmoe import BalanceWindow, router_z_loss
 from .block_grinmoe import GrinMoeRouter, GrinMoeSparseMoeBlock
 from .checkpoint_grinmoe import OfficialCheckpointMixin
 from .configuration_grinmoe import GrinMoeConfig
+from .dispatch_grinmoe import DEFAULT_EXPERTS
 from .estimators_grinmoe import RoutingNoise
 from .experts_grinmoe import GrinMoeExperts
 from .generation_grinmoe import GrinMoeGenerationMixin
@@ -156,6 +157,9 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
         # The library greps the model's own file for the experts decorator; ours is applied in experts_grinmoe.py.
         # Without this every experts_implementation would silently run as "eager".
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or DEFAULT_EXPERTS)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
         # The one place that every way of enabling checkpointing goes through, on all supported versions.

@@ -95,8 +95,8 @@ class QuantizedGrinMoeExperts(GrinMoeExperts):
                 "torch.compile, or compile model.dequantize()"
             )
         implementation = self.config._experts_implementation
-        # The first three are the library's: its default, what generate makes of that, and the loop.
-        if implementation not in ("grouped_mm", "batched_mm", "eager", None):
+        # Our default; the library's, and what generate makes of that; and the loop.
+        if implementation not in ("grinmoe", "grouped_mm", "batched_mm", "eager", None):
             logger.warning_once(
                 f"experts_implementation={implementation!r} has no effect on quantised experts: they have their own loop"
             )

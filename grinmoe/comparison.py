@@ -344,8 +344,6 @@ def run_arm(folder: Path, settings: CompareSettings, name: str, seed: int) -> No
     corpus = load_file(folder / "corpus.safetensors")
     set_seed(seed)
     model = GrinMoeForCausalLM(build_config(settings, arm))
-    # On a GPU the loop: autocast reaches its products, but not the library's grouped one, which would work in float32.
-    model.set_experts_implementation("eager" if torch.cuda.is_available() else "grinmoe_cpu")
     curve = _Curve()
     scratch = folder / "runs" / f".{name}-seed{seed}"
     callbacks: list[TrainerCallback] = [curve]

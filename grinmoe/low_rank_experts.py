@@ -18,7 +18,7 @@ from .experts_grinmoe import GrinMoeExperts, group_by_expert
 
 FUSED = ("gate_up_proj", "down_proj")
 # Experts implementations that compute with grouped matrix products; the others are, or here become, a loop.
-GROUPED = ("grouped_mm", "batched_mm")
+GROUPED = ("grinmoe", "grinmoe_triton", "grouped_mm", "batched_mm")
 # Rows of the operands of torch's grouped product must be aligned to this.
 ALIGNMENT_BYTES = 16
 
@@ -30,7 +30,7 @@ def uses_grouped_mm(experts: GrinMoeExperts, dtype: torch.dtype) -> bool:
     """
     Whether grouped matrix products serve, or the loop does. The one place where this is decided.
 
-    They do if the experts implementation is grouped_mm (the default) or batched_mm, all products can be done in `dtype`
+    They do if the experts implementation is one of `GROUPED` (the default is), all products can be done in `dtype`
     without a conversion of the experts' weights (so not on quantised ones), that dtype is bfloat16, or float32 on a CPU,
     H and I are multiples of 16 bytes, and a GPU is of compute capability 8.0 or newer.
     """

@@ -61,7 +61,9 @@ class RunOptions:
         },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    experts_implementation: str | None = field(default=None, metadata={"help": "grouped_mm, eager, grinmoe_cpu, ..."})
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "grinmoe (default), eager, grouped_mm, ..."}
+    )
     adapter: str | None = field(default=None, metadata={"help": "lora, qlora: folder of an adapter to train on."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: float = field(default=32.0, metadata={"help": "Their scale is alpha / r."})

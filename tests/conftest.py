@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from grinmoe import GrinMoeConfig, GrinMoeForCausalLM  # noqa: E402
-from tests.hub_server import hub  # noqa: E402, F401
-from tests.small_chat import chat_data, chat_model  # noqa: E402, F401
+from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+from tests.hub_server import hub  # noqa: F401
+from tests.small_chat import chat_data, chat_model  # noqa: F401
 
 DATA = Path(__file__).parent / "goldens" / "data"
 

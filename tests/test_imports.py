@@ -1,4 +1,4 @@
-"""Imports point one way (configuration, routing, kernels <- experts <- block, layout <- checkpoint <- modeling <- grinmoe <- tests)."""
+"""Imports point one way: configuration, routing, kernels <- experts <- block, layout <- checkpoint <- modeling."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ ALLOWED_SIBLINGS = {
         "block_grinmoe",
         "checkpoint_grinmoe",
         "configuration_grinmoe",
+        "dispatch_grinmoe",
         "estimators_grinmoe",
         "experts_grinmoe",
         "generation_grinmoe",

@@ -87,7 +87,7 @@ def test_released_snapshot_with_our_files(released_snapshot, goldens, tmp_path):
     )
     assert (found["config"], found["causal"]) == ("GrinMoeConfig", "GrinMoeForCausalLM")
     assert (found["base"], found["classifier"]) == ("GrinMoeModel", "GrinMoeForSequenceClassification")
-    assert found["experts"] == "grouped_mm", "the experts' implementation is chosen for remote code as well"
+    assert found["experts"] == "grinmoe", "the experts' implementation is chosen for remote code as well"
     assert found["error"] < 2e-4 and found["error_again"] < 2e-4
     assert found["labels"] == [2, 3] and found["classifier_equal"]
     assert {file.name for file in code_files()} <= set(found["saved"])

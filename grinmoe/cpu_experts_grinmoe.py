@@ -1,0 +1,1 @@
+../cpu_experts_grinmoe.py
