@@ -1,7 +1,8 @@
 """The operations of a decoder layer and of the language head with its loss, as they run in training: tapes to replay.
 
-Where each comes from: attention_grinmoe.py, block_grinmoe.py, modeling_grinmoe.py; Transformers' `grouped_mm` experts,
-`sdpa` attention and `ForCausalLMLoss`; PEFT's LoRA on linears; expert_lora.py and quantization_grinmoe.py for the experts.
+Where each comes from: attention_grinmoe.py, block_grinmoe.py, modeling_grinmoe.py; Transformers' `grouped_mm` experts as
+dispatch_grinmoe.py calls them, `sdpa` attention and `ForCausalLMLoss`; PEFT's LoRA on linears; expert_lora.py and
+quantization_grinmoe.py for the experts.
 What torch keeps for a backward follows from its derivative formulas: a product keeps its input only where its weight is
 trained, a pointwise product its factors, a sum nothing.
 
@@ -114,9 +115,7 @@ class _Layer(_Operations):
         self.tokens, self.hidden = step.tokens, step.config.hidden_size
         self.choices = step.tokens * step.config.num_experts_per_tok
         self.compute, self.norm_bytes = step.precision.compute, step.precision.norm
-        # Grouped products are not for autocast to cast: they follow the weights.
         self.held: tuple[str, ...] = ()  # what the experts' functions hold until they return
-        self.expert_bytes = FLOAT32 if casts_weights(step) else self.compute
 
     def tape(self, first: bool) -> Tape:
         numel = self.tokens * self.hidden
@@ -246,7 +245,7 @@ class _Layer(_Operations):
 
     def _experts(self) -> None:
         """The library's grouped products; those of expert_lora.py; or the loop over experts in 4 bits."""
-        config, choices, compute = self.config, self.choices, self.expert_bytes
+        config, choices, compute = self.config, self.choices, self.compute
         width = config.intermediate_size
         self.loop = self.step.method == "qlora"
         self.by_library = not self.loop and "gate_up_proj" not in self.targets
@@ -271,17 +270,11 @@ class _Layer(_Operations):
 
     def _rows(self) -> str:
         """Each choice's input, sorted by expert."""
-        numel, choices, compute = self.tokens * self.hidden, self.choices, self.expert_bytes
+        numel, choices, compute = self.tokens * self.hidden, self.choices, self.compute
         self.make("token_of_row", choices * INT64)
-        if self.by_library:
-            # Gathered first, and cast then.
-            self.make("rows", choices * self.hidden * self.norm_bytes)
-            self.add(Op("gather", (self.expert_input,), ("rows",), ("token_of_row",)))
-            self.held = ("rows", self.expert_input)
-            return self.cast("rows", choices * self.hidden, self.norm_bytes, compute)
         source = self.cast(self.expert_input, numel, self.norm_bytes, compute, "_of_experts")
         self.held = ("rows", source, self.expert_input)
-        if not self.loop:
+        if not self.loop and not self.by_library:
             # A row of zeros more, for choices that are served elsewhere.
             self.make("padded", numel * compute)
             self.add(Op("cat", (source,), ("padded",), passes_gradient=True))
@@ -292,7 +285,7 @@ class _Layer(_Operations):
 
     def _combine(self) -> None:
         """Weight each choice's output, bring it back to its token, sum over the token's choices."""
-        size = self.choices * self.hidden * self.expert_bytes
+        size = self.choices * self.hidden * self.compute
         self.make("weighted", size)
         self.make("unsorted", size)
         down = "down_rows"
@@ -308,14 +301,20 @@ class _Layer(_Operations):
         self.add(Op("weigh", (down, "routing_weights"), ("weighted",), saves, scratch=size))
         self.make("row_of_choice", self.choices * INT64)
         self.add(Op("unsort", ("weighted",), ("unsorted",), ("row_of_choice",)))
-        self.make("moe", self.tokens * self.hidden * self.norm_bytes)
-        self.add(Op("sum", ("unsorted",), ("moe",), constants=self.held))
+        numel = self.tokens * self.hidden
+        total = "total" if self.by_library and self.norm_bytes != self.compute else "moe"
+        self.make(total, numel * self.norm_bytes)
+        self.add(Op("sum", ("unsorted",), (total,), constants=self.held))
+        if total != "moe":
+            # The library's function returns the precision that its input came in; dispatch_grinmoe.py the block's.
+            self.make("moe", numel * self.norm_bytes)
+            self.add(Op("cast", (self.cast(total, numel, self.norm_bytes, self.compute),), ("moe",)))
 
     def _expert_product(self, name: str, source: str, output: str, inputs: int, outputs: int) -> None:
         """A fused weight's product with the rows of each expert, and the LoRA term on it."""
         step, experts, choices = self.step, self.config.num_local_experts, self.choices
         adapted = name in self.targets
-        size = choices * outputs * self.expert_bytes
+        size = choices * outputs * self.compute
         base = output + "_base" if adapted else output
         # The loop has one expert's terms at a time.
         term = size // experts if self.loop else size
@@ -324,7 +323,13 @@ class _Layer(_Operations):
         # One expert at a time is dequantised, in the forward and again in the backward.
         one_expert = inputs * outputs * self.compute if self.loop else 0
         saves: tuple[str, ...] = (source,) if step.trains_all else ()
-        self.add(Op(name, (source,), (base,), saves, parameter_gradients=trained, gathers=one_expert))
+        cast = 0
+        if casts_weights(step):
+            # A copy for the products; its gradient is cast to the weight's.
+            cast = experts * inputs * outputs * self.compute
+            self.make(f"{name}_weight", cast)
+            saves = (source, f"{name}_weight")
+        self.add(Op(name, (source,), (base,), saves, scratch=cast, parameter_gradients=trained, gathers=one_expert))
         if not adapted:
             return
         rank = step.adapters.rank

@@ -212,5 +212,5 @@ def trained_bytes(step: Step) -> int:
 
 
 def casts_weights(step: Step) -> bool:
-    """Whether autocast makes copies of float32 weights for the linear layers. Experts are computed in float32 then."""
+    """Whether autocast makes copies of float32 weights for the products."""
     return step.trains_all and step.shards is None and step.precision.autocast

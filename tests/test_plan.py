@@ -113,6 +113,8 @@ def model_of(step: Step) -> torch.nn.Module:
     """A model as the step's method trains it."""
     torch.manual_seed(0)
     model = GrinMoeForCausalLM(step.config)
+    # As on a GPU: where it computes in bfloat16, a CPU's default takes it too.
+    model.set_experts_implementation("grinmoe" if step.precision.autocast else "grouped_mm")
     if step.precision.compute == 2 and not (step.trains_all and step.precision.autocast):
         model.bfloat16()
     if step.method == "qlora":
