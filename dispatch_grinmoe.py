@@ -19,6 +19,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .cpu_experts_grinmoe import SILU
+from .triton_experts_grinmoe import check_triton  # noqa: F401  (registers "grinmoe_triton")
 
 DEFAULT_EXPERTS = "grinmoe"
 

@@ -36,7 +36,7 @@ def algorithm(block, hidden_states: torch.Tensor, noise: RoutingNoise, star: boo
     return output
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "grinmoe_cpu"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "grinmoe_cpu", "grinmoe_triton"])
 @pytest.mark.parametrize("estimator", ["sparsemixer_v2_printed", "sparsemixer_v2_star"])
 def test_the_block_is_the_printed_algorithm(tiny_config, estimator, implementation):
     """Output, and gradients of the input, the gate and the experts; float32 against float64."""

@@ -28,7 +28,9 @@ ROUTINGS = {
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "grinmoe", "grinmoe_cpu"])
+@pytest.mark.parametrize(
+    "implementation", ["eager", "grouped_mm", "batched_mm", "grinmoe", "grinmoe_cpu", "grinmoe_triton"]
+)
 def test_implementations_match_the_definition(tiny_config, implementation, routing):
     torch.manual_seed(0)
     config = tiny_config(num_local_experts=8)

@@ -25,8 +25,8 @@ ALLOWED_SIBLINGS = {
     "generation_grinmoe": {"attention_grinmoe"},
     "experts_grinmoe": {"configuration_grinmoe", "routing_grinmoe"},
     "cpu_experts_grinmoe": {"experts_grinmoe"},
-    "triton_experts_grinmoe": {"decode_kernels_grinmoe", "experts_grinmoe", "experts_kernels_grinmoe"},
-    "dispatch_grinmoe": {"cpu_experts_grinmoe", "experts_grinmoe", "triton_experts_grinmoe"},
+    "triton_experts_grinmoe": {"cpu_experts_grinmoe", "decode_kernels_grinmoe", "experts_kernels_grinmoe"},
+    "dispatch_grinmoe": {"cpu_experts_grinmoe", "triton_experts_grinmoe"},
     "block_grinmoe": {
         "configuration_grinmoe",
         "dispatch_grinmoe",

@@ -341,7 +341,7 @@ def test_neftune_comes_from_the_trainer(tiny_model, dataset, tmp_path):
 
 
 class TestExpertDropout:
-    @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm", "grinmoe_cpu"])
+    @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm", "grinmoe_cpu", "grinmoe_triton"])
     def test_a_share_of_activations_is_dropped_and_the_mean_kept(self, tiny_model, experts):
         """With down projections that sum the activations, every output is a sum over those that were kept."""
         model = tiny_model(expert_dropout=0.25, input_jitter_noise=0.0)

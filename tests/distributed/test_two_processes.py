@@ -129,7 +129,7 @@ EXPERT_PARALLEL = (
 )
 
 
-@pytest.mark.parametrize("experts", ["grouped_mm", "grinmoe_cpu"])
+@pytest.mark.parametrize("experts", ["grouped_mm", "grinmoe_cpu", "grinmoe_triton"])
 @pytest.mark.parametrize("options", [{"tp_size": 2}, {"tp_size": 2, **EXPERT_PARALLEL}], ids=["tensor", "expert"])
 def test_parallel_plans_give_the_same_model(tmp_path, options, experts):
     model = tiny().eval()

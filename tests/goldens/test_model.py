@@ -13,7 +13,7 @@ from grinmoe.routing_grinmoe import RoutingNoise
 from tests.tolerances import GOLDEN, GOLDEN_DIGEST, GOLDEN_GRADIENT
 
 ATTENTION = ["eager", "sdpa", "flex_attention"]
-EXPERTS = ["eager", "grouped_mm", "batched_mm", "grinmoe_cpu"]
+EXPERTS = ["eager", "grouped_mm", "batched_mm", "grinmoe_cpu", "grinmoe_triton"]
 CASES = [
     *[(name, case) for name in ("golden-a", "golden-b", "golden-c") for case in ("plain", "leftpad", "leftpad_pos")],
     ("golden-c", "long"),
@@ -106,6 +106,7 @@ GRADIENT_PATHS = [
     ("sdpa", "grouped_mm", "cpu"),
     ("sdpa", "batched_mm", "cpu"),
     ("sdpa", "grinmoe_cpu", "cpu"),
+    ("sdpa", "grinmoe_triton", "cpu"),
     ("flex_attention", "eager", "cpu"),
     ("flex_attention", "grouped_mm", "cpu"),
     pytest.param("flex_attention", "grouped_mm", "cuda", marks=pytest.mark.gpu),
@@ -186,7 +187,13 @@ def greedy(model, golden, case: str, **kwargs) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "attention, experts",
-    [("eager", "eager"), ("sdpa", "grouped_mm"), ("sdpa", "grinmoe_cpu"), ("flex_attention", "grouped_mm")],
+    [
+        ("eager", "eager"),
+        ("sdpa", "grouped_mm"),
+        ("sdpa", "grinmoe_cpu"),
+        ("sdpa", "grinmoe_triton"),
+        ("flex_attention", "grouped_mm"),
+    ],
 )
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "recomputed"])
 @pytest.mark.parametrize("case", ["generate", "generate_leftpad"])

@@ -1,0 +1,1 @@
+../experts_kernels_grinmoe.py
