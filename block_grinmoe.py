@@ -5,12 +5,16 @@ Shapes: B batch, S sequence, T = B * S tokens, H hidden size, E experts, K exper
 
 import torch
 from torch import nn
+from transformers.utils import is_triton_available
 
 from .configuration_grinmoe import GrinMoeConfig
-from .dispatch_grinmoe import DEFAULT_EXPERTS  # noqa: F401  (registers the implementations)
+from .dispatch_grinmoe import uses_triton
 from .estimators_grinmoe import RoutingNoise, scale_gradient
 from .experts_grinmoe import GrinMoeExperts
-from .routing_grinmoe import route, routing_generator, within_capacity
+from .routing_grinmoe import check_router_logits, route, routing_generator, within_capacity
+
+if is_triton_available():
+    from .router_kernels_grinmoe import FUSED_ESTIMATORS, fused_input_jitter, fused_route
 
 
 class GrinMoeRouter(nn.Module):
@@ -21,6 +25,7 @@ class GrinMoeRouter(nn.Module):
 
     def __init__(self, config: GrinMoeConfig, layer_idx: int | None = None):
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.num_experts = config.num_local_experts  # read by the library's expert parallelism
         self.top_k = config.num_experts_per_tok
@@ -34,9 +39,12 @@ class GrinMoeRouter(nn.Module):
         hidden_states: torch.Tensor,
         noise: RoutingNoise | None = None,
         generator: torch.Generator | None = None,
+        routing_seed: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """
-        Draws in training are `noise`, or come from `generator`, or from torch's default one.
+        Draws in training are `noise`, or come from `generator`, or from torch's default one. Where the Triton kernels were
+        asked for (`experts_implementation="grinmoe_triton"`) and the estimator has one, they follow from `routing_seed`
+        by counting (counter_draws_grinmoe.py).
 
         Returns:
             router_logits (T, E); routing_weights (T, K), 0 for a choice beyond an expert's capacity; selected_experts
@@ -44,16 +52,15 @@ class GrinMoeRouter(nn.Module):
             selected experts once more, to be recorded.
         """
         router_logits = nn.functional.linear(hidden_states, self.weight)  # (T, E)
-        routing_weights, selected_experts, expert_gradient_scale = route(
-            router_logits,
-            self.top_k,
-            self.jitter_eps,
-            self.training,
-            noise,
-            self.estimator,
-            generator=generator,
-            layer=self.layer_idx,
-        )
+        options = (router_logits, self.top_k, self.jitter_eps, self.training)
+        if uses_triton(self.config, hidden_states.device) and self.estimator in FUSED_ESTIMATORS:
+            check_router_logits(router_logits, self.top_k, self.layer_idx)
+            routing = fused_route(*options, self.estimator, noise, routing_seed, self.layer_idx or 0)
+            routing_weights, selected_experts, expert_gradient_scale = routing[:3]
+        else:
+            routing_weights, selected_experts, expert_gradient_scale = route(
+                *options, noise, self.estimator, generator=generator, layer=self.layer_idx
+            )
         if self.training and self.capacity_factor is not None:
             fits = within_capacity(selected_experts, self.num_experts, self.capacity_factor)
             routing_weights = routing_weights.masked_fill(~fits, 0.0)
@@ -70,6 +77,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
 
     def __init__(self, config: GrinMoeConfig, layer_idx: int | None = None):
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.input_jitter_noise = config.input_jitter_noise
         self.expert_dropout = config.expert_dropout
@@ -92,8 +100,10 @@ class GrinMoeSparseMoeBlock(nn.Module):
                 generator = routing_generator(routing_seed, self.layer_idx, hidden_states.device)
                 if self.expert_dropout > 0:  # PEFT's wrappers of the experts know no seed_dropout
                     self.experts.seed_dropout(routing_seed, self.layer_idx, hidden_states.device)
-            hidden_states = self._jittered(hidden_states, noise, generator)
-        _, routing_weights, selected_experts, expert_gradient_scale, _ = self.gate(hidden_states, noise, generator)
+            hidden_states = self._jittered(hidden_states, noise, generator, routing_seed)
+        _, routing_weights, selected_experts, expert_gradient_scale, _ = self.gate(
+            hidden_states, noise, generator, routing_seed
+        )
         if expert_gradient_scale is None:
             output = self.experts(hidden_states, selected_experts, routing_weights)
         else:
@@ -103,13 +113,19 @@ class GrinMoeSparseMoeBlock(nn.Module):
         return output.reshape(shape)
 
     def _jittered(
-        self, hidden_states: torch.Tensor, noise: RoutingNoise | None, generator: torch.Generator | None
+        self,
+        hidden_states: torch.Tensor,
+        noise: RoutingNoise | None,
+        generator: torch.Generator | None,
+        routing_seed: int | None,
     ) -> torch.Tensor:
         # Once, seen by the router and the experts but not by the residual stream, and never in place.
         if noise is not None and noise.input_jitter is not None:
             return hidden_states * noise.input_jitter.reshape(hidden_states.shape).to(hidden_states.dtype)
         if self.input_jitter_noise == 0:
             return hidden_states
+        if uses_triton(self.config, hidden_states.device):
+            return fused_input_jitter(hidden_states, self.input_jitter_noise, routing_seed, self.layer_idx or 0)
         low, high = 1.0 - self.input_jitter_noise, 1.0 + self.input_jitter_noise
         return hidden_states * torch.empty_like(hidden_states).uniform_(low, high, generator=generator)
 

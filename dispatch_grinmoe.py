@@ -19,7 +19,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .cpu_experts_grinmoe import SILU
-from .triton_experts_grinmoe import check_triton  # noqa: F401  (registers "grinmoe_triton")
+from .triton_experts_grinmoe import check_triton
 
 DEFAULT_EXPERTS = "grinmoe"
 
@@ -50,6 +50,18 @@ def implementation_for(module: nn.Module, hidden_states: torch.Tensor, top_k_ind
     return "batched_mm" if decodes else "grouped_mm"
 
 
+def uses_triton(config, device: torch.device) -> bool:
+    """Whether the router and the jitter run in Triton's kernels too: where the experts were asked to.
+
+    Raises:
+        ImportError, ValueError: they were, and cannot (`triton_experts_grinmoe.check_triton`).
+    """
+    if config._experts_implementation != "grinmoe_triton":
+        return False
+    check_triton(device)
+    return True
+
+
 class _Cast:
     """A module of experts as the library's functions read it, with its weights in another dtype."""
 
@@ -65,4 +77,4 @@ class _Cast:
 # Assigning again is harmless: this module may be imported under several names.
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_EXPERTS, experts_forward)
 
-__all__ = ["DEFAULT_EXPERTS", "implementation_for"]
+__all__ = ["DEFAULT_EXPERTS", "implementation_for", "uses_triton"]

@@ -56,11 +56,30 @@ def compile_only(compiled: dict) -> None:
     JITFunction.run = warm_up
 
 
-def launch_all() -> None:
-    from grinmoe.experts_kernels_grinmoe import combine, place_rows, swiglu, swiglu_backward
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-    def empty(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
+
+def launch_router() -> None:
+    from grinmoe.router_kernels_grinmoe import jitter, router_backward, router_forward
+
+    selected, weights = empty(TOKENS, TOP_K, dtype=torch.int64), empty(TOKENS, TOP_K)
+    seed, exponential = empty(1, dtype=torch.int64), empty(TOP_K, TOKENS, EXPERTS, dtype=torch.float32)
+    for num_experts in (EXPERTS, 128):
+        logits = empty(TOKENS, num_experts)
+        for estimator in ("sparsemixer_v2", "sparsemixer_togo", "sparsemixer_joint")[: 1 if num_experts == 128 else 3]:
+            router_forward(logits, None, None, None, 2**62 + 5, 3, TOP_K, 0.02, estimator, True)
+            _, _, _, _, sums = router_forward(logits, None, None, seed, 0, 3, TOP_K, 0.02, estimator, False)
+            for of_sums in (sums, None):
+                router_backward(logits, selected, weights, of_sums, 0.02, estimator, True)
+    uniform = exponential[..., :1].contiguous()
+    router_forward(empty(TOKENS, EXPERTS), exponential, uniform, None, 0, 3, TOP_K, 0.02, "sparsemixer_v2", True)
+    jitter(empty(TOKENS, HIDDEN), None, 2**62 + 5, 3, 0.01)
+    jitter(empty(TOKENS, HIDDEN), seed, 0, 3, 0.01)
+
+
+def launch_experts() -> None:
+    from grinmoe.experts_kernels_grinmoe import combine, place_rows, swiglu, swiglu_backward
 
     selected, weights = empty(TOKENS, TOP_K, dtype=torch.int64), empty(TOKENS, TOP_K)
     order, row_of_choice, ends = place_rows(selected, EXPERTS)
@@ -96,7 +115,8 @@ def main(capability: int = 90) -> None:
     driver.set_active(NoDevice(capability))
     compiled: dict[str, list] = {}
     compile_only(compiled)
-    launch_all()
+    launch_router()
+    launch_experts()
     for name, kernels in compiled.items():
         for kernel in kernels:
             print(json.dumps({"kernel": name, **machine_facts(kernel)}))

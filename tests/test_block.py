@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from grinmoe.block_grinmoe import GrinMoeSparseMoeBlock
+from grinmoe.counter_draws_grinmoe import counter_jitter, counter_noise
 from grinmoe.estimators_grinmoe import RoutingNoise
+from grinmoe.router_kernels_grinmoe import FUSED_ESTIMATORS
 from grinmoe.routing_grinmoe import draw_routing_noise
 from tests.tolerances import FAST_PATH_FLOAT32
 
@@ -69,3 +71,61 @@ def test_the_experts_may_be_wrapped_by_plain_peft(tiny_model):
     ids = torch.arange(24).view(2, 12)
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+class TestTritonKernels:
+    """`experts_implementation="grinmoe_triton"`: router and jitter by kernels too, with draws that follow from the seed."""
+
+    def build(self, tiny_config, implementation="grinmoe_triton", **fields):
+        config = tiny_config(router_jitter_noise=0.3, input_jitter_noise=0.2, **fields)
+        config._experts_implementation = implementation
+        torch.manual_seed(0)
+        block = GrinMoeSparseMoeBlock(config, layer_idx=1).train()
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        return block
+
+    @pytest.mark.parametrize("estimator", ["sparsemixer_v2", "sparsemixer_v2_star", "sparsemixer_centred", "topk"])
+    def test_a_training_step_is_that_of_the_reference_with_the_same_draws(self, tiny_config, estimator):
+        hidden_states, upstream = torch.randn(2, 15, 32), torch.randn(2, 15, 32)
+        noise = counter_noise(7, 1, 30, 4, 2)._replace(input_jitter=counter_jitter(7, 1, 30, 32, 0.2))
+        outcomes = []
+        for implementation in ("eager", "grinmoe_triton"):
+            block = self.build(tiny_config, implementation, router_estimator=estimator)
+            # What has no kernel draws by the reference from a generator; so it is given the noise.
+            fused = implementation != "eager" and estimator in FUSED_ESTIMATORS
+            leaf = hidden_states.clone().requires_grad_()
+            output = block(leaf, **({"routing_seed": 7} if fused else {"noise": noise}))
+            outcomes.append([output, *torch.autograd.grad(output, [leaf, *block.parameters()], upstream)])
+        for expected, found in zip(*outcomes, strict=True):
+            assert (found - expected).abs().max() <= FAST_PATH_FLOAT32 * expected.abs().max()
+
+    def test_layers_and_seeds_draw_differently_and_repeat(self, tiny_config):
+        block, hidden_states = self.build(tiny_config), torch.randn(1, 20, 32)
+        first = block(hidden_states, routing_seed=7)
+        assert torch.equal(block(hidden_states, routing_seed=7), first)
+        assert not torch.equal(block(hidden_states, routing_seed=8), first)
+        block.layer_idx = block.gate.layer_idx = 2
+        assert not torch.equal(block(hidden_states, routing_seed=7), first)
+
+    def test_only_input_and_pre_activation_are_kept(self, tiny_config):
+        """Goal G4 for the whole block, jitter and router included."""
+        block = self.build(tiny_config, hidden_size=128, intermediate_size=96)
+        parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in parameters:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            block(torch.randn(1, 200, 128, requires_grad=True), routing_seed=7)
+        minimum = 4 * (200 * 128 + 200 * 2 * 2 * 96)
+        assert minimum <= sum(kept.values()) <= 1.1 * minimum
+
+    def test_logits_that_allow_no_choice_are_named(self, tiny_config):
+        hidden_states = torch.ones(1, 5, 32)
+        hidden_states[0, 2] = float("nan")
+        with pytest.raises(ValueError, match="layer 1: 1 of 5 tokens"):
+            self.build(tiny_config)(hidden_states, routing_seed=7)

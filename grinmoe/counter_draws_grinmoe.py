@@ -1,0 +1,1 @@
+../counter_draws_grinmoe.py

@@ -1,0 +1,1 @@
+../router_kernels_grinmoe.py

@@ -1,0 +1,173 @@
+"""The fused router held to the estimators, in Triton's interpreter: choices, weights, what is counted, every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import grinmoe.router_kernels_grinmoe as router_kernels
+from grinmoe.counter_draws_grinmoe import counter_jitter, counter_noise
+from grinmoe.router_kernels_grinmoe import FUSED_ESTIMATORS, fused_input_jitter, fused_route
+from grinmoe.routing_grinmoe import draw_routing_noise, load_balancing_loss, route
+
+SEED = 2**62 + 12345
+# Weights: one rounding of the logits' dtype. Gradients: relative to the largest.
+WEIGHTS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+GRADIENTS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+def logits_of(tokens: int, experts: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+
+
+def assert_alike(logits, top_k, eps, training, estimator, noise=None, seed=None, stream=0):
+    draws = noise
+    if training and noise is None:
+        draws = counter_noise(seed, stream, *logits.shape, top_k)
+    expected = route(logits, top_k, eps, training, draws, estimator)
+    found = fused_route(logits, top_k, eps, training, estimator, noise, seed, stream)
+    assert torch.equal(found.selected_experts, expected.selected_experts)
+    assert found.routing_weights.dtype == logits.dtype
+    torch.testing.assert_close(found.routing_weights, expected.routing_weights, rtol=0, atol=WEIGHTS[logits.dtype])
+    assert (found.expert_gradient_scale is None) == (expected.expert_gradient_scale is None)
+    if expected.expert_gradient_scale is not None:
+        assert torch.equal(found.expert_gradient_scale, expected.expert_gradient_scale)
+    upstream = torch.randn(found.routing_weights.shape, generator=torch.Generator().manual_seed(1)).to(logits.dtype)
+    wanted, got = (torch.autograd.grad(r.routing_weights, logits, upstream)[0] for r in (expected, found))
+    assert (got - wanted).abs().max() <= GRADIENTS[logits.dtype] * wanted.abs().max() + 1e-7
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("estimator", FUSED_ESTIMATORS)
+@pytest.mark.parametrize("draws", ["given", "counter", "evaluation"])
+def test_it_decides_as_the_reference(estimator, draws, dtype):
+    logits = logits_of(67, 16, dtype)
+    noise = draw_routing_noise(logits, 2, torch.Generator().manual_seed(2)) if draws == "given" else None
+    assert_alike(logits, 2, 0.1, draws != "evaluation", estimator, noise, SEED, stream=3)
+
+
+@pytest.mark.parametrize(
+    "tokens, experts, top_k, eps",
+    [(1, 5, 2, 0.01), (130, 33, 3, 0.5), (20, 128, 2, 0.01), (9, 4, 4, 1e9), (9, 3, 1, 0.0), (5, 1, 1, 0.01)],
+)
+def test_odd_shapes_and_masks(tokens, experts, top_k, eps):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for estimator in ("sparsemixer_v2", "sparsemixer_togo"):
+            assert_alike(logits_of(tokens, experts, dtype), top_k, eps, True, estimator, seed=5)
+    assert_alike(logits_of(tokens, experts), top_k, eps, False, "sparsemixer_v2")
+
+
+def test_ties_zeros_and_closed_experts():
+    """All-zero logits (0/0 is kept), equal ones (the first wins), and experts closed by -inf."""
+    closed = torch.tensor([1.0, float("-inf"), 0.5, float("-inf")])
+    rows = torch.stack([torch.zeros(4), torch.tensor([1.0, 2.0, 2.0, 1.0]), closed, -torch.ones(4)])
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = rows.to(dtype).requires_grad_()
+        for training in (True, False):
+            found = assert_alike(logits, 2, 0.01, training, "sparsemixer_v2", seed=1)
+            assert not ((found.selected_experts[2] == 1) | (found.selected_experts[2] == 3)).any()
+    evaluated = fused_route(rows, 2, 0.01, False)
+    assert evaluated.selected_experts[1].tolist() == [1, 2]
+    torch.testing.assert_close(evaluated.routing_weights[0], torch.tensor([1 / 4, 1 / 3]))
+
+
+def test_every_bfloat16_gap_falls_on_the_reference_s_side_of_the_mask():
+    """The mask compares in the logits' dtype: all values near a best logit of 1, and both signs."""
+    second = torch.arange(-2.0, 1.0, 2**-8).bfloat16()
+    logits = torch.stack([torch.ones_like(second), second], dim=1)
+    for eps in (0.01, 0.1, 0.5):
+        kept = fused_route(logits, 1, eps, False).routing_weights < 1
+        assert torch.equal(kept, route(logits, 1, eps, False).routing_weights < 1)
+        assert 0 < kept.sum() < kept.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_it_counts_gives_the_balance_loss_and_its_gradient(dtype):
+    logits = logits_of(150, 16, dtype)
+    found = fused_route(logits, 2, 0.1, True, seed=SEED)
+    counts = torch.bincount(found.selected_experts.flatten(), minlength=16)
+    assert torch.equal(found.tokens_per_expert.sum(0), counts)
+    fraction, mean_probs = found.tokens_per_expert.sum(0) / 150, found.prob_sums.sum(0) / 150
+    loss = 16 * (fraction * mean_probs).sum()
+    expected = load_balancing_loss((logits,), (found.selected_experts,), 2, "local")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    # Together with a gradient through the weights, as in training.
+    upstream = torch.randn(150, 2).to(dtype)
+    reference = route(logits, 2, 0.1, True, counter_noise(SEED, 0, 150, 16, 2)).routing_weights
+    (got,) = torch.autograd.grad(loss + (found.routing_weights * upstream).sum(), logits)
+    (wanted,) = torch.autograd.grad(expected + (reference * upstream).sum(), logits)
+    assert (got - wanted).abs().max() <= GRADIENTS[dtype] * wanted.abs().max()
+
+
+def test_a_recomputed_layer_draws_the_same():
+    logits = logits_of(30, 8)
+
+    def weigh(logits):
+        return fused_route(fused_input_jitter(logits, 0.01, SEED, 2), 2, 0.3, True, seed=SEED, stream=2)[0]
+
+    plain, recomputed = weigh(logits), checkpoint(weigh, logits, use_reentrant=False)
+    assert torch.equal(plain, recomputed)
+    for a, b in zip(*(torch.autograd.grad(w.square().sum(), logits) for w in (plain, recomputed))):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("seed", [None, torch.tensor([SEED])], ids=["drawn", "given"])
+def test_a_compiled_router(seed):
+    torch.compiler.reset()
+    logits = logits_of(30, 8)
+    compiled = torch.compile(
+        lambda z: fused_route(fused_input_jitter(z, 0.01, seed), 2, 0.3, True, seed=seed),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    found = compiled(logits)
+    if seed is None:
+        assert not torch.equal(compiled(logits).routing_weights, found.routing_weights)
+    else:
+        expected = fused_route(fused_input_jitter(logits, 0.01, SEED), 2, 0.3, True, seed=SEED)
+        assert torch.equal(found.routing_weights, expected.routing_weights)
+        for a, b in zip(*(torch.autograd.grad(r.routing_weights.sum(), logits) for r in (found, expected))):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens, hidden", [(1, 7), (70, 1100)])
+def test_the_jitter_is_the_reference_s_and_keeps_nothing(tokens, hidden, dtype):
+    kept = []
+    hidden_states = torch.randn(tokens, hidden).to(dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        jittered = fused_input_jitter(hidden_states, 0.01, SEED, 2)
+    factors = counter_jitter(SEED, 2, tokens, hidden, 0.01, dtype)
+    assert torch.equal(jittered, hidden_states * factors) and jittered.dtype == dtype
+    (gradient,) = torch.autograd.grad(jittered, hidden_states, torch.ones_like(jittered))
+    assert torch.equal(gradient, factors) and sum(kept) <= 1
+
+
+def test_operators_keep_their_word():
+    arguments = (logits_of(9, 4), None, None, torch.tensor([5]), 0, 1, 2, 0.2)
+    torch.library.opcheck(router_kernels._router, (*arguments, "sparsemixer_v2", True))
+    torch.library.opcheck(router_kernels._jitter, (torch.randn(9, 8, requires_grad=True), None, 5, 1, 0.01))
+
+
+def test_no_token_at_all():
+    logits = torch.empty(0, 4, requires_grad=True)
+    found = fused_route(logits, 2, 0.01, True, seed=1)
+    assert found.routing_weights.shape == (0, 2) and found.tokens_per_expert.sum() == 0
+    assert torch.autograd.grad(found.routing_weights.sum(), logits)[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "logits, estimator, message",
+    [
+        (torch.zeros(2, 4), "topk", "estimator='topk' has no kernel"),
+        (torch.zeros(2, 4), "sparsemixer_centred", "has no kernel"),
+        (torch.zeros(2, 129), "sparsemixer_v2", "at most 128 experts"),
+        (torch.zeros(2, 4).double(), "sparsemixer_v2", "float64"),
+    ],
+    ids=["topk", "centred", "experts", "dtype"],
+)
+def test_what_has_no_kernel_is_refused(logits, estimator, message):
+    with pytest.raises(ValueError, match=message):
+        fused_route(logits, 2, 0.01, True, estimator)
