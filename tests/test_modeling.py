@@ -30,7 +30,7 @@ class TestCompilation:
     def _nothing_compiled_before(self):
         torch.compiler.reset()  # there is a limit to how often a function is compiled, and what failed hides the reason
 
-    @pytest.mark.parametrize("experts", ["grinmoe", "grouped_mm"])
+    @pytest.mark.parametrize("experts", ["grinmoe", "grouped_mm", "grinmoe_triton"])
     def test_forward_in_one_graph(self, goldens, golden_models, experts):
         golden, model = goldens["golden-b"], golden_models["golden-b"]
         model.set_attn_implementation("sdpa")
@@ -60,10 +60,15 @@ class TestCompilation:
         )
         assert torch.equal(sequences, golden["generate.sequences"])
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_training_step_in_one_graph(self, tiny_model, dtype):
+    @pytest.mark.parametrize(
+        "experts, dtype",
+        [("grinmoe", torch.float32), ("grinmoe", torch.bfloat16), ("grinmoe_triton", torch.float32)],
+        ids=str,
+    )
+    def test_training_step_in_one_graph(self, tiny_model, experts, dtype):
         """Outputs and gradients of a compiled training step, with the same draws."""
         model = tiny_model(router_aux_loss_coef=0.1, router_jitter_noise=0.3).to(dtype).train()
+        model.set_experts_implementation(experts)
         ids = torch.arange(20)[None]
         compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
         assert compiled(input_ids=ids, labels=ids).loss.isfinite()  # with draws of its own
