@@ -11,8 +11,12 @@ Imported only where Triton is. Under TRITON_INTERPRET=1 the kernels run on a CPU
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # in a `try`, Transformers does not ask those for it who load the model from the Hub
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels need Triton; pip install triton") from error
 
 MAX_EXPERTS = 128
 # Columns that a program reads at once: 16 bytes for each of 128 threads in bfloat16.

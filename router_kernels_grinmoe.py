@@ -13,8 +13,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+
+try:  # in a `try`, Transformers does not ask those for it who load the model from the Hub
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels need Triton; pip install triton") from error
 
 from .counter_draws_grinmoe import STRIPE, STRIPES
 from .estimators_grinmoe import RoutingNoise
@@ -82,10 +86,10 @@ class FusedRouting(NamedTuple):
 def _rounded(values, logits_ptr):
     """To the logits' dtype and back: where the reference rounds."""
     if logits_ptr.dtype.element_ty == tl.bfloat16:
-        # To the nearest, ties to even, by hand: Triton's interpreter cuts off.
+        # To the nearest, ties to even, by hand: Triton's interpreter cuts off. A GPU's NaN would become a zero by that.
         bits = values.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
-        rounded = (bits & -65536).to(tl.float32, bitcast=True)
+        rounded = tl.where(values == values, (bits & -65536).to(tl.float32, bitcast=True), float("nan"))
     else:
         rounded = values.to(logits_ptr.dtype.element_ty).to(tl.float32)
     return rounded
@@ -103,9 +107,10 @@ def _load_logits(logits_ptr, tokens, columns, num_tokens, NUM_EXPERTS: tl.conste
 def _masked_softmax(logits, remaining, threshold, logits_ptr):
     """`estimators_grinmoe.masked_softmax`: probabilities, and which experts have none."""
     top = tl.max(remaining, axis=1)[:, None]
-    gap = _rounded(_rounded(top - logits, logits_ptr) / tl.maximum(tl.abs(logits), top), logits_ptr)
+    # Other divisions of Triton's are not rounded to the nearest, and could fall on the other side of the threshold.
+    quotient = tl.div_rn(_rounded(top - logits, logits_ptr), tl.maximum(tl.abs(logits), top))
     # NaN (0/0) compares false: kept.
-    dropped = (gap > threshold) | (remaining == float("-inf"))
+    dropped = (_rounded(quotient, logits_ptr) > threshold) | (remaining == float("-inf"))
     scores = tl.exp(tl.where(dropped, float("-inf"), remaining) - top)
     return _rounded(scores / tl.sum(scores, axis=1)[:, None], logits_ptr), dropped
 
@@ -117,40 +122,63 @@ def _softmax(logits):
 
 
 @triton.jit
+def _first_best(values):
+    """Column of a row's largest number. With NaN among them, `tl.argmax` may return a column that is no expert."""
+    return tl.argmax(tl.where(values == values, values, float("-inf")), axis=1)
+
+
+@triton.jit
 def _word(seed, tokens, numbers, draw, stream):
     """First word of Philox for the counter (token, number, draw, stream)."""
-    zeros = tokens * 0
-    word, _, _, _ = tl.philox(seed, tokens + numbers * 0, numbers + zeros, zeros + draw, zeros + stream)
+    zeros = tokens * 0 + numbers * 0
+    word, _, _, _ = tl.philox(seed, tokens + zeros, numbers + zeros, zeros + draw, zeros + stream)
     return word
 
 
 @triton.jit
-def _seed(seed_ptr, low, high, ON_DEVICE: tl.constexpr):
-    if ON_DEVICE:  # noqa: SIM108
-        seed = tl.load(seed_ptr).to(tl.int64)
+def _exponential(
+    exponential_ptr, seed, tokens, columns, draw, stream, num_tokens, NUM_EXPERTS: tl.constexpr, GIVEN: tl.constexpr
+):
+    """(TOKENS, COLUMNS) of `RoutingNoise.exponential`, given or as in `counter_noise`."""
+    if GIVEN:
+        offsets = (draw * num_tokens.to(tl.int64) + tokens)[:, None] * NUM_EXPERTS + columns[None, :]
+        inside = (tokens < num_tokens)[:, None] & (columns < NUM_EXPERTS)[None, :]
+        values = tl.load(exponential_ptr + offsets, mask=inside, other=1.0)
     else:
-        seed = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-    return seed
+        word = _word(seed, tokens[:, None], columns[None, :], draw, stream)
+        values = -tl.log(((word >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07)
+    return values
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "stream"])
+@triton.jit
+def _uniform(uniform_ptr, seed, tokens, draw, stream, num_tokens, NUM_EXPERTS: tl.constexpr, GIVEN: tl.constexpr):
+    """(TOKENS,) of `RoutingNoise.uniform`."""
+    if GIVEN:
+        offsets = draw * num_tokens.to(tl.int64) + tokens
+        values = tl.load(uniform_ptr + offsets, mask=tokens < num_tokens, other=0.0)
+    else:
+        word = _word(seed, tokens, tokens * 0 + NUM_EXPERTS, draw, stream)
+        values = (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+    return values
+
+
+@triton.jit(do_not_specialize=["seed", "stream"])
 def _router_kernel(
     logits_ptr,
     exponential_ptr,
     uniform_ptr,
-    seed_ptr,
+    seed,
     weights_ptr,
     experts_ptr,
-    scale_ptr,
+    expert_scale_ptr,
     counts_ptr,
     prob_sums_ptr,
-    seed_low,
-    seed_high,
     stream,
     num_tokens,
     threshold,
     third,
     least_uniform,
+    expert_scale,
     NUM_EXPERTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -158,6 +186,7 @@ def _router_kernel(
     GIVEN: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     SCALES: tl.constexpr,
+    SCALES_EXPERTS: tl.constexpr,
     SHARED: tl.constexpr,
     HALVES: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -165,54 +194,49 @@ def _router_kernel(
     program = tl.program_id(0)
     tokens = program * TOKENS + tl.arange(0, TOKENS)
     columns = tl.arange(0, COLUMNS)
-    exists = tokens < num_tokens
-    seed = _seed(seed_ptr, seed_low, seed_high, ON_DEVICE)
-    raw = _load_logits(logits_ptr, tokens, columns, num_tokens, NUM_EXPERTS)
-    probs = tl.where(exists[:, None], _softmax(raw), 0.0)
-    within = columns < NUM_EXPERTS
+    exists, within = tokens < num_tokens, columns < NUM_EXPERTS
+    if ON_DEVICE:
+        seed = tl.load(seed)
+    logits = _load_logits(logits_ptr, tokens, columns, num_tokens, NUM_EXPERTS)
+    probs = tl.where(exists[:, None], _softmax(logits), 0.0)
     tl.store(prob_sums_ptr + program * NUM_EXPERTS + columns, tl.sum(probs, axis=0), mask=within)
-    logits = raw
     if HALVES:
-        logits = _rounded(raw * 0.5, logits_ptr)
+        logits = _rounded(logits * 0.5, logits_ptr)
     remaining = logits
-    counts = tl.zeros([COLUMNS], dtype=tl.int32)
+    taken = tl.zeros([TOKENS, COLUMNS], dtype=tl.int32)
     for k in tl.static_range(TOP_K):
         masked_probs, dropped = _masked_softmax(logits, remaining, threshold, logits_ptr)
-        draws = k * num_tokens.to(tl.int64) + tokens
+        scores = remaining
         if SAMPLES:
-            if GIVEN:
-                offsets = draws[:, None] * NUM_EXPERTS + columns[None, :]
-                inside = exists[:, None] & within[None, :]
-                exponential = tl.load(exponential_ptr + offsets, mask=inside, other=1.0)
-            else:
-                word = _word(seed, tokens[:, None], columns[None, :], k, stream)
-                exponential = -tl.log(((word >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07)
-            perturbed = tl.where(dropped, float("-inf"), remaining - tl.log(exponential))
-            choice = tl.argmax(perturbed, axis=1)
-        else:
-            choice = tl.argmax(remaining, axis=1)
+            draws = _exponential(exponential_ptr, seed, tokens, columns, k, stream, num_tokens, NUM_EXPERTS, GIVEN)
+            scores = tl.where(dropped, float("-inf"), remaining - tl.log(draws))
+        choice = _first_best(scores)
         chosen = columns[None, :] == choice[:, None]
         weight = tl.sum(tl.where(chosen, masked_probs, 0.0), axis=1)
         if SCALES:
             draw = 0 if SHARED else k
-            if GIVEN:
-                first = tl.load(uniform_ptr + draw * num_tokens.to(tl.int64) + tokens, mask=exists, other=0.0)
-            else:
-                last = tl.full([TOKENS], NUM_EXPERTS, dtype=tl.int32)
-                first = (_word(seed, tokens, last, draw, stream) >> 8).to(tl.int32).to(
-                    tl.float32
-                ) * 5.9604644775390625e-08
-            full = first > least_uniform
+            full = _uniform(uniform_ptr, seed, tokens, draw, stream, num_tokens, NUM_EXPERTS, GIVEN) > least_uniform
             if not SHARED:
-                full = full | (choice == tl.argmax(masked_probs, axis=1))
+                full = full | (choice == _first_best(masked_probs))
             scale = tl.where(full, 1.0, third)
             weight = _rounded(weight * scale, logits_ptr)
-            tl.store(scale_ptr + tokens * TOP_K + k, scale.to(scale_ptr.dtype.element_ty), mask=exists)
-        tl.store(weights_ptr + tokens * TOP_K + k, weight.to(weights_ptr.dtype.element_ty), mask=exists)
+            if SCALES_EXPERTS:
+                inverse = _rounded(tl.div_rn(tl.full([TOKENS], 1.0, tl.float32) * expert_scale, scale), logits_ptr)
+                tl.store(expert_scale_ptr + tokens * TOP_K + k, inverse.to(logits_ptr.dtype.element_ty), mask=exists)
+        tl.store(weights_ptr + tokens * TOP_K + k, weight.to(logits_ptr.dtype.element_ty), mask=exists)
         tl.store(experts_ptr + tokens * TOP_K + k, choice.to(tl.int64), mask=exists)
-        counts += tl.sum((chosen & exists[:, None]).to(tl.int32), axis=0)
+        taken += (chosen & exists[:, None]).to(tl.int32)
         remaining = tl.where(chosen, float("-inf"), remaining)
-    tl.store(counts_ptr + program * NUM_EXPERTS + columns, counts, mask=within)
+    tl.store(counts_ptr + program * NUM_EXPERTS + columns, tl.sum(taken, axis=0), mask=within)
+
+
+@triton.jit
+def _contribution(logits_ptr, experts_ptr, grad_weights_ptr, logits, remaining, threshold, columns, places, exists):
+    """Of one draw: its probabilities, which expert it chose, and c = g p."""
+    masked_probs, _ = _masked_softmax(logits, remaining, threshold, logits_ptr)
+    chosen = columns[None, :] == tl.load(experts_ptr + places, mask=exists, other=0)[:, None]
+    grad = tl.load(grad_weights_ptr + places, mask=exists, other=0.0).to(tl.float32)
+    return masked_probs, chosen, grad * tl.sum(tl.where(chosen, masked_probs, 0.0), axis=1)
 
 
 @triton.jit
@@ -236,7 +260,7 @@ def _router_backward_kernel(
     program = tl.program_id(0)
     tokens = program * TOKENS + tl.arange(0, TOKENS)
     columns = tl.arange(0, COLUMNS)
-    exists = tokens < num_tokens
+    exists, places = tokens < num_tokens, tokens * TOP_K
     raw = _load_logits(logits_ptr, tokens, columns, num_tokens, NUM_EXPERTS)
     logits = raw
     if HALVES:
@@ -246,24 +270,22 @@ def _router_backward_kernel(
     if CREDIT != 0:
         remaining = logits
         for k in tl.static_range(TOP_K):
-            masked_probs, _ = _masked_softmax(logits, remaining, threshold, logits_ptr)
-            chosen = columns[None, :] == tl.load(experts_ptr + tokens * TOP_K + k, mask=exists, other=0)[:, None]
-            grad = tl.load(grad_weights_ptr + tokens * TOP_K + k, mask=exists, other=0.0).to(tl.float32)
-            to_go += grad * tl.sum(tl.where(chosen, masked_probs, 0.0), axis=1)
+            _, chosen, own = _contribution(
+                logits_ptr, experts_ptr, grad_weights_ptr, logits, remaining, threshold, columns, places + k, exists
+            )
+            to_go += own
             remaining = tl.where(chosen, float("-inf"), remaining)
     grad_logits = tl.zeros([TOKENS, COLUMNS], dtype=tl.float32)
     remaining = logits
     for k in tl.static_range(TOP_K):
-        masked_probs, _ = _masked_softmax(logits, remaining, threshold, logits_ptr)
-        chosen = columns[None, :] == tl.load(experts_ptr + tokens * TOP_K + k, mask=exists, other=0)[:, None]
-        grad = tl.load(grad_weights_ptr + tokens * TOP_K + k, mask=exists, other=0.0).to(tl.float32)
-        credit = grad * tl.sum(tl.where(chosen, masked_probs, 0.0), axis=1)
+        masked_probs, chosen, own = _contribution(
+            logits_ptr, experts_ptr, grad_weights_ptr, logits, remaining, threshold, columns, places + k, exists
+        )
+        credit = own
+        if CREDIT != 0:
+            credit = to_go
         if CREDIT == 1:
-            own = credit
-            credit = to_go
             to_go -= own
-        if CREDIT == 2:
-            credit = to_go
         grad_logits += credit[:, None] * (tl.where(chosen, 1.0, 0.0) - masked_probs)
         remaining = tl.where(chosen, float("-inf"), remaining)
     if HALF_GRADIENT:
@@ -276,16 +298,14 @@ def _router_backward_kernel(
     offsets = tokens[:, None].to(tl.int64) * NUM_EXPERTS + columns[None, :]
     inside = exists[:, None] & within[None, :]
     grad_logits = _rounded(grad_logits, logits_ptr)
-    tl.store(grad_logits_ptr + offsets, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_logits_ptr + offsets, grad_logits.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "stream"])
+@triton.jit(do_not_specialize=["seed", "stream"])
 def _jitter_kernel(
     input_ptr,
     output_ptr,
-    seed_ptr,
-    seed_low,
-    seed_high,
+    seed,
     stream,
     num_tokens,
     hidden,
@@ -299,7 +319,8 @@ def _jitter_kernel(
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     chunk = tl.program_id(1)
     lanes = tl.arange(0, STRIPE)[None, :]
-    seed = _seed(seed_ptr, seed_low, seed_high, ON_DEVICE)
+    if ON_DEVICE:
+        seed = tl.load(seed)
     numbers = chunk * STRIPE + lanes + tokens * 0
     zeros = numbers * 0
     words = tl.philox(seed, tokens + zeros, numbers, zeros - 1, zeros + stream)
@@ -315,16 +336,15 @@ def _jitter_kernel(
         tl.store(output_ptr + offsets, values.to(output_ptr.dtype.element_ty), mask=inside)
 
 
-def _halves(seed: int) -> tuple[int, int]:
-    """64 bits as two signed numbers of 32, which Triton takes for int32 whatever they are."""
-    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    return low - (low >> 31 << 32), high - (high >> 31 << 32)
-
-
 def _tile(num_experts: int) -> tuple[int, int]:
     """Tokens and columns of a program."""
     columns = max(2, triton.next_power_of_2(num_experts))
     return min(_MOST_TOKENS, _MOST_LOGITS // columns), columns
+
+
+def _in_dtype(number: float, tensor: torch.Tensor) -> float:
+    """What torch makes of a number beside a tensor."""
+    return torch.tensor(number, dtype=tensor.dtype).item()
 
 
 def router_forward(
@@ -339,53 +359,51 @@ def router_forward(
     estimator: str,
     samples: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights (T, K), experts (T, K), m (T, K) or nothing, counts (P, E), sums of probabilities (P, E)."""
+    """Weights (T, K), experts (T, K), scale of their gradient (T, K) or nothing, counts (P, E), probability sums (P, E)."""
     rule, (num_tokens, num_experts) = _RULES[estimator], router_logits.shape
-    weights, experts, scale, counts, prob_sums = _router_outputs(router_logits, top_k, estimator, samples)
-    low, high = _halves(seed)
+    weights, experts, expert_scale, counts, prob_sums = _router_outputs(router_logits, top_k, estimator, samples)
     tokens, columns = _tile(num_experts)
-    third = torch.tensor(rule.third, dtype=router_logits.dtype).item()
     if num_tokens:
         _router_kernel[(counts.shape[0],)](
             router_logits,
-            router_logits if exponential is None else exponential,
-            router_logits if uniform is None else uniform,
-            router_logits if seed_on_device is None else seed_on_device,
+            exponential,
+            uniform,
+            seed if seed_on_device is None else seed_on_device,
             weights,
             experts,
-            scale,
+            expert_scale,
             counts,
             prob_sums,
-            low,
-            high,
             stream,
             num_tokens,
-            threshold,
-            third,
+            _in_dtype(threshold, router_logits),
+            _in_dtype(rule.third, router_logits),
             1.0 - (rule.full_probability or 0.0),
+            rule.expert_scale or 1.0,
             NUM_EXPERTS=num_experts,
             COLUMNS=columns,
             TOP_K=top_k,
             SAMPLES=samples,
             GIVEN=exponential is not None,
             ON_DEVICE=seed_on_device is not None,
-            SCALES=scale.numel() > 0,
+            SCALES=samples and rule.full_probability is not None,
+            SCALES_EXPERTS=expert_scale.numel() > 0,
             SHARED=rule.shared,
             HALVES=rule.halves,
             TOKENS=tokens,
         )
-    return weights, experts, scale, counts, prob_sums
+    return weights, experts, expert_scale, counts, prob_sums
 
 
 def _router_outputs(router_logits, top_k: int, estimator: str, samples: bool) -> tuple[torch.Tensor, ...]:
     num_tokens, num_experts = router_logits.shape
-    programs, device = triton.cdiv(num_tokens, _tile(num_experts)[0]), router_logits.device
+    programs = triton.cdiv(num_tokens, _tile(num_experts)[0])
     weights = router_logits.new_empty(num_tokens, top_k)
-    experts = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
-    scales = samples and _RULES[estimator].full_probability is not None
-    scale = router_logits.new_empty((num_tokens, top_k) if scales else 0)
-    counts = torch.empty(programs, num_experts, dtype=torch.int32, device=device)
-    return weights, experts, scale, counts, torch.empty(programs, num_experts, dtype=torch.float32, device=device)
+    experts = torch.empty_like(weights, dtype=torch.int64)
+    scales_experts = samples and _RULES[estimator].expert_scale is not None
+    expert_scale = router_logits.new_empty((num_tokens, top_k) if scales_experts else 0)
+    prob_sums = router_logits.new_empty(programs, num_experts, dtype=torch.float32)
+    return weights, experts, expert_scale, torch.empty_like(prob_sums, dtype=torch.int32), prob_sums
 
 
 _router = torch.library.custom_op("grinmoe::router", router_forward, mutates_args=())
@@ -416,10 +434,10 @@ def router_backward(
             router_logits,
             experts,
             grad_weights.contiguous(),
-            router_logits if grad_prob_sums is None else grad_prob_sums.contiguous(),
+            None if grad_prob_sums is None else grad_prob_sums.contiguous(),
             grad_logits,
             num_tokens,
-            threshold,
+            _in_dtype(threshold, router_logits),
             NUM_EXPERTS=num_experts,
             COLUMNS=columns,
             TOP_K=experts.shape[1],
@@ -480,8 +498,26 @@ def fused_route(
             None draws one there from torch's generator.
 
     Raises:
-        ValueError: an estimator that is not fused, more than 128 experts, or a dtype or shape that the kernel does not take.
+        ValueError: an estimator that is not fused, more than 128 experts, a dtype, shape or number that the kernel does not
+            take, or a device that it does not run on.
     """
+    _check_arguments(router_logits, top_k, jitter_eps, noise if training else None, estimator)
+    _check_device(router_logits.device)
+    exponential = uniform = on_device = None
+    number = 0
+    if training and noise is not None:
+        exponential, uniform = noise.exponential.float().contiguous(), noise.uniform.float().contiguous()
+    elif training:
+        number, on_device = _split_seed(seed, router_logits.device)
+    options = (stream, top_k, 2.0 * jitter_eps, estimator, training)
+    weights, experts, expert_scale, counts, prob_sums = _router(
+        router_logits.contiguous(), exponential, uniform, on_device, number, *options
+    )
+    scales_experts = training and _RULES[estimator].expert_scale is not None
+    return FusedRouting(weights, experts, expert_scale if scales_experts else None, counts, prob_sums)
+
+
+def _check_arguments(router_logits, top_k: int, jitter_eps: float, noise: RoutingNoise | None, estimator: str) -> None:
     if estimator not in _RULES:
         raise ValueError(f"estimator={estimator!r} has no kernel; choose one of {', '.join(FUSED_ESTIMATORS)}")
     if router_logits.dim() != 2 or router_logits.dtype not in _DTYPES or router_logits.shape[1] > MAX_EXPERTS:
@@ -489,35 +525,38 @@ def fused_route(
             f"router_logits has shape {tuple(router_logits.shape)} and dtype {router_logits.dtype}; give (tokens, experts) "
             f"with at most {MAX_EXPERTS} experts, in float32, bfloat16 or float16"
         )
-    exponential = uniform = None
-    if training and noise is not None:
-        exponential, uniform = noise.exponential.float().contiguous(), noise.uniform.float().contiguous()
-    number, on_device = _split_seed(seed, router_logits.device) if training and noise is None else (0, None)
-    # Compared in the logits' dtype, as torch does with a tensor and a number.
-    threshold = float(torch.tensor(2 * jitter_eps, dtype=router_logits.dtype))
-    weights, experts, scale, counts, prob_sums = _router(
-        router_logits.contiguous(),
-        exponential,
-        uniform,
-        on_device,
-        number,
-        stream,
-        top_k,
-        threshold,
-        estimator,
-        training,
-    )
-    rule, expert_scale = _RULES[estimator], None
-    if training and rule.expert_scale is not None:
-        expert_scale = rule.expert_scale / scale
-    return FusedRouting(weights, experts, expert_scale, counts, prob_sums)
+    num_tokens, num_experts = router_logits.shape
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k} is not between 1 and the {num_experts} experts; change it")
+    if not jitter_eps >= 0:
+        raise ValueError(f"jitter_eps={jitter_eps} is negative; give 0 or more")
+    if noise is not None:
+        expected = (top_k, num_tokens, num_experts), (top_k, num_tokens, 1)
+        # The kernel would read beyond them.
+        if (tuple(noise.exponential.shape), tuple(noise.uniform.shape)) != expected:
+            raise ValueError(
+                f"noise has other shapes than exponential {expected[0]} and uniform {expected[1]}; give these"
+            )
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cpu" and not interpreted():
+        raise ValueError(
+            "the router's kernels run on a GPU, and the tensors are on the CPU; choose routing_grinmoe.route"
+        )
 
 
 def _split_seed(seed: int | torch.Tensor | None, device: torch.device) -> tuple[int, torch.Tensor | None]:
-    """The seed as a number, or as a tensor that a kernel reads."""
+    """The seed as a number of 64 bits with a sign, or as a tensor that a kernel reads."""
+    if seed is None:
+        return 0, torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, int):
-        return seed, None
-    return 0, torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device) if seed is None else seed
+        return (seed + 2**63) % 2**64 - 2**63, None
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(
+            f"seed is a tensor of {seed.numel()} {seed.dtype} on {seed.device}; give one int64 on {device}"
+        )
+    return 0, seed
 
 
 def jitter(
@@ -529,13 +568,10 @@ def jitter(
     num_tokens, hidden = hidden_states.shape
     if output.numel():
         tokens = 64 if interpreted() else 8
-        low, high = _halves(seed)
         _jitter_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(hidden, STRIPE * STRIPES))](
             hidden_states,
             output,
-            hidden_states if seed_on_device is None else seed_on_device,
-            low,
-            high,
+            seed if seed_on_device is None else seed_on_device,
             stream,
             num_tokens,
             hidden,
@@ -577,7 +613,16 @@ def fused_input_jitter(
 
     They are drawn again in the backward, so that nothing of the input's size is kept. `seed` and `stream` as in
     `fused_route`, whose draws have other counters.
+
+    Raises:
+        ValueError: a shape, dtype or seed that the kernel does not take, or a device that it does not run on.
     """
+    if hidden_states.dim() != 2 or hidden_states.dtype not in _DTYPES:
+        raise ValueError(
+            f"hidden_states has shape {tuple(hidden_states.shape)} and dtype {hidden_states.dtype}; give (tokens, hidden "
+            "size) in float32, bfloat16 or float16"
+        )
+    _check_device(hidden_states.device)
     number, on_device = _split_seed(seed, hidden_states.device)
     return _jitter(hidden_states, on_device, number, stream, jitter_eps)
 

@@ -48,11 +48,10 @@ def triton_experts_forward(
     else:
         hidden_states = hidden_states.to(gate_up_proj.dtype)
     _check_sizes(module, hidden_states.dtype)
-    weights = top_k_weights.to(hidden_states.dtype)
     keep = None
     if module.training and module.dropout > 0:
         keep = module.keep_mask(hidden_states.new_empty((top_k_index.numel(), module.down_proj.shape[2])))
-    output, *_ = _experts(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep)
+    output, *_ = _experts(hidden_states, top_k_weights, gate_up_proj, down_proj, top_k_index, keep)
     return output.to(dtype)
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "grinmoe"
@@ -112,6 +113,12 @@ def test_flat_files_need_nothing_that_a_user_of_the_checkpoint_lacks(path):
     if path.stem.endswith("_kernels_grinmoe"):
         allowed = {"torch", "triton"}  # imported where Triton is there
     assert needs <= allowed
+
+
+@named(FLAT_FILES)
+def test_the_hub_asks_for_nothing_that_is_optional(path):
+    """Transformers looks through every flat file of a checkpoint, and refuses to load it where one of these is missing."""
+    assert set(get_imports(path)) <= {"torch", "transformers", "safetensors", "huggingface_hub"} | STANDARD_LIBRARY
 
 
 @named(TOKENIZATION_FILES)

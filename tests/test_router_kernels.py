@@ -73,6 +73,44 @@ def test_ties_zeros_and_closed_experts():
     torch.testing.assert_close(evaluated.routing_weights[0], torch.tensor([1 / 4, 1 / 3]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_stays_in_its_row_and_chooses_an_expert_that_exists(training, dtype):
+    """On a GPU nobody looks at the logits first, and an expert beyond the last would be read from foreign memory."""
+    logits = logits_of(6, 5, dtype)
+    with torch.no_grad():
+        logits[1, 3], logits[2], logits[4, 0] = float("nan"), float("nan"), float("inf")
+    found = fused_route(logits, 3, 0.1, training, seed=SEED)
+    assert ((found.selected_experts >= 0) & (found.selected_experts < 5)).all()
+    odd = torch.tensor([False, True, True, False, True, False])
+    assert found.routing_weights[odd].isnan().any(1).all() and found.routing_weights[~odd].isfinite().all()
+    (gradient,) = torch.autograd.grad(found.routing_weights.sum(), logits)
+    assert gradient[~odd].isfinite().all() and gradient[odd].isnan().any(1).all()
+
+
+@pytest.mark.parametrize("eps", [1e300, float("inf")])
+def test_a_mask_as_wide_as_a_float_can_say_keeps_all(eps):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert_alike(logits_of(9, 5, dtype), 2, eps, True, "sparsemixer_v2", seed=5)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**32 + 1, 2**63 + 5, 2**64 - 1])
+def test_every_seed_of_64_bits_is_one(seed):
+    found = assert_alike(logits_of(20, 8), 2, 0.5, True, "sparsemixer_v2", seed=seed)
+    signed = (seed + 2**63) % 2**64 - 2**63
+    on_device = fused_route(logits_of(20, 8), 2, 0.5, True, seed=torch.tensor([signed]))
+    assert torch.equal(on_device.routing_weights, found.routing_weights)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_are_refused(training):
+    logits = logits_of(9, 4)
+    weights = fused_route(logits, 2, 0.3, training, seed=SEED).routing_weights
+    (gradient,) = torch.autograd.grad((weights**2).sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient.sum().backward()
+
+
 def test_every_bfloat16_gap_falls_on_the_reference_s_side_of_the_mask():
     """The mask compares in the logits' dtype: all values near a best logit of 1, and both signs."""
     second = torch.arange(-2.0, 1.0, 2**-8).bfloat16()
@@ -171,3 +209,37 @@ def test_no_token_at_all():
 def test_what_has_no_kernel_is_refused(logits, estimator, message):
     with pytest.raises(ValueError, match=message):
         fused_route(logits, 2, 0.01, True, estimator)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"top_k": 5}, "top_k=5 is not between 1 and the 4 experts"),
+        ({"jitter_eps": -0.1}, "jitter_eps=-0.1 is negative"),
+        ({"noise": draw_routing_noise(torch.zeros(2, 4), 1)}, "noise has other shapes than exponential .2, 2, 4."),
+        ({"seed": torch.tensor([1, 2])}, "seed is a tensor of 2 torch.int64"),
+        ({"seed": torch.tensor(1.0)}, "torch.float32"),
+    ],
+    ids=["top_k", "eps", "noise", "two seeds", "dtype of the seed"],
+)
+def test_what_the_kernel_would_read_wrongly_is_named(changed, message):
+    arguments = {"top_k": 2, "jitter_eps": 0.01, "training": True, **changed}
+    with pytest.raises(ValueError, match=message):
+        fused_route(torch.zeros(2, 4), **arguments)
+    if "seed" in changed:
+        with pytest.raises(ValueError, match=message):
+            fused_input_jitter(torch.zeros(2, 4), 0.01, **changed)
+
+
+@pytest.mark.parametrize("hidden_states", [torch.zeros(2, 3, 4), torch.zeros(2, 4).double()], ids=["shape", "dtype"])
+def test_the_jitter_takes_rows_of_its_dtypes_only(hidden_states):
+    with pytest.raises(ValueError, match="hidden_states has shape"):
+        fused_input_jitter(hidden_states, 0.01)
+
+
+def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(router_kernels, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match="run on a GPU"):
+        fused_route(torch.zeros(2, 4), 2, 0.01, False)
+    with pytest.raises(ValueError, match="run on a GPU"):
+        fused_input_jitter(torch.zeros(2, 4), 0.01)
