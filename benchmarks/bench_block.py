@@ -1,14 +1,16 @@
-"""Time of one sparse block, forward and backward with weight gradients, against Transformers' own (goal G8 on a CPU).
+"""Time and memory of one sparse block, against a dense MLP and Transformers' own (goals G1, G3, G4, G8).
 
     python -m benchmarks block
     python -m benchmarks block --hidden-size 1024 --intermediate-size 1600 --rounds 8
 
 Every arm has the same weights and, in each round, the same input, whose routing is drawn beforehand: evenly over the
 experts, or skewed (a quarter of the experts get four times as many tokens as the others). Every round has a draw of its
-own, so that group sizes vary as they do in training. The blocks are in training mode; with a
-mask width of nearly zero each draw has one candidate, so sampling takes the intended expert in every arm. Input jitter is
-off, since Transformers' block applies it twice. Before anything is timed, the output and all gradients of each arm are
-held against the same block in float64.
+own (on a GPU one of three), so that group sizes vary as they do in training. The blocks are in training mode; with a mask
+width of nearly zero each draw has one candidate, so sampling takes the intended expert in every arm. Input jitter is off,
+since Transformers' block applies it twice. The dense MLP has K times an expert's width: as many active parameters.
+
+Before anything is timed, the output and all gradients of each arm are held against the same block in float64 (on a GPU
+float32). An arm that fails is not timed; the others are, and the run ends with an error.
 
 Shapes: T tokens, H hidden size, I expert width, E experts, K = 2.
 """
@@ -16,57 +18,98 @@ Shapes: T tokens, H hidden size, I expert width, E experts, K = 2.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PhimoeConfig
-from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 
-from benchmarks.protocol import Timing, interleave, write_result
-from grinmoe import GrinMoeConfig
-from grinmoe.modeling_grinmoe import GrinMoeSparseMoeBlock
+from benchmarks.block_arms import (
+    DEFAULT,
+    DENSE,
+    KERNELS,
+    LIGER,
+    PHIMOE_EAGER,
+    PHIMOE_GROUPED,
+    REFERENCE,
+    SONIC,
+    BlockSize,
+    DenseMlp,
+    block_arms,
+    describe,
+    router_of,
+    share_weights,
+)
+from benchmarks.figure import draw_block
+from benchmarks.floors import STEP_OVER_FORWARD, block_floor_seconds, block_flops, kept_at_least
+from benchmarks.profiling import grouped, profile, profile_table
+from benchmarks.protocol import Report, Timing, best_device, interleave, rates, relative_error, saved_bytes
 from grinmoe.provenance import markdown_table
 
 TOP_K = 2
-BASELINE = "transformers phimoe, eager"
-ARMS: dict[str, tuple[type, type, str]] = {
-    BASELINE: (PhimoeConfig, PhimoeSparseMoeBlock, "eager"),
-    "transformers phimoe, grouped_mm": (PhimoeConfig, PhimoeSparseMoeBlock, "grouped_mm"),
-    "grinmoe, eager (reference loop)": (GrinMoeConfig, GrinMoeSparseMoeBlock, "eager"),
-    "grinmoe, grouped_mm (default)": (GrinMoeConfig, GrinMoeSparseMoeBlock, "grouped_mm"),
-    "grinmoe, grinmoe_cpu": (GrinMoeConfig, GrinMoeSparseMoeBlock, "grinmoe_cpu"),
-}
-# Relative error in the maximum norm against float64, for float32 arms.
-GATE = 1e-4
+# Relative error in the maximum norm: float32 against float64, bfloat16 against float32.
+GATE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+PROFILED = (DENSE, PHIMOE_GROUPED, DEFAULT, KERNELS)
 
 
 @dataclass(frozen=True)
 class BlockSettings:
-    tokens: int = 1024
-    hidden_size: int = 512
-    intermediate_size: int = 800
+    """Sizes that are None are those of the device: a small block on a CPU, the released model's on a GPU.
+
+    Attributes:
+        tokens: T, or several in the order in which they are measured.
+        minutes: after which rounds are saved.
+        toy: a GPU's arms on a CPU at a size that measures nothing.
+    """
+
+    tokens: int | tuple[int, ...] | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
     experts: int = 16
     warmup: int = 5
     rounds: int = 20
+    minutes: float | None = None
+    toy: bool = False
+
+    def for_device(self, device: torch.device) -> BlockSettings:
+        sizes: dict[str, Any] = {"tokens": (1024,), "hidden_size": 512, "intermediate_size": 800}
+        if device.type == "cuda":
+            # The sizes of the goals first, in case that time runs out.
+            sizes = {"tokens": (16384, 8192, 32768, 2048), "hidden_size": 4096, "intermediate_size": 6400}
+        filled = {name: value for name, value in sizes.items() if getattr(self, name) is None}
+        if self.toy:
+            filled = {
+                "tokens": (40,),
+                "hidden_size": 64,
+                "intermediate_size": 32,
+                "experts": 8,
+                "warmup": 1,
+                "rounds": 3,
+            }
+        settings = replace(self, **filled)
+        return replace(settings, tokens=(settings.tokens,)) if isinstance(settings.tokens, int) else settings
+
+    @property
+    def size(self) -> BlockSize:
+        return BlockSize(self.hidden_size or 0, self.intermediate_size or 0, self.experts, TOP_K)
 
 
-def build_block(arm: str, options: BlockSettings) -> nn.Module:
-    config_class, block_class, implementation = ARMS[arm]
-    config = config_class(
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size,
-        num_local_experts=options.experts,
-        num_experts_per_tok=TOP_K,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        router_jitter_noise=1e-6,
-        input_jitter_noise=0.0,
-    )
-    config._experts_implementation = implementation
-    return block_class(config).train()
+@dataclass
+class Case:
+    """One number of tokens and one kind of load: facts by arm, and what was refused and why."""
+
+    tokens: int
+    skewed: bool
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, dict[str, float]] = field(default_factory=dict)
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{'4:1 skewed' if self.skewed else 'even'} load, {self.tokens} tokens"
 
 
 def choose_experts(tokens: int, experts: int, skewed: bool) -> torch.Tensor:
@@ -79,7 +122,8 @@ def choose_experts(tokens: int, experts: int, skewed: bool) -> torch.Tensor:
 
 def routed_input(chosen: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """Input (1, T, H) for which a router with the orthonormal rows `directions` (E, H) chooses `chosen`, in that order."""
-    noise = torch.randn(chosen.shape[0], directions.shape[1])
+    chosen = chosen.to(directions.device)
+    noise = torch.randn(chosen.shape[0], directions.shape[1], device=directions.device)
     noise -= noise @ directions.T @ directions
     return (noise + 4.0 * directions[chosen[:, 0]] + 2.0 * directions[chosen[:, 1]]).unsqueeze(0)
 
@@ -87,7 +131,7 @@ def routed_input(chosen: torch.Tensor, directions: torch.Tensor) -> torch.Tensor
 def step(block: nn.Module, hidden_states: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
     """One forward and backward. Returns the output and the gradients of the input and of every parameter."""
     leaf = hidden_states.detach().requires_grad_()
-    output = block(leaf * 1.0)  # phimoe's block changes its input in place, which a leaf does not allow
+    output = block(leaf)
     output.backward(upstream)
     results = [output.detach(), leaf.grad, *(parameter.grad for parameter in block.parameters())]
     for parameter in block.parameters():
@@ -95,77 +139,205 @@ def step(block: nn.Module, hidden_states: torch.Tensor, upstream: torch.Tensor) 
     return results
 
 
-def gate(blocks: dict[str, nn.Module], hidden_states: torch.Tensor, upstream: torch.Tensor) -> dict[str, float]:
-    """Largest relative error of each arm's output and gradients against float64; raises if one is too large."""
-    reference = copy.deepcopy(blocks["grinmoe, eager (reference loop)"]).double()
-    expected = step(reference, hidden_states.double(), upstream.double())
-    errors = {}
-    for name, block in blocks.items():
-        found = step(block, hidden_states, upstream)
-        # The router's gradient is zero here (one candidate per draw) and has no relative error.
-        pairs = [(e, f) for e, f in zip(expected, found, strict=True) if e.abs().max() > 0]
-        errors[name] = max(((f.double() - e).abs().max() / e.abs().max()).item() for e, f in pairs)
-        if errors[name] > GATE:
-            raise RuntimeError(f"{name}: relative error {errors[name]:.2g} against float64; nothing was timed")
-    return errors
+def gate(
+    blocks: dict[str, nn.Module], hidden_states: torch.Tensor, upstream: torch.Tensor
+) -> tuple[dict[str, float], dict[str, str]]:
+    """
+    Hold each arm's output and gradients against more precision.
+
+    The router's gradient is zero here (one candidate per draw), which has no relative error.
+
+    Returns:
+        Largest relative error of each arm that may be timed; and why the others may not.
+    """
+    exact = torch.float32 if hidden_states.is_cuda else torch.float64
+    expected: dict[bool, list[torch.Tensor]] = {}
+    errors, refused = {}, {}
+    # The dense arms together: one set of exact gradients is there at a time.
+    for name, block in sorted(blocks.items(), key=lambda pair: isinstance(pair[1], DenseMlp)):
+        is_dense = isinstance(block, DenseMlp)
+        if is_dense not in expected:
+            expected.clear()
+            reference = copy.deepcopy(blocks[DENSE if is_dense else REFERENCE]).to(exact)
+            expected[is_dense] = step(reference, hidden_states.to(exact), upstream.to(exact))
+            del reference
+        try:
+            error = relative_error(step(block, hidden_states, upstream), expected[is_dense])
+        # Of an arm that is not ours, or of a kernel that this device does not take: the others are measured all the same.
+        except Exception as raised:
+            refused[name] = describe(raised)
+            continue
+        if error <= GATE[hidden_states.dtype]:
+            errors[name] = error
+        else:
+            refused[name] = f"relative error {error:.2g} against {str(exact).removeprefix('torch.')}"
+    return errors, refused
 
 
-def run_load(options: BlockSettings, skewed: bool) -> tuple[dict[str, Timing], dict[str, float]]:
-    torch.manual_seed(0)
-    directions, _ = torch.linalg.qr(torch.randn(options.hidden_size, options.experts))
-    directions = directions.T.contiguous()  # (E, H)
-    choices = [choose_experts(options.tokens, options.experts, skewed) for _ in range(options.warmup + options.rounds)]
-    inputs = [routed_input(chosen, directions) for chosen in choices]
+def measure_memory(block: nn.Module, hidden_states: torch.Tensor, upstream: torch.Tensor) -> dict[str, int]:
+    """Bytes that autograd saves, parameters left out; on a GPU also the peak of a step beyond what was there."""
+    with saved_bytes(list(block.parameters())) as kept_bytes:
+        output = block(hidden_states.detach().requires_grad_())
+    del output
+    memory = {"saved_bytes": kept_bytes()}
+    if hidden_states.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(block, hidden_states, upstream)
+        memory["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    return memory
+
+
+def measure(
+    case: Case, arms: dict[str, nn.Module], directions: torch.Tensor, options: BlockSettings, deadline: float | None
+) -> None:
+    """Gate, measure and profile all arms, and enter the facts in `case`."""
+    torch.manual_seed(1)
+    device, dtype = directions.device, directions.dtype
+    # On a GPU the inputs of all rounds would not fit.
+    draws = 3 if device.type == "cuda" else options.warmup + options.rounds
+    choices = [choose_experts(case.tokens, options.experts, case.skewed) for _ in range(draws)]
+    inputs = [routed_input(chosen, directions.float()).to(dtype) for chosen in choices]
     upstream = torch.randn_like(inputs[0])
-    blocks = {name: build_block(name, options) for name in ARMS}
-    first = next(iter(blocks.values()))
-    for parameter in first.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    for block in blocks.values():  # the same memory, not just the same values
-        router, experts = (getattr(block, "gate", None) or block.router), block.experts
-        router.weight = nn.Parameter(directions)
-        experts.gate_up_proj, experts.down_proj = first.experts.gate_up_proj, first.experts.down_proj
-        for chosen, hidden_states in zip(choices, inputs, strict=True):
-            assert torch.equal(router(hidden_states[0])[2], chosen), "the router does not choose what was intended"
-    errors = gate(blocks, inputs[0], upstream)
+    for block in arms.values():
+        if not isinstance(block, DenseMlp):
+            for chosen, hidden_states in zip(choices, inputs, strict=True):
+                selected = router_of(block)(hidden_states[0])[2]
+                assert torch.equal(selected.cpu(), chosen), "the router does not choose what was intended"
+    errors, case.refused = gate(arms, inputs[0], upstream)
+    memory = {}
+    for name in list(errors):
+        try:
+            memory[name] = measure_memory(arms[name], inputs[0], upstream)
+        except torch.OutOfMemoryError:
+            case.refused[name] = "out of memory"
+            del errors[name]
+    blocks = {name: arms[name] for name in arms if name in errors}
+    forwards = {f"{name}, forward": lambda n, b=block: b(inputs[n % draws]) for name, block in blocks.items()}
+    steps = {name: lambda n, b=block: step(b, inputs[n % draws], upstream) for name, block in blocks.items()}
+    timings = interleave(forwards | steps, options.warmup, options.rounds, device, deadline)
+    for name in blocks:
+        seconds, forward_seconds = timings[name].seconds, timings[f"{name}, forward"].seconds
+        measured = {"seconds": seconds, "forward_seconds": forward_seconds, "relative_error": errors[name]}
+        case.arms[name] = measured | memory[name]
+    if not case.skewed:
+        for name in PROFILED:
+            if name in blocks:
+                case.kernels[name] = profile(steps[name], device)
+                median = 1e-3 * timings[name].median_ms if device.type == "cuda" else None
+                case.groups[name] = grouped(case.kernels[name], median)
 
-    def runner(block: nn.Module) -> Callable[[int], object]:
-        return lambda number: step(block, inputs[number], upstream)
 
-    timings = interleave({name: runner(block) for name, block in blocks.items()}, options.warmup, options.rounds)
-    return timings, errors
-
-
-def table(timings: dict[str, Timing], errors: dict[str, float]) -> str:
+def table(case: Case, options: BlockSettings, tflops: float) -> str:
+    timings = {name: Timing(arm["seconds"]) for name, arm in case.arms.items()}
+    forward_flops = block_flops(case.tokens, options.hidden_size or 0, options.intermediate_size or 0, TOP_K)
+    on_gpu = any("peak_bytes" in arm for arm in case.arms.values())
     rows = []
     for name, timing in timings.items():
+        arm = case.arms[name]
         low, high = timing.quartiles_ms
-        ratio = timing.ratio_to(timings[BASELINE])
+        reached = STEP_OVER_FORWARD * forward_flops / (1e-3 * timing.median_ms) / 1e12
+        # Of a base that was refused there is no ratio.
+        ratios = [
+            f"{timing.ratio_to(timings[base]):.3f}" if base in timings else "-"
+            for base in (DENSE, PHIMOE_GROUPED, PHIMOE_EAGER)
+        ]
         rows.append(
-            [name, f"{timing.median_ms:.1f}", f"{low:.1f} to {high:.1f}", f"{ratio:.2f}", f"{errors[name]:.1e}"]
+            [
+                name,
+                f"{Timing(arm['forward_seconds']).median_ms:.2f}",
+                f"{timing.median_ms:.2f}",
+                f"{low:.2f} to {high:.2f}",
+                f"{reached:.3g}",
+                f"{reached / tflops:.0%}",
+                *ratios,
+                f"{arm['saved_bytes'] / 2**20:.1f}",
+                *([f"{arm['peak_bytes'] / 2**30:.2f}"] if on_gpu else []),
+                f"{arm['relative_error']:.1e}",
+            ]
         )
-    return markdown_table(["arm", "median, ms", "quartiles, ms", "times faster than eager phimoe", "error"], rows)
+    header = ["arm", "forward, ms", "step, ms", "quartiles, ms", "TFLOP/s", "of the floor", "times faster than dense"]
+    header += ["than phimoe grouped_mm", "than phimoe eager", "kept, MiB", *(["peak, GiB"] if on_gpu else []), "error"]
+    return markdown_table(header, rows)
+
+
+def introduction(options: BlockSettings, best: dict[str, float], left_out: dict[str, str], on_gpu: bool) -> str:
+    dtype = "bfloat16" if on_gpu else "float32"
+    text = (
+        f"One sparse block, {dtype}, forward and backward with all weight gradients; H {options.hidden_size}, I "
+        f"{options.intermediate_size}, E {options.experts}, K {TOP_K}. Arms interleaved, {options.warmup} warm-up and up to "
+        f"{options.rounds} counted rounds; ratios are medians over rounds. `TFLOP/s` counts the products that the step "
+        f"needs; the floor is their time at the measured {best['tflops']:.3g} TFLOP/s of a {dtype} product (copies: "
+        f"{best['tb_per_s']:.3g} TB/s). `kept` is what autograd saves, parameters left out. `error` is the largest relative "
+        "error of output and gradients against more precision."
+    )
+    missing = "\n".join(f"- {name} is not measured. {reason}" for name, reason in left_out.items())
+    return f"{text}\n\n{missing}" if missing else text
 
 
 def run(options: BlockSettings) -> Path:
-    """Run both loads, print their tables as they come, and return the path of the written report."""
-    sections, facts = [], {"settings": asdict(options), "arms": {}}
-    for label, skewed in (("even load", False), ("4:1 skewed load", True)):
-        timings, errors = run_load(options, skewed)
-        sections.append(f"## {label}\n\n{table(timings, errors)}")
-        facts["arms"][label] = {
-            name: {
-                "seconds": timing.seconds,
-                "ratio_to_eager_phimoe": timing.ratio_to(timings[BASELINE]),
-                "relative_error": errors[name],
-            }
-            for name, timing in timings.items()
+    """
+    Measure every size and load, print tables as they come, and return the path of the report.
+
+    Raises:
+        RuntimeError: an arm of ours or of Transformers' failed the gate. The report is written all the same.
+    """
+    device = best_device()
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    options = options.for_device(device)
+    report = Report("block", asdict(options), options.toy)
+    best = rates(device)
+    torch.manual_seed(0)
+    arms, left_out = block_arms(options.size, device, options.toy)
+    report.add("left_out", left_out)
+    report.add("rates", best, introduction(options, best, left_out, device.type == "cuda"))
+    directions, _ = torch.linalg.qr(torch.randn(options.size.hidden_size, options.experts))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    directions = directions.T.contiguous().to(device, dtype)  # (E, H)
+    share_weights(arms, directions, options.size)
+    cases = [Case(tokens, skewed) for skewed in (False, True) for tokens in options.tokens or ()]  # type: ignore[union-attr]
+    for number, case in enumerate(cases):
+        measure(case, arms, directions, options, deadline)
+        enter(report, cases[: number + 1], options, best["tflops"])
+    report.add("figure", *draw_block(report.path.with_suffix(".png"), report.facts))
+    path = report.finish()
+    refused = {name: reason for case in cases for name, reason in case.refused.items() if name not in (LIGER, SONIC)}
+    if refused:
+        nothing = "" if any(case.arms for case in cases) else "; nothing was timed"
+        raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in refused.items()) + nothing)
+    return path
+
+
+def enter(report: Report, cases: list[Case], options: BlockSettings, tflops: float) -> None:
+    """Write what is known of `cases`, and print the last."""
+    size, case = options.size, cases[-1]
+    element = 2 if report.stamp["gpu"] else 4
+    facts = {}
+    for one in cases:
+        floor = block_floor_seconds(one.tokens, size.hidden_size, size.intermediate_size, TOP_K, tflops)
+        least = kept_at_least(one.tokens, size.hidden_size, size.intermediate_size, TOP_K, element)
+        facts[one.name] = {
+            "tokens": one.tokens,
+            "skewed": one.skewed,
+            "floor_seconds": floor,
+            "kept_at_least_bytes": least,
+            "refused": one.refused,
+            "profile": one.groups,
+            "kernels": one.kernels,
         }
-        print(f"\n{sections[-1]}", flush=True)
-    intro = (
-        f"One sparse block, float32, forward and backward with all weight gradients; T {options.tokens}, "
-        f"H {options.hidden_size}, I {options.intermediate_size}, E {options.experts}, K {TOP_K}. Arms interleaved, "
-        f"{options.warmup} warm-up and {options.rounds} counted rounds, every round with a routing draw of its own; the "
-        "ratio is the median over rounds. `error` is the largest relative error of output and gradients against float64."
+    report.add("cases", facts)
+    least, floor = facts[case.name]["kept_at_least_bytes"], facts[case.name]["floor_seconds"]
+    parts = [f"## {case.name}"]
+    if case.arms:
+        parts.append(table(case, options, tflops))
+    parts += [f"{name} was not timed. {reason}" for name, reason in case.refused.items()]
+    parts.append(
+        f"Floor: {1e3 * floor['forward']:.2f} ms forward, {1e3 * floor['step']:.2f} ms step. Least to keep: "
+        f"{least / 2**20:.1f} MiB; goal G4 allows {1.1 * least / 2**20:.1f} MiB."
     )
-    return write_result("block", facts, "\n\n".join([intro, *sections]))
+    if case.groups:
+        parts.append(profile_table(case.kernels, case.groups))
+    report.add("arms", {one.name: one.arms for one in cases}, "\n\n".join(parts))
+
+
+__all__ = ["BlockSettings", "choose_experts", "run"]
