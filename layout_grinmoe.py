@@ -11,10 +11,48 @@ from collections.abc import Collection, Iterable
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 
 from .configuration_grinmoe import GrinMoeConfig
 from .experts_grinmoe import ON_DISK
+
+
+class FuseExperts(MergeModulelist):
+    """w1 and w3 of E experts, each (I, H), to gate_up_proj (E, 2I, H).
+
+    Transformers' own MergeModulelist and Concatenate copy every byte twice. This is a MergeModulelist for them too: up to
+    transformers 5.17, a loader that reads only the rank's own experts looks for one among the operations.
+    """
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):  # type: ignore[override]
+        # What an operation before this one has consumed is not there. Popped, so that matrices are freed with this call.
+        halves = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
+        matrices = [matrix for expert in zip(*halves, strict=True) for matrix in expert]
+        return {target_patterns[0]: torch.cat(matrices).unflatten(0, (len(halves[0]), -1))}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitExperts()
+
+
+class SplitExperts(ConversionOps):
+    """The inverse of `FuseExperts`: what `save_pretrained` does where `official_state_dict` cannot."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        (fused,) = input_dict.values()
+        fused = fused[0] if isinstance(fused, list) else fused
+        split = {}
+        for pattern, half in zip(target_patterns, fused.chunk(len(target_patterns), dim=1)):
+            # One storage for each half, as down_proj has one: sharding by size goes by storages.
+            for expert, matrix in enumerate(half.contiguous().unbind(0)):
+                split[pattern.replace("*", str(expert))] = matrix
+        return split
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FuseExperts()
 
 
 def register_weight_conversion() -> None:
@@ -23,7 +61,7 @@ def register_weight_conversion() -> None:
     register_checkpoint_conversion_mapping(
         GrinMoeConfig.model_type,
         [
-            WeightConverter([gate, up], ".experts.gate_up_proj", [MergeModulelist(dim=0), Concatenate(dim=1)]),
+            WeightConverter([gate, up], ".experts.gate_up_proj", [FuseExperts()]),
             WeightConverter([down], ".experts.down_proj", [MergeModulelist(dim=0)]),
         ],
         overwrite=True,

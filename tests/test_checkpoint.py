@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
 from grinmoe.checkpoint_grinmoe import CheckpointError, CheckpointFileError
-from grinmoe.layout_grinmoe import official_shapes, official_state_dict
+from grinmoe.layout_grinmoe import FuseExperts, official_shapes, official_state_dict
 
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
@@ -71,6 +72,56 @@ def test_saving_aliases_the_experts(tiny_model):
         prefix = f"model.layers.0.block_sparse_moe.experts.{expert}"
         assert official[f"{prefix}.w1.weight"].data_ptr() == fused[expert].data_ptr()
         assert torch.equal(official[f"{prefix}.w3.weight"], fused[expert, width:])
+
+
+class TestFuseExperts:
+    """The conversion of w1 and w3 against Transformers' own two operations, which copy everything twice."""
+
+    SOURCES = (".experts.*.w1.weight", ".experts.*.w3.weight")
+    TARGET = ".experts.gate_up_proj"
+
+    def converter(self, *operations) -> WeightConverter:
+        return WeightConverter(list(self.SOURCES), self.TARGET, list(operations))
+
+    def fuse(self, w1, w3, *operations) -> torch.Tensor:
+        converter = self.converter(*operations)
+        for pattern, matrices in zip(self.SOURCES, (w1, w3)):
+            for matrix in matrices:
+                converter.add_tensor(f"model.layers.0{self.TARGET}", "any", pattern, matrix)
+        (fused,) = converter.convert(f"model.layers.0{self.TARGET}").values()
+        return fused
+
+    @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 4, 2), (4, 1, 3)], ids=str)
+    def test_fuses_as_transformers_does(self, shape):
+        w1, w3 = torch.randn(2, *shape).to(torch.bfloat16)
+        fused = self.fuse(w1, w3, FuseExperts())
+        assert fused.is_contiguous() and fused.dtype == torch.bfloat16
+        assert torch.equal(fused, self.fuse(w1, w3, MergeModulelist(dim=0), Concatenate(dim=1)))
+
+    @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 4, 2), (4, 1, 3)], ids=str)
+    def test_its_reverse_gives_back_every_matrix(self, shape):
+        w1, w3 = torch.randn(2, *shape)
+        reverse = self.converter(FuseExperts()).reverse_transform()
+        reverse.add_tensor("model.layers.0.experts.*.w1.weight", "any", self.TARGET, self.fuse(w1, w3, FuseExperts()))
+        split = reverse.convert("model.layers.0.experts.*.w1.weight")
+        expected = {
+            f"model.layers.0.experts.{expert}.{name}.weight": matrix
+            for name, matrices in (("w1", w1), ("w3", w3))
+            for expert, matrix in enumerate(matrices)
+        }
+        assert split.keys() == expected.keys()
+        assert all(torch.equal(split[key], expected[key]) for key in expected)
+        (again,) = reverse.reverse_transform().operations
+        assert isinstance(again, FuseExperts)
+
+    def test_weights_that_an_earlier_operation_has_stacked_are_taken(self):
+        w1, w3 = torch.randn(2, 3, 5, 7)
+        fused = FuseExperts().convert(dict(zip(self.SOURCES, (w1, w3))), [*self.SOURCES, "consumed"], [self.TARGET])
+        assert torch.equal(fused[self.TARGET], torch.cat([w1, w3], dim=1))
+
+    def test_an_expert_without_its_w3_is_an_error(self):
+        with pytest.raises(ValueError, match="shorter"):
+            self.fuse(torch.randn(3, 5, 7), torch.randn(2, 5, 7), FuseExperts())
 
 
 def test_the_three_auto_classes_load_the_snapshot(snapshot):
