@@ -14,7 +14,7 @@ from .experts_grinmoe import GrinMoeExperts
 from .routing_grinmoe import check_router_logits, route, routing_generator, within_capacity
 
 if is_triton_available():
-    from .router_kernels_grinmoe import FUSED_ESTIMATORS, fused_input_jitter, fused_route
+    from .triton_router_grinmoe import FUSED_ESTIMATORS, fused_input_jitter, fused_route
 
 
 class GrinMoeRouter(nn.Module):

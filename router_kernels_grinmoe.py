@@ -1,7 +1,7 @@
-"""The router in one Triton launch each way: logits to choices, weights, and what the balance loss counts; and the jitter.
+"""Triton kernels of the router and of the input jitter; triton_router_grinmoe.py launches them.
 
 The reference is `estimators_grinmoe.py`, rounding to the logits' dtype included; the draws are those of
-`counter_draws_grinmoe.py`, or given. For the backward the logits and the choices are kept, and probabilities computed again.
+`counter_draws_grinmoe.py`, or given.
 
 Shapes: T tokens, E experts, K experts per token, H hidden size, P programs.
 
@@ -10,76 +10,11 @@ Imported only where Triton is. Under TRITON_INTERPRET=1 the kernels run on a CPU
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
-
 try:  # in a `try`, Transformers does not ask those for it who load the model from the Hub
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("the kernels need Triton; pip install triton") from error
-
-from .counter_draws_grinmoe import STRIPE, STRIPES
-from .estimators_grinmoe import RoutingNoise
-
-MAX_EXPERTS = 128
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Logits of a program, which are in registers, and tokens at most.
-_MOST_LOGITS, _MOST_TOKENS = 1024, 64
-# How a draw's contribution to the loss is shared out among the draws' scores.
-_OWN, _TO_GO, _JOINT = 0, 1, 2
-
-
-class _Rule(NamedTuple):
-    """What tells one estimator from another.
-
-    Attributes:
-        full_probability: of m = 1 where the draw is not the argmax; None: m is 1 always.
-        third: what m is otherwise.
-        shared: one m for all draws of a token, without an exception for the argmax.
-        credit: how contributions are shared out.
-        halves: whether the logits are halved.
-        expert_scale: over m, what the experts' own gradient is multiplied with; None for 1.
-    """
-
-    full_probability: float | None
-    third: float = 0.3333
-    shared: bool = False
-    credit: int = _OWN
-    halves: bool = False
-    expert_scale: float | None = None
-
-
-_RULES = {
-    "sparsemixer_v2": _Rule(1 / 4),
-    "sparsemixer_v2_printed": _Rule(1 / 4, expert_scale=1.0),
-    "sparsemixer_v2_star": _Rule(5 / 8, 1 / 3, halves=True, expert_scale=2.0),
-    "sparsemixer_togo": _Rule(1 / 4, credit=_TO_GO),
-    "sparsemixer_joint": _Rule(1 / 4, 1 / 3, shared=True, credit=_JOINT),
-    "sparsemixer_unscaled": _Rule(None, credit=_TO_GO),
-}
-FUSED_ESTIMATORS = tuple(_RULES)
-
-
-class FusedRouting(NamedTuple):
-    """
-    One routing decision: the fields of `Routing`, and what the balance loss counts.
-
-    Attributes:
-        routing_weights: (T, K) in the logits' dtype, differentiable.
-        selected_experts: (T, K) int64.
-        expert_gradient_scale: (T, K), or None for 1.
-        tokens_per_expert: (P, E) int32; its sum over P is the number of choices that each expert got.
-        prob_sums: (P, E) float32, differentiable; its sum over P is that of the tokens' plain softmax. Partial sums,
-            because floats that are added atomically do not repeat.
-    """
-
-    routing_weights: torch.Tensor
-    selected_experts: torch.Tensor
-    expert_gradient_scale: torch.Tensor | None
-    tokens_per_expert: torch.Tensor
-    prob_sums: torch.Tensor
 
 
 @triton.jit
@@ -163,7 +98,7 @@ def _uniform(uniform_ptr, seed, tokens, draw, stream, num_tokens, NUM_EXPERTS: t
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])
-def _router_kernel(
+def router_kernel(
     logits_ptr,
     exponential_ptr,
     uniform_ptr,
@@ -240,7 +175,7 @@ def _contribution(logits_ptr, experts_ptr, grad_weights_ptr, logits, remaining, 
 
 
 @triton.jit
-def _router_backward_kernel(
+def router_backward_kernel(
     logits_ptr,
     experts_ptr,
     grad_weights_ptr,
@@ -302,7 +237,7 @@ def _router_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])
-def _jitter_kernel(
+def jitter_kernel(
     input_ptr,
     output_ptr,
     seed,
@@ -336,300 +271,9 @@ def _jitter_kernel(
         tl.store(output_ptr + offsets, values.to(output_ptr.dtype.element_ty), mask=inside)
 
 
-def _tile(num_experts: int) -> tuple[int, int]:
-    """Tokens and columns of a program."""
-    columns = max(2, triton.next_power_of_2(num_experts))
-    return min(_MOST_TOKENS, _MOST_LOGITS // columns), columns
-
-
-def _in_dtype(number: float, tensor: torch.Tensor) -> float:
-    """What torch makes of a number beside a tensor."""
-    return torch.tensor(number, dtype=tensor.dtype).item()
-
-
-def router_forward(
-    router_logits: torch.Tensor,
-    exponential: torch.Tensor | None,
-    uniform: torch.Tensor | None,
-    seed_on_device: torch.Tensor | None,
-    seed: int,
-    stream: int,
-    top_k: int,
-    threshold: float,
-    estimator: str,
-    samples: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights (T, K), experts (T, K), scale of their gradient (T, K) or nothing, counts (P, E), probability sums (P, E)."""
-    rule, (num_tokens, num_experts) = _RULES[estimator], router_logits.shape
-    weights, experts, expert_scale, counts, prob_sums = _router_outputs(router_logits, top_k, estimator, samples)
-    tokens, columns = _tile(num_experts)
-    if num_tokens:
-        _router_kernel[(counts.shape[0],)](
-            router_logits,
-            exponential,
-            uniform,
-            seed if seed_on_device is None else seed_on_device,
-            weights,
-            experts,
-            expert_scale,
-            counts,
-            prob_sums,
-            stream,
-            num_tokens,
-            _in_dtype(threshold, router_logits),
-            _in_dtype(rule.third, router_logits),
-            1.0 - (rule.full_probability or 0.0),
-            rule.expert_scale or 1.0,
-            NUM_EXPERTS=num_experts,
-            COLUMNS=columns,
-            TOP_K=top_k,
-            SAMPLES=samples,
-            GIVEN=exponential is not None,
-            ON_DEVICE=seed_on_device is not None,
-            SCALES=samples and rule.full_probability is not None,
-            SCALES_EXPERTS=expert_scale.numel() > 0,
-            SHARED=rule.shared,
-            HALVES=rule.halves,
-            TOKENS=tokens,
-        )
-    return weights, experts, expert_scale, counts, prob_sums
-
-
-def _router_outputs(router_logits, top_k: int, estimator: str, samples: bool) -> tuple[torch.Tensor, ...]:
-    num_tokens, num_experts = router_logits.shape
-    programs = triton.cdiv(num_tokens, _tile(num_experts)[0])
-    weights = router_logits.new_empty(num_tokens, top_k)
-    experts = torch.empty_like(weights, dtype=torch.int64)
-    scales_experts = samples and _RULES[estimator].expert_scale is not None
-    expert_scale = router_logits.new_empty((num_tokens, top_k) if scales_experts else 0)
-    prob_sums = router_logits.new_empty(programs, num_experts, dtype=torch.float32)
-    return weights, experts, expert_scale, torch.empty_like(prob_sums, dtype=torch.int32), prob_sums
-
-
-_router = torch.library.custom_op("grinmoe::router", router_forward, mutates_args=())
-
-
-@_router.register_fake
-def _(router_logits, exponential, uniform, seed_on_device, seed, stream, top_k, threshold, estimator, samples):
-    return _router_outputs(router_logits, top_k, estimator, samples)
-
-
-def router_backward(
-    router_logits: torch.Tensor,
-    experts: torch.Tensor,
-    grad_weights: torch.Tensor | None,
-    grad_prob_sums: torch.Tensor | None,
-    threshold: float,
-    estimator: str,
-    samples: bool,
-) -> torch.Tensor:
-    """dL/dlogits (T, E), of the weights' gradient (T, K) and that of the sums of probabilities (P, E)."""
-    rule, (num_tokens, num_experts) = _RULES[estimator], router_logits.shape
-    grad_logits = torch.empty_like(router_logits)
-    tokens, columns = _tile(num_experts)
-    if grad_weights is None:
-        grad_weights = torch.zeros_like(experts, dtype=router_logits.dtype)
-    if num_tokens:
-        _router_backward_kernel[(triton.cdiv(num_tokens, tokens),)](
-            router_logits,
-            experts,
-            grad_weights.contiguous(),
-            None if grad_prob_sums is None else grad_prob_sums.contiguous(),
-            grad_logits,
-            num_tokens,
-            _in_dtype(threshold, router_logits),
-            NUM_EXPERTS=num_experts,
-            COLUMNS=columns,
-            TOP_K=experts.shape[1],
-            CREDIT=rule.credit if samples else _OWN,
-            HALVES=rule.halves,
-            # In training the halving is undone for the router (Algorithm 2).
-            HALF_GRADIENT=rule.halves and not samples,
-            HAS_PROB_SUMS=grad_prob_sums is not None,
-            TOKENS=tokens,
-        )
-    return grad_logits
-
-
-_router_backward = torch.library.custom_op("grinmoe::router_backward", router_backward, mutates_args=())
-
-
-@_router_backward.register_fake
-def _(router_logits, experts, grad_weights, grad_prob_sums, threshold, estimator, samples):
-    return torch.empty_like(router_logits)
-
-
-def _keep_for_backward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[0], output[1])
-    ctx.options = inputs[-3:]
-    ctx.mark_non_differentiable(*output[1:4])
-    ctx.set_materialize_grads(False)
-
-
-def _router_gradient(ctx, grad_weights, _experts, _scale, _counts, grad_prob_sums):
-    gradient = None
-    if grad_weights is not None or grad_prob_sums is not None:
-        gradient = _router_backward(*ctx.saved_tensors, grad_weights, grad_prob_sums, *ctx.options)
-    return gradient, *(None,) * 9
-
-
-_router.register_autograd(_router_gradient, setup_context=_keep_for_backward)
-
-
-def fused_route(
-    router_logits: torch.Tensor,
-    top_k: int,
-    jitter_eps: float,
-    training: bool,
-    estimator: str = "sparsemixer_v2",
-    noise: RoutingNoise | None = None,
-    seed: int | torch.Tensor | None = None,
-    stream: int = 0,
-) -> FusedRouting:
-    """
-    `routing_grinmoe.route` in one launch, and one for its backward; with the same draws it decides the same.
-
-    Args:
-        router_logits: (T, E), float32, bfloat16 or float16.
-        top_k, jitter_eps, training: as in `routing_grinmoe.sparsemixer`.
-        estimator: one of `FUSED_ESTIMATORS`.
-        noise: the draws to use in training, or None for those of `counter_draws_grinmoe.counter_noise`.
-        seed, stream: of these. `seed` is an int, or an int64 tensor of one element on the device, which compiled code needs;
-            None draws one there from torch's generator.
-
-    Raises:
-        ValueError: an estimator that is not fused, more than 128 experts, a dtype, shape or number that the kernel does not
-            take, or a device that it does not run on.
-    """
-    _check_arguments(router_logits, top_k, jitter_eps, noise if training else None, estimator)
-    _check_device(router_logits.device)
-    exponential = uniform = on_device = None
-    number = 0
-    if training and noise is not None:
-        exponential, uniform = noise.exponential.float().contiguous(), noise.uniform.float().contiguous()
-    elif training:
-        number, on_device = _split_seed(seed, router_logits.device)
-    options = (stream, top_k, 2.0 * jitter_eps, estimator, training)
-    weights, experts, expert_scale, counts, prob_sums = _router(
-        router_logits.contiguous(), exponential, uniform, on_device, number, *options
-    )
-    scales_experts = training and _RULES[estimator].expert_scale is not None
-    return FusedRouting(weights, experts, expert_scale if scales_experts else None, counts, prob_sums)
-
-
-def _check_arguments(router_logits, top_k: int, jitter_eps: float, noise: RoutingNoise | None, estimator: str) -> None:
-    if estimator not in _RULES:
-        raise ValueError(f"estimator={estimator!r} has no kernel; choose one of {', '.join(FUSED_ESTIMATORS)}")
-    if router_logits.dim() != 2 or router_logits.dtype not in _DTYPES or router_logits.shape[1] > MAX_EXPERTS:
-        raise ValueError(
-            f"router_logits has shape {tuple(router_logits.shape)} and dtype {router_logits.dtype}; give (tokens, experts) "
-            f"with at most {MAX_EXPERTS} experts, in float32, bfloat16 or float16"
-        )
-    num_tokens, num_experts = router_logits.shape
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k={top_k} is not between 1 and the {num_experts} experts; change it")
-    if not jitter_eps >= 0:
-        raise ValueError(f"jitter_eps={jitter_eps} is negative; give 0 or more")
-    if noise is not None:
-        expected = (top_k, num_tokens, num_experts), (top_k, num_tokens, 1)
-        # The kernel would read beyond them.
-        if (tuple(noise.exponential.shape), tuple(noise.uniform.shape)) != expected:
-            raise ValueError(
-                f"noise has other shapes than exponential {expected[0]} and uniform {expected[1]}; give these"
-            )
-
-
-def _check_device(device: torch.device) -> None:
-    if device.type == "cpu" and not interpreted():
-        raise ValueError(
-            "the router's kernels run on a GPU, and the tensors are on the CPU; choose routing_grinmoe.route"
-        )
-
-
-def _split_seed(seed: int | torch.Tensor | None, device: torch.device) -> tuple[int, torch.Tensor | None]:
-    """The seed as a number of 64 bits with a sign, or as a tensor that a kernel reads."""
-    if seed is None:
-        return 0, torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, int):
-        return (seed + 2**63) % 2**64 - 2**63, None
-    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-        raise ValueError(
-            f"seed is a tensor of {seed.numel()} {seed.dtype} on {seed.device}; give one int64 on {device}"
-        )
-    return 0, seed
-
-
-def jitter(
-    hidden_states: torch.Tensor, seed_on_device: torch.Tensor | None, seed: int, stream: int, jitter_eps: float
-) -> torch.Tensor:
-    """(T, H) times the factors of the counter: forward and backward."""
-    hidden_states = hidden_states.contiguous()
-    output = torch.empty_like(hidden_states)
-    num_tokens, hidden = hidden_states.shape
-    if output.numel():
-        tokens = 64 if interpreted() else 8
-        _jitter_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(hidden, STRIPE * STRIPES))](
-            hidden_states,
-            output,
-            seed if seed_on_device is None else seed_on_device,
-            stream,
-            num_tokens,
-            hidden,
-            jitter_eps,
-            ON_DEVICE=seed_on_device is not None,
-            TOKENS=tokens,
-            STRIPE=STRIPE,
-            STRIPES=STRIPES,
-        )
-    return output
-
-
-_jitter = torch.library.custom_op("grinmoe::input_jitter", jitter, mutates_args=())
-
-
-@_jitter.register_fake
-def _(hidden_states, seed_on_device, seed, stream, jitter_eps):
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-
-
-def _keep_seed(ctx, inputs, output) -> None:
-    _, seed_on_device, *ctx.draw = inputs
-    ctx.save_for_backward(seed_on_device)
-
-
-def _jitter_gradient(ctx, gradient):
-    # The product with the same factors.
-    return _jitter(gradient, *ctx.saved_tensors, *ctx.draw), None, None, None, None
-
-
-_jitter.register_autograd(_jitter_gradient, setup_context=_keep_seed)
-
-
-def fused_input_jitter(
-    hidden_states: torch.Tensor, jitter_eps: float, seed: int | torch.Tensor | None = None, stream: int = 0
-) -> torch.Tensor:
-    """
-    The MoE block's input (T, H) times U(1 - eps, 1 + eps), the factors of `counter_draws_grinmoe.counter_jitter`.
-
-    They are drawn again in the backward, so that nothing of the input's size is kept. `seed` and `stream` as in
-    `fused_route`, whose draws have other counters.
-
-    Raises:
-        ValueError: a shape, dtype or seed that the kernel does not take, or a device that it does not run on.
-    """
-    if hidden_states.dim() != 2 or hidden_states.dtype not in _DTYPES:
-        raise ValueError(
-            f"hidden_states has shape {tuple(hidden_states.shape)} and dtype {hidden_states.dtype}; give (tokens, hidden "
-            "size) in float32, bfloat16 or float16"
-        )
-    _check_device(hidden_states.device)
-    number, on_device = _split_seed(seed, hidden_states.device)
-    return _jitter(hidden_states, on_device, number, stream, jitter_eps)
-
-
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, which decides when this module is imported."""
-    return not isinstance(_jitter_kernel, triton.JITFunction)
+    return not isinstance(jitter_kernel, triton.JITFunction)
 
 
-__all__ = ["FUSED_ESTIMATORS", "MAX_EXPERTS", "FusedRouting", "fused_input_jitter", "fused_route", "interpreted"]
+__all__ = ["interpreted", "jitter_kernel", "router_backward_kernel", "router_kernel"]

@@ -21,6 +21,7 @@ from transformers.utils import is_triton_available
 from .cpu_experts_grinmoe import SILU
 
 if is_triton_available():
+    from .decode_kernels_grinmoe import MAX_CHOICES, few_tokens_experts
     from .experts_kernels_grinmoe import MAX_EXPERTS, combine, interpreted, place_rows, swiglu, swiglu_backward
 
 # What torch's grouped product asks of its operands' rows.
@@ -32,6 +33,8 @@ def triton_experts_forward(
 ) -> torch.Tensor:
     """
     The experts of `module` by Triton's kernels. Contract of `GrinMoeExperts.forward`; under autocast in its dtype.
+
+    Without a gradient, few tokens go to the kernels for decoding, which read each needed expert once.
 
     Raises:
         ImportError: Triton is not installed.
@@ -51,7 +54,11 @@ def triton_experts_forward(
     keep = None
     if module.training and module.dropout > 0:
         keep = module.keep_mask(hidden_states.new_empty((top_k_index.numel(), module.down_proj.shape[2])))
-    output, *_ = _experts(hidden_states, top_k_weights, gate_up_proj, down_proj, top_k_index, keep)
+    differentiable = (hidden_states, top_k_weights, gate_up_proj, down_proj)
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    if not trains and keep is None and top_k_index.numel() <= MAX_CHOICES:
+        return few_tokens_experts(hidden_states, top_k_index, *differentiable[1:]).to(dtype)
+    output, *_ = _experts(*differentiable, top_k_index, keep)
     return output.to(dtype)
 
 

@@ -54,7 +54,7 @@ def run(options: RouterSettings) -> Path:
         compiled = torch.compile(lambda z: route(z, TOP_K, JITTER_EPS, True)[0])
         arms[COMPILED], errors[COMPILED] = lambda: compiled(logits), 0.0
     if device.type == "cuda" or options.toy:
-        from grinmoe.router_kernels_grinmoe import fused_route
+        from grinmoe.triton_router_grinmoe import fused_route
 
         arms[FUSED] = lambda: fused_route(logits, TOP_K, JITTER_EPS, True, seed=SEED)[0]
         errors[FUSED] = gate(logits, upstream, arms[FUSED]())

@@ -61,7 +61,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def launch_router() -> None:
-    from grinmoe.router_kernels_grinmoe import jitter, router_backward, router_forward
+    from grinmoe.triton_router_grinmoe import jitter, router_backward, router_forward
 
     selected, weights = empty(TOKENS, TOP_K, dtype=torch.int64), empty(TOKENS, TOP_K)
     seed, exponential = empty(1, dtype=torch.int64), empty(TOP_K, TOKENS, EXPERTS, dtype=torch.float32)
@@ -93,6 +93,15 @@ def launch_experts() -> None:
     combine(empty(TOKENS * TOP_K, HIDDEN), row_of_choice, ends, TOP_K)
 
 
+def launch_decoding() -> None:
+    from grinmoe.decode_kernels_grinmoe import launch
+
+    gate_up_proj, down_proj = empty(EXPERTS, 2 * WIDTH, HIDDEN), empty(EXPERTS, HIDDEN, WIDTH)
+    for tokens in (1, 8, 32):
+        selected = empty(tokens, TOP_K, dtype=torch.int64)
+        launch(empty(tokens, HIDDEN), selected, empty(tokens, TOP_K), gate_up_proj, down_proj)
+
+
 def machine_facts(kernel) -> dict:
     """Registers, bytes on the stack (what registers are spilled to), and the widest access to global memory in bits."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -117,6 +126,7 @@ def main(capability: int = 90) -> None:
     compile_only(compiled)
     launch_router()
     launch_experts()
+    launch_decoding()
     for name, kernels in compiled.items():
         for kernel in kernels:
             print(json.dumps({"kernel": name, **machine_facts(kernel)}))

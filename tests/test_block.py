@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from grinmoe.block_grinmoe import GrinMoeSparseMoeBlock
 from grinmoe.counter_draws_grinmoe import counter_jitter, counter_noise
 from grinmoe.estimators_grinmoe import RoutingNoise
-from grinmoe.router_kernels_grinmoe import FUSED_ESTIMATORS
 from grinmoe.routing_grinmoe import draw_routing_noise
+from grinmoe.triton_router_grinmoe import FUSED_ESTIMATORS
 from tests.tolerances import FAST_PATH_FLOAT32
 
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Bound by memory: each must move 16 bytes at once per thread.
-STREAMING = ("_swiglu_kernel", "_swiglu_backward_kernel", "_combine_kernel", "_jitter_kernel")
+STREAMING = ("_swiglu_kernel", "_swiglu_backward_kernel", "_combine_kernel", "jitter_kernel")
 
 
 @pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import grinmoe.router_kernels_grinmoe as router_kernels
+import grinmoe.triton_router_grinmoe as triton_router
 from grinmoe.counter_draws_grinmoe import counter_jitter, counter_noise
-from grinmoe.router_kernels_grinmoe import FUSED_ESTIMATORS, fused_input_jitter, fused_route
 from grinmoe.routing_grinmoe import draw_routing_noise, load_balancing_loss, route
+from grinmoe.triton_router_grinmoe import FUSED_ESTIMATORS, fused_input_jitter, fused_route
 
 SEED = 2**62 + 12345
 # Weights: one rounding of the logits' dtype. Gradients: relative to the largest.
@@ -185,8 +185,8 @@ def test_the_jitter_is_the_reference_s_and_keeps_nothing(tokens, hidden, dtype):
 
 def test_operators_keep_their_word():
     arguments = (logits_of(9, 4), None, None, torch.tensor([5]), 0, 1, 2, 0.2)
-    torch.library.opcheck(router_kernels._router, (*arguments, "sparsemixer_v2", True))
-    torch.library.opcheck(router_kernels._jitter, (torch.randn(9, 8, requires_grad=True), None, 5, 1, 0.01))
+    torch.library.opcheck(triton_router._router, (*arguments, "sparsemixer_v2", True))
+    torch.library.opcheck(triton_router._jitter, (torch.randn(9, 8, requires_grad=True), None, 5, 1, 0.01))
 
 
 def test_no_token_at_all():
@@ -238,7 +238,7 @@ def test_the_jitter_takes_rows_of_its_dtypes_only(hidden_states):
 
 
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
-    monkeypatch.setattr(router_kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_router, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="run on a GPU"):
         fused_route(torch.zeros(2, 4), 2, 0.01, False)
     with pytest.raises(ValueError, match="run on a GPU"):

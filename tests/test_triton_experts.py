@@ -76,6 +76,20 @@ def test_it_computes_what_the_loop_computes(tiny_config, routing, dtype):
             assert (a.float() - b).abs().max() <= FAST_PATH_BFLOAT16 * b.abs().max()
 
 
+def test_few_tokens_without_a_gradient_go_to_the_kernels_for_decoding(tiny_config, monkeypatch):
+    counted = []
+    few = triton_experts.few_tokens_experts
+    monkeypatch.setattr(triton_experts, "few_tokens_experts", lambda *a: counted.append(a[0].shape[0]) or few(*a))
+    experts, reference = build(tiny_config()), build(tiny_config(), "eager")
+    for tokens in (3, 90):
+        choices, hidden_states = distinct(tokens, 2, 4), torch.randn(tokens, 32)
+        weights = torch.rand(tokens, 2)
+        assert experts(hidden_states, choices, weights).requires_grad
+        with torch.no_grad():
+            assert_close([experts(hidden_states, choices, weights)], [reference(hidden_states, choices, weights)], 1e-5)
+    assert counted == [3]
+
+
 def test_no_token_at_all(tiny_config):
     experts = build(tiny_config())
     output, *gradients = results(experts, torch.empty(0, 2, dtype=torch.int64))

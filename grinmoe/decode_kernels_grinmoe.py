@@ -1,0 +1,1 @@
+../decode_kernels_grinmoe.py
