@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,8 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     block.add_argument("--experts", type=int, default=16, metavar="E")
     block.add_argument("--warmup", type=int, default=5, metavar="N", help="uncounted rounds (default: 5)")
     block.add_argument("--rounds", type=int, default=20, metavar="N", help="counted rounds (default: 20)")
-    block.add_argument("--minutes", type=float, metavar="M", help="measure fewer rounds after so many")
-    block.add_argument("--toy", action="store_true", help="a GPU's arms on a CPU, tiny: needs TRITON_INTERPRET=1")
+    _add_limits(block)
     load = commands.add_parser(
         "load",
         help="memory and time of loading and saving a checkpoint, against Transformers' phimoe on the same files",
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     lora.add_argument("--r", type=int, default=16, metavar="R", help="rank (default: 16)")
     lora.add_argument("--warmup", type=int, default=3, metavar="N", help="uncounted rounds (default: 3)")
     lora.add_argument("--rounds", type=int, default=10, metavar="N", help="counted rounds (default: 10)")
+    _add_limits(lora)
     for name, what in (
         ("router", "the router, against its torch operators"),
         ("layer", "a layer, sparse against dense"),
@@ -53,47 +55,96 @@ def build_parser() -> argparse.ArgumentParser:
         other.add_argument("--tokens", type=int, metavar="T", help="default: as the device has room for")
         other.add_argument("--warmup", type=int, default=5, metavar="N", help="uncounted rounds (default: 5)")
         other.add_argument("--rounds", type=int, default=20, metavar="N", help="counted rounds (default: 20)")
-        other.add_argument("--minutes", type=float, metavar="M", help="measure fewer rounds after so many")
-        other.add_argument("--toy", action="store_true", help="a GPU's arms on a CPU, tiny: needs TRITON_INTERPRET=1")
-    gpu = commands.add_parser(
-        "gpu",
-        help="all of a GPU's benchmarks, and the goals in one table",
-        epilog="example: python -m benchmarks gpu --toy",
-    )
-    gpu.add_argument("--minutes", type=float, default=9.0, metavar="M", help="all together (default: 9)")
-    gpu.add_argument("--toy", action="store_true", help="try the code on a CPU, tiny, kernels interpreted")
+        _add_limits(other)
+    _add_models(commands)
+    _add_suites(commands)
     return parser
+
+
+def _add_models(commands: Any) -> None:
+    decode = commands.add_parser(
+        "decode",
+        help="tokens per second of generate, against Transformers' phimoe with the same weights",
+        epilog="example: python -m benchmarks decode --batches 1 8",
+    )
+    decode.add_argument("--layers", type=int, metavar="L", help="default: 4, on a GPU 32 or what fits")
+    decode.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32), metavar="B", help="default: 1 8 32")
+    decode.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of every row (default: 128)")
+    _add_limits(decode)
+    train_step = commands.add_parser(
+        "train_step",
+        help="whole steps through the Trainer, a sparse model against its dense twin",
+        epilog="example: python -m benchmarks train_step --layers 2",
+    )
+    train_step.add_argument("--layers", type=int, default=2, metavar="L", help="default: 2")
+    train_step.add_argument("--batch", type=int, default=4, metavar="B", help="rows of a step (default: 4)")
+    train_step.add_argument("--sequence", type=int, metavar="S", help="tokens of a row; default: 256, on a GPU 4096")
+    _add_limits(train_step)
+
+
+def _add_suites(commands: Any) -> None:
+    for device, minutes in (("gpu", 9.0), ("cpu", 5.0)):
+        suite = commands.add_parser(
+            device,
+            help=f"all of a {device.upper()}'s benchmarks, and the goals in one table",
+            epilog=f"example: python -m benchmarks {device}",
+        )
+        suite.add_argument(
+            "--minutes", type=float, default=minutes, metavar="M", help=f"all together (default: {minutes:g})"
+        )
+        if device == "gpu":
+            suite.add_argument("--toy", action="store_true", help="try the code on a CPU, tiny, kernels interpreted")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, metavar="M", help="measure fewer rounds after so many")
+    parser.add_argument("--toy", action="store_true", help="a GPU's arms on a CPU, tiny: needs TRITON_INTERPRET=1")
 
 
 def main() -> None:
     options = vars(build_parser().parse_args())
     # Imported after parsing: --help should not wait for torch.
     command = options.pop("command")
-    if command == "block":
-        from benchmarks.bench_block import BlockSettings, run
-
-        path = run(BlockSettings(**options))
-    elif command == "router":
-        from benchmarks.bench_router import RouterSettings, run
-
-        path = run(RouterSettings(**options))
-    elif command == "layer":
-        from benchmarks.bench_layer import LayerSettings, run
-
-        path = run(LayerSettings(**options))
-    elif command == "gpu":
-        from benchmarks.suite import SuiteSettings, run
-
-        path = run(SuiteSettings(**options))
-    elif command == "lora":
-        from benchmarks.bench_lora import LoraSettings, run
-
-        path = run(LoraSettings(**options))
-    else:
-        from benchmarks.bench_load import LoadSettings, run
-
-        path = run(LoadSettings(**options))
+    try:
+        path = run(command, options)
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(f"benchmarks {command}: {error}") from error
     print(f"\nwritten to {path}")
+
+
+def run(command: str, options: dict[str, Any]) -> Path:
+    if command in ("gpu", "cpu"):
+        from benchmarks import suite
+
+        return suite.run(suite.SuiteSettings(device=command, **options))
+    if command == "block":
+        from benchmarks import bench_block
+
+        return bench_block.run(bench_block.BlockSettings(**options))
+    if command == "router":
+        from benchmarks import bench_router
+
+        return bench_router.run(bench_router.RouterSettings(**options))
+    if command == "layer":
+        from benchmarks import bench_layer
+
+        return bench_layer.run(bench_layer.LayerSettings(**options))
+    if command == "decode":
+        from benchmarks import bench_decode
+
+        options["batches"] = tuple(options["batches"])
+        return bench_decode.run(bench_decode.DecodeSettings(**options))
+    if command == "train_step":
+        from benchmarks import bench_train_step
+
+        return bench_train_step.run(bench_train_step.TrainStepSettings(**options))
+    if command == "lora":
+        from benchmarks import bench_lora
+
+        return bench_lora.run(bench_lora.LoraSettings(**options))
+    from benchmarks import bench_load
+
+    return bench_load.run(bench_load.LoadSettings(**options))
 
 
 if __name__ == "__main__":

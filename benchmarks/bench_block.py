@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class BlockSettings:
                 "intermediate_size": 32,
                 "experts": 8,
                 "warmup": 1,
-                "rounds": 3,
+                "rounds": 2,
             }
         settings = replace(self, **filled)
         return replace(settings, tokens=(settings.tokens,)) if isinstance(settings.tokens, int) else settings
@@ -213,8 +214,15 @@ def measure(
             case.refused[name] = "out of memory"
             del errors[name]
     blocks = {name: arms[name] for name in arms if name in errors}
-    forwards = {f"{name}, forward": lambda n, b=block: b(inputs[n % draws]) for name, block in blocks.items()}
-    steps = {name: lambda n, b=block: step(b, inputs[n % draws], upstream) for name, block in blocks.items()}
+
+    def forward_of(block: nn.Module) -> Callable[[int], object]:
+        return lambda number: block(inputs[number % draws])
+
+    def step_of(block: nn.Module) -> Callable[[int], object]:
+        return lambda number: step(block, inputs[number % draws], upstream)
+
+    forwards = {f"{name}, forward": forward_of(block) for name, block in blocks.items()}
+    steps = {name: step_of(block) for name, block in blocks.items()}
     timings = interleave(forwards | steps, options.warmup, options.rounds, device, deadline)
     for name in blocks:
         seconds, forward_seconds = timings[name].seconds, timings[f"{name}, forward"].seconds
@@ -223,7 +231,7 @@ def measure(
     if not case.skewed:
         for name in PROFILED:
             if name in blocks:
-                case.kernels[name] = profile(steps[name], device)
+                case.kernels[name] = profile(steps[name], device, rounds=1 if options.toy else 3)
                 median = 1e-3 * timings[name].median_ms if device.type == "cuda" else None
                 case.groups[name] = grouped(case.kernels[name], median)
 
@@ -251,7 +259,7 @@ def table(case: Case, options: BlockSettings, tflops: float) -> str:
                 f"{reached:.3g}",
                 f"{reached / tflops:.0%}",
                 *ratios,
-                f"{arm['saved_bytes'] / 2**20:.1f}",
+                f"{arm['saved_bytes'] / 2**20:.4g}",
                 *([f"{arm['peak_bytes'] / 2**30:.2f}"] if on_gpu else []),
                 f"{arm['relative_error']:.1e}",
             ]
@@ -326,14 +334,13 @@ def enter(report: Report, cases: list[Case], options: BlockSettings, tflops: flo
             "kernels": one.kernels,
         }
     report.add("cases", facts)
-    least, floor = facts[case.name]["kept_at_least_bytes"], facts[case.name]["floor_seconds"]
     parts = [f"## {case.name}"]
     if case.arms:
         parts.append(table(case, options, tflops))
     parts += [f"{name} was not timed. {reason}" for name, reason in case.refused.items()]
     parts.append(
         f"Floor: {1e3 * floor['forward']:.2f} ms forward, {1e3 * floor['step']:.2f} ms step. Least to keep: "
-        f"{least / 2**20:.1f} MiB; goal G4 allows {1.1 * least / 2**20:.1f} MiB."
+        f"{least / 2**20:.4g} MiB; goal G4 allows {1.1 * least / 2**20:.4g} MiB."
     )
     if case.groups:
         parts.append(profile_table(case.kernels, case.groups))

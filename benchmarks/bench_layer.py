@@ -3,11 +3,11 @@
     python -m benchmarks layer
     TRITON_INTERPRET=1 python -m benchmarks layer --toy
 
-One layer and the final norm, forward and backward with all weight gradients, routing as it comes: sampled, jittered. The dense
-twin has the same attention and a SwiGLU MLP of K times an expert's width. Attention is sdpa, and flash attention where that is
-installed. All sparse arms have the same weights. Before anything is timed, their outputs and gradients in evaluation mode, where
-nothing is drawn, are held against the reference loop's; the experts themselves are held against more precision by the
-block's benchmark.
+One layer and the final norm, forward and backward with all weight gradients, routing as it comes: sampled, jittered. The
+dense twin has the same attention and a SwiGLU MLP of K times an expert's width. Attention is sdpa, and flash attention where
+that is installed. All sparse arms have the same weights. Before anything is timed, their outputs and gradients in evaluation
+mode, where nothing is drawn, are held against the reference loop's; the experts themselves are held against more precision
+by the block's benchmark.
 
 Shapes: T tokens, S sequence, H hidden size.
 """
@@ -15,6 +15,7 @@ Shapes: T tokens, S sequence, H hidden size.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from grinmoe import GrinMoeConfig, GrinMoeModel
 from grinmoe.provenance import markdown_table
 
 REFERENCE = "eager"
-# Relative error in the maximum norm, both in the same dtype.
-GATE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# Relative error in the maximum norm. Both are in the same dtype, so that in bfloat16 two roundings meet.
+GATE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def make_dense(model: GrinMoeModel) -> GrinMoeModel:
 
 
 def layer_config(options: LayerSettings, device: torch.device) -> GrinMoeConfig:
-    sizes = {} if device.type == "cuda" else {"hidden_size": 512, "intermediate_size": 800, "num_attention_heads": 8}
+    sizes: dict[str, Any] = (
+        {} if device.type == "cuda" else {"hidden_size": 512, "intermediate_size": 800, "num_attention_heads": 8}
+    )
     if options.toy:
         sizes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     return GrinMoeConfig(num_hidden_layers=1, vocab_size=256, eos_token_id=1, pad_token_id=1, **sizes)
@@ -101,7 +104,7 @@ def build_arms(options: LayerSettings, device: torch.device, dtype: torch.dtype)
                     make_dense(model)
                 else:
                     model.set_experts_implementation(kind)
-            model = model.to(dtype).train()
+            model.to(device, dtype).train()  # type: ignore[arg-type]  # a decorator hides the signature
             model.set_attn_implementation(attention)
             model.load_state_dict(weights.setdefault(kind == DENSE, model.state_dict()), assign=True)
             models[kind if attention == "sdpa" else f"{kind}, {attention}"] = model
@@ -165,11 +168,14 @@ def run(options: LayerSettings) -> Path:
     errors, refused = gate(models, embedded, upstream)
     timed = {name: model for name, model in models.items() if name in errors and name != REFERENCE}
 
-    def forward(model: nn.Module) -> None:
-        model(inputs_embeds=embedded, use_cache=False)
+    def forward_of(model: nn.Module) -> Callable[[int], object]:
+        return lambda number: model(inputs_embeds=embedded, use_cache=False)
 
-    arms = {f"{name}, forward": lambda _, m=model: forward(m) for name, model in timed.items()}
-    arms |= {name: lambda _, m=model: step(m, embedded, upstream) for name, model in timed.items()}
+    def step_of(model: nn.Module) -> Callable[[int], object]:
+        return lambda number: step(model, embedded, upstream)
+
+    arms = {f"{name}, forward": forward_of(model) for name, model in timed.items()}
+    arms |= {name: step_of(model) for name, model in timed.items()}
     timings = interleave(arms, options.warmup, options.rounds, device, deadline)
     floor = layer_floor_seconds(config, tokens, sequence, best["tflops"])
     facts: dict[str, dict[str, Any]] = {

@@ -17,8 +17,9 @@ Shapes: T tokens, H hidden size, I expert width, E experts, K = 2, r rank.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.bench_block import choose_experts
-from benchmarks.protocol import Timing, interleave, write_result
+from benchmarks.protocol import Report, Timing, best_device, interleave
 from grinmoe import GrinMoeConfig
 from grinmoe.expert_lora import ExpertLora, GrinMoeLoraConfig
 from grinmoe.experts_grinmoe import GrinMoeExperts
@@ -61,11 +62,16 @@ class LoraSettings:
     r: int = 16
     warmup: int = 3
     rounds: int = 10
+    minutes: float | None = None
+    toy: bool = False
 
     def for_device(self, device: torch.device) -> LoraSettings:
         sizes = {"tokens": 1024, "hidden_size": 512, "intermediate_size": 800}
         if device.type == "cuda":
             sizes = {"tokens": 8192, "hidden_size": 4096, "intermediate_size": 6400}
+        if self.toy:
+            sizes = {"tokens": 32, "hidden_size": 32, "intermediate_size": 48}
+            return replace(self, **sizes, experts=4, r=4, warmup=1, rounds=2)
         given = {name: value for name, value in asdict(self).items() if value is not None}
         return LoraSettings(**(sizes | given))
 
@@ -115,8 +121,6 @@ def step(layer: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tenso
     for name, parameter in layer.named_parameters():
         if parameter.requires_grad:
             results[name], parameter.grad = parameter.grad, None
-    if upstream.is_cuda:
-        torch.cuda.synchronize()
     return results
 
 
@@ -208,9 +212,11 @@ def table(timings: dict[str, Timing], facts: dict[str, dict[str, Any]]) -> str:
 
 def run(options: LoraSettings) -> Path:
     """Measure all arms, print the table, and return the path of the written report."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     options = options.for_device(device)
+    report = Report("lora", asdict(options), options.toy)
     torch.manual_seed(0)
     base = build_base(options, dtype, device)
     inputs = []
@@ -231,11 +237,12 @@ def run(options: LoraSettings) -> Path:
     def runner(layer: nn.Module) -> Callable[[int], object]:
         return lambda number: step(layer, inputs[number], upstream)
 
-    timings = interleave({name: runner(layer) for name, layer in layers.items()}, options.warmup, options.rounds)
+    timings = interleave(
+        {name: runner(layer) for name, layer in layers.items()}, options.warmup, options.rounds, device, deadline
+    )
     for name, timing in timings.items():
         facts[name] |= {"seconds": timing.seconds, "ratio_to_peft": timing.ratio_to(timings[BASELINE])}
     result = table(timings, facts)
-    print(f"\n{result}", flush=True)
     stack_bytes = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
     intro = (
         f"LoRA on one layer's experts, {str(dtype).removeprefix('torch.')}, forward and backward with frozen experts; "
@@ -245,5 +252,6 @@ def run(options: LoraSettings) -> Path:
         "rounds. `kept for backward` counts storages once and leaves parameters out; `trained` counts parameters; `error` "
         "is the largest relative error of output and gradients against plain PEFT in float64."
     )
-    facts_of_run = {"settings": asdict(options), "expert_bytes": stack_bytes, "arms": facts}
-    return write_result("lora", facts_of_run, f"{intro}\n\n{result}")
+    report.add("expert_bytes", stack_bytes)
+    report.add("arms", facts, f"{intro}\n\n{result}")
+    return report.finish()

@@ -66,16 +66,25 @@ def run(options: RouterSettings) -> Path:
     timings = interleave(
         steps, 0 if options.toy else options.warmup, 2 if options.toy else options.rounds, device, deadline
     )
-    launches = {name: count_launches(run) if device.type == "cuda" else None for name, run in steps.items()}
+    on_device = {name: count_launches(run) if device.type == "cuda" else (None, None) for name, run in steps.items()}
     rows = []
     for name, timing in timings.items():
         low, high = timing.quartiles_ms
         times = [f"{1e3 * value:.1f}" for value in (timing.median_ms, low, high)]
         ratio = f"{timing.ratio_to(timings[EAGER]):.2f}"
-        rows.append([name, times[0], f"{times[1]} to {times[2]}", ratio, launches[name] or "-", f"{errors[name]:.1e}"])
-    header = ["arm", "forward and backward, us", "quartiles, us", "times faster than operators", "launches", "error"]
+        launches, longest = on_device[name]
+        kernels = ["-", "-"] if launches is None else [str(launches), f"{1e6 * longest:.1f}"]
+        rows.append([name, times[0], f"{times[1]} to {times[2]}", ratio, *kernels, f"{errors[name]:.1e}"])
+    header = ["arm", "forward and backward, us", "quartiles, us", "times faster than operators", "launches"]
+    header += ["longest of them, us", "error"]
     facts = {
-        n: {"seconds": t.seconds, "launches": launches[n], "relative_error": errors[n]} for n, t in timings.items()
+        name: {
+            "seconds": timing.seconds,
+            "launches": on_device[name][0],
+            "longest_launch_seconds": on_device[name][1],
+            "relative_error": errors[name],
+        }
+        for name, timing in timings.items()
     }
     note = "" if FUSED in arms else "\n\nThe kernel needs a GPU; its time here would be the interpreter's."
     text = f"{tokens} tokens, {options.experts} experts, top-{TOP_K}, {dtype}, draws included.\n\n"
@@ -94,11 +103,13 @@ def gate(logits: torch.Tensor, upstream: torch.Tensor, weights: torch.Tensor) ->
     return error
 
 
-def count_launches(run: Callable[[int], object]) -> int:
+def count_launches(run: Callable[[int], object]) -> tuple[int, float]:
+    """How many kernels one forward and backward launches, and the seconds that the longest takes on the device."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run(0)
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(kernels), 1e-6 * max((event.self_device_time_total for event in kernels), default=0.0)
 
 
 __all__ = ["RouterSettings", "run"]

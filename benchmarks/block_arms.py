@@ -130,11 +130,12 @@ def share_weights(blocks: dict[str, nn.Module], directions: torch.Tensor, size: 
             block.gate_up_proj.weight, block.down_proj.weight = dense_gate_up, dense_down
             continue
         router_of(block).weight = router_weight
-        block.experts.gate_up_proj, block.experts.down_proj = gate_up, down
+        of_block = block.get_submodule("experts")
+        of_block.gate_up_proj, of_block.down_proj = gate_up, down
 
 
 def router_of(block: nn.Module) -> nn.Module:
-    return getattr(block, "gate", None) or block.router
+    return block.get_submodule("gate" if hasattr(block, "gate") else "router")
 
 
 def describe(error: Exception) -> str:
@@ -165,7 +166,8 @@ def _sonic(size: BlockSize) -> nn.Module:
 
 def _with_experts(block: nn.Module, forward: Callable) -> nn.Module:
     """The block, with `forward` (experts, hidden_states, top_k_index, top_k_weights) in the place of its experts'."""
-    block.experts.forward = types.MethodType(forward, block.experts)
+    experts = block.get_submodule("experts")
+    experts.forward = types.MethodType(forward, experts)
     return block
 
 
@@ -175,14 +177,13 @@ def loop_products(streams: int) -> Products:
 
     def over_groups(ends: torch.Tensor, product) -> None:
         bounds = [0, *ends.tolist()]
-        current = torch.cuda.current_stream() if side else None
         for stream in side:
-            stream.wait_stream(current)
+            stream.wait_stream(torch.cuda.current_stream())
         for expert, (start, end) in enumerate(pairwise(bounds)):
             with torch.cuda.stream(side[expert % streams]) if side else contextlib.nullcontext():
                 product(expert, slice(start, end))
         for stream in side:
-            current.wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(stream)
 
     def rows_by_weights(rows, weights, ends):
         output = rows.new_empty(rows.shape[0], weights.shape[1])
@@ -208,9 +209,17 @@ class _LoopExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        *arguments, pre_activation, order, row_of_choice, ends = ctx.saved_tensors
-        kept = ctx.kept_type(pre_activation, order, row_of_choice, ends)
-        gradients = backward_pass(grad_output.contiguous(), *arguments, None, kept, products=ctx.products)
+        hidden_states, weights, gate_up_proj, down_proj, *kept = ctx.saved_tensors
+        gradients = backward_pass(
+            grad_output.contiguous(),
+            hidden_states,
+            weights,
+            gate_up_proj,
+            down_proj,
+            keep=None,
+            kept=ctx.kept_type(*kept),
+            products=ctx.products,
+        )
         return *gradients, None, None
 
 

@@ -10,8 +10,8 @@ import torch
 from grinmoe.provenance import markdown_table
 
 PRODUCTS, ROUTER, GLUE, OTHER, IDLE = "matrix products", "router", "glue", "other", "device idle"
-# Parts of names, looked for in this order: of cuBLAS, CUTLASS and torch's operators; of the router's kernels and the draws of
-# its operators; and of what moves, weighs and sums rows. Elementwise operators of the router are counted as glue.
+# Parts of names, looked for in this order: of cuBLAS, CUTLASS and torch's operators; of the router's kernels and the draws
+# of its operators; and of what moves, weighs and sums rows. Elementwise operators of the router are counted as glue.
 _GROUPS = {
     PRODUCTS: (
         "gemm",

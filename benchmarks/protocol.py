@@ -7,6 +7,7 @@ versions, commit and command. A number that has no such file under `benchmarks/r
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import statistics
@@ -65,20 +66,23 @@ def interleave(
             leave it on the current stream of `device`.
         warmup, rounds: how often each arm runs.
         device: on a GPU, time is taken by its events, and its cache emptied before each run. None: the CPU's clock.
-        deadline: of `time.monotonic`; past it, no round is begun that `FEWEST_ROUNDS` does not ask for.
+        deadline: of `time.monotonic`; past it, one round warms up, and none is begun that `FEWEST_ROUNDS` does not ask for.
 
     Returns:
         A `Timing` of equally many values per arm.
     """
     timings = {name: Timing() for name in arms}
     measure = _on_gpu(device) if device is not None and device.type == "cuda" else _by_clock
+    counted = 0
     for number in range(warmup + rounds):
         late = deadline is not None and time.monotonic() > deadline
-        if late and number >= warmup + FEWEST_ROUNDS:
+        if counted == rounds or (late and counted >= FEWEST_ROUNDS):
             break
+        counts = number >= warmup or (late and number > 0)
+        counted += counts
         for name, run in arms.items():
-            seconds = measure(lambda run=run, number=number: run(number))
-            if number >= warmup:
+            seconds = measure(functools.partial(run, number))
+            if counts:
                 timings[name].seconds.append(seconds)
     return timings
 

@@ -1,0 +1,373 @@
+"""Tokens per second of `generate`: ours against Transformers' phimoe, on the same weights in memory (goal G6 on a GPU).
+
+    python -m benchmarks decode
+    python -m benchmarks decode --layers 4 --batches 1
+    TRITON_INTERPRET=1 python -m benchmarks decode --toy
+
+Greedy, from prompts of 16 random tokens, 128 new ones, prompt included in the time. Random weights; on a GPU the released
+size in bfloat16 with as many layers as memory allows, on a CPU a small model in float32. Before anything is timed, every arm
+that is not compiled must give the same tokens as the others, in float32 at a small size on the same device; at full size
+rounding in bfloat16 decides between near-equal tokens, and the share of equal ones is reported instead.
+
+The floor is the time to read, at the measured copy rate, what a step must read: attention, router and head, the experts that
+were really chosen (counted, a mean over layers and steps), and the keys and values.
+
+Compiled arms use a static cache, as `generate` does by itself on a GPU, and CUDA graphs. They compile anew for every batch,
+which is not in the time, and come last: without time left they are left out.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CompileConfig, PhimoeConfig, PhimoeForCausalLM
+
+from benchmarks.protocol import Report, best_device, rates
+from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+from grinmoe.modeling_grinmoe import GrinMoeRouter
+from grinmoe.provenance import markdown_table
+
+PHIMOE, OURS = "transformers phimoe", "grinmoe"
+RELEASED_LAYERS = 32
+# Of a GPU's memory; the rest is for caches, activations and what compiling and graphs take.
+WEIGHTS_SHARE = 0.8
+
+# Fields that both libraries' configs have, under these names.
+SHARED_FIELDS = (
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
+    *("num_local_experts", "num_experts_per_tok", "sliding_window", "max_position_embeddings", "rms_norm_eps"),
+    *("attention_bias", "lm_head_bias", "router_jitter_noise", "rope_parameters", "eos_token_id", "pad_token_id"),
+)
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """Sizes that are None are those of the device.
+
+    Attributes:
+        layers: of the model.
+        batches: rows that are generated at once.
+        new_tokens, prompt_tokens: of every row.
+        rounds: counted runs of each arm; on a GPU one, whose steps are many.
+        minutes: after which no arm, and no further round, is begun.
+    """
+
+    layers: int | None = None
+    batches: tuple[int, ...] = (1, 8, 32)
+    new_tokens: int = 128
+    prompt_tokens: int = 16
+    rounds: int | None = None
+    minutes: float | None = None
+    toy: bool = False
+
+    def for_device(self, device: torch.device) -> DecodeSettings:
+        if self.toy:
+            return replace(self, layers=1, batches=(1, 2), new_tokens=3, prompt_tokens=4, rounds=1)
+        if device.type == "cuda":
+            layers = self.layers or layers_that_fit(torch.cuda.get_device_properties(device).total_memory)
+            return replace(self, layers=layers, rounds=self.rounds or 1)
+        return replace(self, layers=self.layers or 4, rounds=self.rounds or 5)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`library`: PHIMOE or OURS. `implementation`: of the experts. `compiled`: with a static cache."""
+
+    library: str
+    implementation: str
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.library}, {self.implementation}{', static and compiled' if self.compiled else ''}"
+
+
+def arms_for(device: torch.device, toy: bool) -> list[Arm]:
+    """What is measured on `device`, those that compile last.
+
+    Of phimoe's implementations `generate` itself exchanges grouped_mm for batched_mm when it decodes on a GPU.
+    """
+    arms = [Arm(PHIMOE, "eager"), Arm(PHIMOE, "grouped_mm"), Arm(OURS, "grinmoe")]
+    if device.type != "cuda":
+        arms.insert(2, Arm(PHIMOE, "batched_mm"))
+    if device.type == "cuda" or toy:
+        arms.append(Arm(OURS, "grinmoe_triton"))
+        arms += [replace(arm, compiled=True) for arm in (arms[-1], Arm(PHIMOE, "grouped_mm"), arms[-2])]
+    return arms
+
+
+def model_config(layers: int, released: bool, toy: bool = False) -> GrinMoeConfig:
+    if released:
+        return GrinMoeConfig(num_hidden_layers=layers)
+    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 800, "num_attention_heads": 8, "vocab_size": 4096}
+    if toy:
+        sizes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "vocab_size": 256}
+    ends: dict[str, Any] = {"num_key_value_heads": 2, "eos_token_id": 1, "pad_token_id": 1}
+    return GrinMoeConfig(num_hidden_layers=layers, **sizes, **ends)
+
+
+def parameter_bytes(config: GrinMoeConfig, element_bytes: int) -> dict[str, int]:
+    """Bytes of a layer's attention with router and norms, of one expert, and of the head."""
+    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_size
+    keys_and_values = 2 * config.num_key_value_heads * config.head_size
+    attention = (
+        hidden * (2 * queries + keys_and_values) + hidden * (config.num_local_experts + 5) + queries + keys_and_values
+    )
+    expert = 3 * hidden * config.intermediate_size
+    return {
+        "attention": element_bytes * attention,
+        "expert": element_bytes * expert,
+        "head": element_bytes * config.vocab_size * (hidden + 1),
+    }
+
+
+def bytes_read(
+    config: GrinMoeConfig, element_bytes: int, batch: int, experts_read: float, cached_tokens: float
+) -> float:
+    """
+    What one step must read.
+
+    Args:
+        experts_read: distinct experts of a layer that the batch's tokens chose.
+        cached_tokens: keys that a row sees.
+    """
+    part = parameter_bytes(config, element_bytes)
+    cache = element_bytes * 2 * config.num_key_value_heads * config.head_size * cached_tokens * batch
+    return config.num_hidden_layers * (part["attention"] + experts_read * part["expert"] + cache) + part["head"]
+
+
+def layers_that_fit(memory_bytes: int) -> int:
+    config = GrinMoeConfig()
+    part = parameter_bytes(config, 2)
+    layer = part["attention"] + config.num_local_experts * part["expert"]
+    return max(1, min(RELEASED_LAYERS, int((WEIGHTS_SHARE * memory_bytes - 2 * part["head"]) / layer)))
+
+
+def build_pair(config: GrinMoeConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Our model with random weights, and phimoe with the same in the same memory. In evaluation mode."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(0)
+    try:
+        with device:
+            ours = GrinMoeForCausalLM(config)
+    finally:
+        torch.set_default_dtype(previous)
+    phimoe_config = PhimoeConfig(**{name: getattr(config, name) for name in SHARED_FIELDS}, dtype=dtype)
+    with torch.device("meta"):
+        phimoe = PhimoeForCausalLM(phimoe_config)
+    for name, parameter in ours.named_parameters():
+        phimoe_name = name.replace("block_sparse_moe.gate", "mlp.router").replace("block_sparse_moe", "mlp")
+        owner, _, attribute = phimoe_name.rpartition(".")
+        setattr(phimoe.get_submodule(owner), attribute, parameter)
+    with device:
+        phimoe.model.rotary_emb = type(phimoe.model.rotary_emb)(phimoe_config)
+    assert not any(tensor.is_meta for tensor in phimoe.state_dict().values()), "phimoe has a weight that we have not"
+    return {PHIMOE: phimoe.eval(), OURS: ours.eval()}
+
+
+def runner(models: dict[str, Any], arm: Arm, options: DecodeSettings) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Generates from prompts (B, S); returns the new tokens (B, new_tokens) on the host, which waits for the device."""
+    model = models[arm.library]
+
+    def generate(prompts: torch.Tensor) -> torch.Tensor:
+        model.set_experts_implementation(arm.implementation)
+        kind: dict[str, Any] = {"cache_implementation": "static" if arm.compiled else None}
+        if arm.compiled and prompts.device.type != "cuda":
+            kind["compile_config"] = CompileConfig(backend="aot_eager")
+            kind["compile_config"]._compile_all_devices = True
+        # An end-of-text token would end some arms' rows before others'.
+        ends = {"eos_token_id": None, "pad_token_id": 0}
+        mask, count = torch.ones_like(prompts), options.new_tokens
+        output = model.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=count, **ends, **kind)
+        return output[:, prompts.shape[1] :].cpu()
+
+    return generate
+
+
+def draw_prompts(config: GrinMoeConfig, batch: int, options: DecodeSettings, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randint(2, config.vocab_size, (batch, options.prompt_tokens), generator=generator).to(device)
+
+
+def gate(device: torch.device, options: DecodeSettings) -> None:
+    """Every arm that is not compiled gives the same greedy tokens, in float32 at a small size; raises if one does not."""
+    config = model_config(2, released=False, toy=options.toy)
+    models = build_pair(config, device, torch.float32)
+    prompts = draw_prompts(config, max(options.batches), options, device)
+    small = replace(options, new_tokens=min(options.new_tokens, 16))
+    arms = [arm for arm in arms_for(device, options.toy) if not arm.compiled]
+    expected = runner(models, arms[0], small)(prompts)
+    for arm in arms[1:]:
+        found = runner(models, arm, small)(prompts)
+        if not torch.equal(found, expected):
+            share = (found == expected).float().mean().item()
+            raise RuntimeError(
+                f"{arm.name}: only {share:.0%} of its tokens are those of {arms[0].name}; nothing was timed"
+            )
+
+
+def experts_per_step(models: dict[str, Any], prompts: torch.Tensor, options: DecodeSettings) -> float:
+    """Distinct experts that a layer's step reads: a mean over layers and the first 16 steps after the prompt."""
+    counts: list[int] = []
+
+    def count(module, inputs, output):
+        if inputs[0].shape[0] == prompts.shape[0]:  # a step, not the prompt
+            counts.append(output[2].unique().numel())
+
+    hooks = [m.register_forward_hook(count) for m in models[OURS].modules() if isinstance(m, GrinMoeRouter)]
+    runner(models, Arm(OURS, "grinmoe"), replace(options, new_tokens=min(options.new_tokens, 17)))(prompts)
+    for hook in hooks:
+        hook.remove()
+    return statistics.mean(counts)
+
+
+def measure(
+    models: dict[str, Any], arms: list[Arm], prompts: torch.Tensor, options: DecodeSettings, deadline: float | None
+) -> dict[str, dict[str, Any]]:
+    """Arms in turn: seconds of the rounds, and the tokens; of one that failed or was not begun, why it is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    ready = {}
+    for arm in arms:
+        if is_late(deadline):
+            found[arm.name] = {"left_out": "no time was left"}
+            continue
+        found[arm.name] = warm_up(models, arm, prompts, options)
+        if "left_out" not in found[arm.name]:
+            ready[arm.name] = runner(models, arm, options)
+    for number in range(options.rounds or 1):
+        if number and is_late(deadline):
+            break
+        for name, generate in ready.items():
+            started = time.perf_counter()
+            found[name]["tokens"] = generate(prompts).tolist()
+            found[name]["seconds"].append(time.perf_counter() - started)
+    return found
+
+
+def is_late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
+
+
+def warm_up(models: dict[str, Any], arm: Arm, prompts: torch.Tensor, options: DecodeSettings) -> dict[str, Any]:
+    """A run that is not counted; a compiled arm's is whole, so that it compiles for what is then measured."""
+    if arm.compiled:
+        torch.compiler.reset()
+    else:
+        options = replace(options, new_tokens=min(options.new_tokens, 8))
+    started = time.perf_counter()
+    try:
+        runner(models, arm, options)(prompts)
+    # What compilers, kernels and allocators raise; the other arms are measured all the same.
+    except Exception as error:
+        message = (str(error).splitlines() or [""])[0][:200]
+        return {"left_out": f"{type(error).__name__}: {message}"}
+    finally:
+        if prompts.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {"warm_up_seconds": time.perf_counter() - started, "seconds": []}
+
+
+def table(
+    found: dict[str, dict[str, Any]], batch: int, options: DecodeSettings, floor_tokens_per_s: float | None
+) -> str:
+    first = next((one for one in found.values() if one.get("seconds")), {})
+    rows = []
+    for name, one in found.items():
+        if "left_out" in one:
+            rows.append([name, one["left_out"], "-", "-", "-", "-"])
+            continue
+        rate = batch * options.new_tokens / statistics.median(one["seconds"])
+        equal = (torch.tensor(one["tokens"]) == torch.tensor(first["tokens"])).float().mean().item()
+        share = "-" if floor_tokens_per_s is None else f"{rate / floor_tokens_per_s:.1%}"
+        spread = f"{min(one['seconds']):.2f} to {max(one['seconds']):.2f}"
+        times = statistics.median(first["seconds"]) / statistics.median(one["seconds"])
+        rows.append([name, f"{rate:.1f}", spread, f"{times:.2f}", share, f"{equal:.1%}"])
+    header = ["arm", "tokens/s", "seconds, least to most", "times the first arm's rate", "of the floor's rate"]
+    return markdown_table([*header, "tokens equal to the first arm's"], rows)
+
+
+def run(options: DecodeSettings) -> Path:
+    """Measure all batches, print their tables as they come, and return the path of the report."""
+    device = best_device()
+    options = options.for_device(device)
+    on_gpu = device.type == "cuda"
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    report = Report("decode", asdict(options), options.toy)
+    best = rates(device)
+    report.add("rates", best)
+    gate(device, options)
+    assert options.layers is not None
+    config = model_config(options.layers, on_gpu, options.toy)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    models = build_pair(config, device, dtype)
+    scaled = on_gpu and options.layers != RELEASED_LAYERS
+    note = f" Scaled: the released model has {RELEASED_LAYERS} layers." if scaled else ""
+    text = (
+        f"{options.layers} layers, H {config.hidden_size}, I {config.intermediate_size}, E {config.num_local_experts}, "
+        f"K {config.num_experts_per_tok}, vocabulary {config.vocab_size}, {str(dtype).removeprefix('torch.')}.{note} "
+        f"Prompts of {options.prompt_tokens} tokens, {options.new_tokens} new ones, greedy. "
+        f"Copy rate {best['tb_per_s']:.3g} TB/s."
+    )
+    report.add("description", text, text)
+    results: dict[str, Any] = {}
+    for batch, arms in stages(arms_for(device, options.toy), options):
+        prompts = draw_prompts(config, batch, options, device)
+        one = results.setdefault(f"batch {batch}", {"arms": {}})
+        if "floor_ms" not in one:
+            one["experts_read"] = experts_per_step(models, prompts, options)
+            cached = options.prompt_tokens + options.new_tokens / 2
+            one["bytes_read"] = bytes_read(config, dtype.itemsize, batch, one["experts_read"], cached)
+            one["floor_ms"] = 1e3 * one["bytes_read"] / (best["tb_per_s"] * 1e12)
+        one["arms"] |= measure(models, arms, prompts, options, deadline)
+        report.add("batches", results)
+        for name in (arm.name for arm in arms):
+            print(
+                f"batch {batch}, {name}: {one['arms'][name].get('left_out') or one['arms'][name]['seconds']}",
+                flush=True,
+            )
+        gc.collect()
+    sections = [section(int(name.split()[1]), one, options, on_gpu) for name, one in results.items()]
+    report.add("batches", results, "\n\n".join(sections))
+    return report.finish()
+
+
+def stages(arms: list[Arm], options: DecodeSettings) -> list[tuple[int, list[Arm]]]:
+    """Batches and arms in the order of their importance.
+
+    Arms take turns, but for compiled ones: what the one compiled is dropped for the next.
+    """
+    plain, compiled = ([arm for arm in arms if arm.compiled == chosen] for chosen in (False, True))
+    order = [(batch, group) for batch in options.batches for group in (plain, compiled[:1]) if group]
+    order += [(batch, [arm]) for batch in options.batches for arm in compiled[1:]]
+    # A trial of the code need not compile twice.
+    return [stage for stage in order if not (options.toy and stage[1][0].compiled and stage[0] != options.batches[0])]
+
+
+def section(batch: int, one: dict[str, Any], options: DecodeSettings, on_gpu: bool) -> str:
+    """One batch for people."""
+    floor = batch * 1e3 / one["floor_ms"]
+    facts = (
+        f"{one['experts_read']:.1f} experts read a layer, {one['bytes_read'] / 1e9:.3g} GB a step: at least "
+        f"{one['floor_ms']:.3g} ms, {floor:.0f} tokens/s."
+    )
+    # A small model's weights stay in a CPU's cache, which the copy rate says nothing of.
+    shown = table(one["arms"], batch, options, floor if on_gpu else None)
+    return f"## batch {batch}\n\n" + (f"{facts}\n\n" if on_gpu else "") + shown
+
+
+__all__ = ["DecodeSettings", "run"]
