@@ -47,7 +47,7 @@ class LayerSettings:
     toy: bool = False
 
     def for_device(self, device: torch.device) -> LayerSettings:
-        tokens, sequence = (16384, 4096) if device.type == "cuda" else (2048, 1024)
+        tokens, sequence = (16384, 4096) if device.type == "cuda" else (1024, 512)
         if self.toy:
             return replace(self, tokens=64, sequence=32, warmup=1, rounds=3)
         return replace(

@@ -215,7 +215,7 @@ def table(arms: dict[str, Measured], tokens: int, flops: float, tflops: float | 
                 "-" if measured.peak_bytes is None else f"{measured.peak_bytes / 2**30:.1f}",
             ]
         )
-    header = ["arm", "parameters", "step, ms", "quartiles, ms", "of it optimizer, ms", "tokens/s", "of dense"]
+    header = ["arm", "parameters", "step, ms", "quartiles, ms", "of it optimizer, ms", "tokens/s", "speed over dense"]
     return markdown_table([*header, "MFU", "peak, GiB"], rows)
 
 
@@ -235,7 +235,7 @@ def run(options: TrainStepSettings) -> Path:
         f"{options.layers} layers, H {config.hidden_size}, I {config.intermediate_size}, E {config.num_local_experts}, K "
         f"{config.num_experts_per_tok}, vocabulary {config.vocab_size}; {options.batch} rows of {options.sequence} tokens a "
         f"step; float32 weights{', bfloat16 by autocast' if on_gpu else ''}; AdamW. {options.turns} turns of "
-        f"{options.steps} counted steps. MFU is of the measured {best['tflops']:.0f} TFLOP/s, and given on a GPU alone."
+        f"{options.steps} counted steps. MFU is of the measured {best['tflops']:.3g} TFLOP/s, and given on a GPU alone."
     )
     report.add(
         "arms",

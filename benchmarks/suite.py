@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -123,13 +124,24 @@ def measure(part: Part, minutes: float, left: float, options: SuiteSettings) -> 
         environment["TRITON_INTERPRET"] = "1"
     print(f"\n== {' '.join(command[1:])}", flush=True)
     started = time.monotonic()
+    limit = 60 * min(minutes + GRACE_MINUTES, left)
+    code = run_limited(command, environment, limit)
+    if code is None:
+        return f"stopped after {limit:.0f} s; what it had measured is written"
+    return f"done in {time.monotonic() - started:.0f} s" if code == 0 else f"failed with exit code {code}"
+
+
+def run_limited(command: list[str], environment: dict[str, str], seconds: float) -> int | None:
+    """Exit code of a command, or None where it took longer and was killed with all processes that it had started."""
+    process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, start_new_session=True)
     try:
-        seconds = 60 * min(minutes + GRACE_MINUTES, left)
-        done = subprocess.run(command, cwd=CHECKOUT, env=environment, timeout=seconds)
+        return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:.0f} s; what it had measured is written"
-    seconds = time.monotonic() - started
-    return f"done in {seconds:.0f} s" if done.returncode == 0 else f"failed with exit code {done.returncode}"
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def reports_since(began: float, options: SuiteSettings) -> dict[str, dict[str, Any]]:

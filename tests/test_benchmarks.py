@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -393,20 +393,20 @@ def test_a_picture_has_the_goals_or_says_why_there_is_none(tmp_path, monkeypatch
 def test_the_suite_goes_on_after_a_part_that_fails(results, monkeypatch):
     """Killed, failed or missing parts are named, and the goals come from what the others, and the killed one, wrote."""
 
-    def child(command, cwd, env, timeout):
-        assert env["TRITON_INTERPRET"] == "1" and "--toy" in command and 0 < timeout <= 120
+    def child(command, environment, seconds):
+        assert environment["TRITON_INTERPRET"] == "1" and "--toy" in command and 0 < seconds <= 120
         name = command[3]
         report = protocol.Report(name, {"tokens": 8}, toy=True)
         if name == "block":
             for key, facts in measured_block(9.0).items():
                 report.add(key, facts)
-            raise subprocess.TimeoutExpired(command, timeout)
+            return None
         report.finish()
-        return subprocess.CompletedProcess(command, int(name == "layer"))
+        return int(name == "layer")
 
     parts = [suite.Part("block", 1), suite.Part("layer", 1), suite.Part("lora", 1, package="no_such_package")]
     monkeypatch.setitem(suite.PARTS, "gpu", (*parts, suite.Part("router", 1)))
-    monkeypatch.setattr(suite, "subprocess", types.SimpleNamespace(run=child, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(suite, "run_limited", child)
     with pytest.raises(RuntimeError, match="^layer failed"):
         suite.run(suite.SuiteSettings("gpu", minutes=2.0, toy=True))
     (file,) = results.glob("*-suite-*.json")
@@ -415,6 +415,16 @@ def test_the_suite_goes_on_after_a_part_that_fails(results, monkeypatch):
     assert outcomes == {"block": "stopped", "layer": "failed", "lora": "left", "router": "done"}
     assert any(goal["name"].startswith("G1") for goal in facts["goals"])
     assert "times mean nothing" in file.with_suffix(".md").read_text()
+
+
+def test_a_part_that_takes_too_long_is_killed_with_its_children(tmp_path):
+    script = "import subprocess, sys, time; subprocess.Popen(['sh', '-c', 'sleep 2; touch late']); time.sleep(60)"
+    started = time.monotonic()
+    command = [sys.executable, "-S", "-c", f"import os; os.chdir({str(tmp_path)!r}); {script}"]
+    assert suite.run_limited(command, dict(os.environ), seconds=1.0) is None
+    assert suite.run_limited([sys.executable, "-S", "-c", "raise SystemExit(3)"], dict(os.environ), seconds=30.0) == 3
+    time.sleep(max(0.0, started + 3.5 - time.monotonic()))
+    assert time.monotonic() - started < 30 and not (tmp_path / "late").exists()
 
 
 def test_without_a_gpu_its_benchmarks_are_refused():
