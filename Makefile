@@ -60,10 +60,8 @@ check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 	@$(BIN)/mypy
 	@find . -xtype l -not -path './.venv*' | (! grep .) || (echo "broken symbolic links above" >&2; exit 1)
 
-bench: $(VENV)/.stamp  ## measure on this CPU and write dated reports (about 3 minutes; leave the machine alone meanwhile)
-	@$(BIN)/python -m benchmarks block
-	@$(BIN)/python -m benchmarks load
-	@$(BIN)/python -m benchmarks lora
+bench: $(VENV)/.stamp  ## measure on this CPU and write dated reports (about 5 minutes; leave the machine alone meanwhile)
+	@$(BIN)/python -m benchmarks cpu
 
 bench-gpu: $(VENV)/.stamp  ## measure on a GPU and write dated reports (9 minutes; needs torch, triton and transformers alone)
 	@$(BIN)/python -m benchmarks gpu

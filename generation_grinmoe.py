@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
@@ -83,6 +83,17 @@ class GrinMoeGenerationMixin(GenerationMixin):
         else:
             longest = total if attention_mask is None else int(attention_mask[:, :total].sum(-1).max())
         return cached > 0 and rotary.changes_regime(longest, total - cached)
+
+    def _prepare_static_cache(self, cache_implementation, *args, **kwargs):
+        """As in Transformers, but every layer keeps all keys, and the window is left to the mask.
+
+        The library's static layers for a window count their length in a Python int, one for each layer. These are inputs of
+        a compiled step, and a CUDA graph would be recorded anew for every token.
+        """
+        cache = super()._prepare_static_cache(cache_implementation, *args, **kwargs)
+        if "offloaded" not in cache_implementation:
+            cache.layers = [StaticLayer(max_cache_len=self._previous_max_cache_length) for _ in cache.layers]
+        return cache
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):

@@ -279,6 +279,10 @@ def introduction(options: BlockSettings, best: dict[str, float], left_out: dict[
         f"{best['tb_per_s']:.3g} TB/s). `kept` is what autograd saves, parameters left out. `error` is the largest relative "
         "error of output and gradients against more precision."
     )
+    if not on_gpu:
+        text += (
+            " On a CPU that is torch's own product, which `grinmoe_cpu` can be faster than: it multiplies by oneDNN."
+        )
     missing = "\n".join(f"- {name} is not measured. {reason}" for name, reason in left_out.items())
     return f"{text}\n\n{missing}" if missing else text
 

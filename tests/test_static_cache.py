@@ -6,6 +6,8 @@ import contextlib
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, StaticCache
 
@@ -94,3 +96,20 @@ def test_a_decoding_step_needs_nothing_from_the_host(tiny_config, monkeypatch):
             with torch.no_grad(), OnTheDevice() as seen:
                 model(**inputs)
     assert seen.operators > 50 and seen.on_the_host == []
+
+
+@pytest.mark.parametrize("window", [None, 7], ids=["no window", "a window that the text outgrows"])
+def test_a_compiled_step_is_the_same_for_every_token(tiny_model, window):
+    """One graph, and no number of Python's among its inputs: CUDA graphs are recorded anew for every value of one."""
+    torch.compiler.reset()
+    numbers = []
+
+    def compiler(graph, inputs):
+        numbers.append([value for value in inputs if not isinstance(value, torch.Tensor)])
+        return make_boxed_func(graph.forward)
+
+    model = tiny_model(num_hidden_layers=1, sliding_window=window)
+    config = compiled_anywhere(aot_autograd(fw_compiler=compiler))
+    prompts = padded_prompts(model.config.vocab_size)
+    model.generate(**prompts, **GREEDY, max_new_tokens=6, cache_implementation="static", compile_config=config)
+    assert numbers == [[]]
