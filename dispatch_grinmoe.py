@@ -6,8 +6,8 @@
 | elsewhere, no gradient and no more choices than experts (decoding) | Transformers' `batched_mm` |
 | everything else, and an export | Transformers' `grouped_mm` |
 
-What is in this table was measured to be the fastest there (docs/performance.md), or is what Transformers itself would
-take. `grinmoe_triton`, the Triton kernels, is to be asked for by name until a committed measurement shows it ahead.
+What is not ours is what Transformers itself would take. `grinmoe_triton`, the Triton kernels, is to be asked for by name
+until a committed measurement shows it ahead (docs/performance.md).
 
 Shapes: T tokens, K experts per token, E experts, H hidden size.
 """

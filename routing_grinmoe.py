@@ -142,7 +142,7 @@ def route(
     """As [`sparsemixer`], with all that an estimator asks for. Missing noise is drawn from `generator`; `layer` is named
     in errors.
     """
-    _check_arguments(router_logits, top_k, jitter_eps, noise if training else None, estimator)
+    check_arguments(router_logits, top_k, jitter_eps, noise if training else None, estimator)
     check_router_logits(router_logits, top_k, layer)
     if training and noise is None and estimator != "topk":
         noise = draw_routing_noise(router_logits, top_k, generator)
@@ -200,9 +200,13 @@ def check_router_logits(router_logits: torch.Tensor, top_k: int, layer: int | No
         )
 
 
-def _check_arguments(
+def check_arguments(
     router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None, estimator: str
 ) -> None:
+    """
+    Raises:
+        ValueError: see [`sparsemixer`]; NaN and infinite logits are for [`check_router_logits`].
+    """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator={estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}")
     if router_logits.dim() != 2 or not router_logits.is_floating_point():

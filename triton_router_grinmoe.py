@@ -22,6 +22,7 @@ except ImportError as error:
 from .counter_draws_grinmoe import STRIPE, STRIPES
 from .estimators_grinmoe import RoutingNoise
 from .router_kernels_grinmoe import interpreted, jitter_kernel, router_backward_kernel, router_kernel
+from .routing_grinmoe import check_arguments
 
 MAX_EXPERTS = 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -266,23 +267,13 @@ def fused_route(
 def _check_arguments(router_logits, top_k: int, jitter_eps: float, noise: RoutingNoise | None, estimator: str) -> None:
     if estimator not in _RULES:
         raise ValueError(f"estimator={estimator!r} has no kernel; choose one of {', '.join(FUSED_ESTIMATORS)}")
-    if router_logits.dim() != 2 or router_logits.dtype not in _DTYPES or router_logits.shape[1] > MAX_EXPERTS:
+    # The kernel would read beyond noise of another shape.
+    check_arguments(router_logits, top_k, jitter_eps, noise, estimator)
+    if router_logits.dtype not in _DTYPES or router_logits.shape[1] > MAX_EXPERTS:
         raise ValueError(
             f"router_logits has shape {tuple(router_logits.shape)} and dtype {router_logits.dtype}; give (tokens, experts) "
             f"with at most {MAX_EXPERTS} experts, in float32, bfloat16 or float16"
         )
-    num_tokens, num_experts = router_logits.shape
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k={top_k} is not between 1 and the {num_experts} experts; change it")
-    if not jitter_eps >= 0:
-        raise ValueError(f"jitter_eps={jitter_eps} is negative; give 0 or more")
-    if noise is not None:
-        expected = (top_k, num_tokens, num_experts), (top_k, num_tokens, 1)
-        # The kernel would read beyond them.
-        if (tuple(noise.exponential.shape), tuple(noise.uniform.shape)) != expected:
-            raise ValueError(
-                f"noise has other shapes than exponential {expected[0]} and uniform {expected[1]}; give these"
-            )
 
 
 def _check_device(device: torch.device) -> None:

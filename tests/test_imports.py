@@ -21,7 +21,12 @@ ALLOWED_SIBLINGS = {
     "balance_grinmoe": {"routing_grinmoe"},
     "counter_draws_grinmoe": {"estimators_grinmoe"},
     "router_kernels_grinmoe": set(),
-    "triton_router_grinmoe": {"counter_draws_grinmoe", "estimators_grinmoe", "router_kernels_grinmoe"},
+    "triton_router_grinmoe": {
+        "counter_draws_grinmoe",
+        "estimators_grinmoe",
+        "router_kernels_grinmoe",
+        "routing_grinmoe",
+    },
     "experts_kernels_grinmoe": set(),
     "decode_kernels_grinmoe": set(),
     "generation_grinmoe": {"attention_grinmoe"},

@@ -216,7 +216,10 @@ def test_what_has_no_kernel_is_refused(logits, estimator, message):
     [
         ({"top_k": 5}, "top_k=5 is not between 1 and the 4 experts"),
         ({"jitter_eps": -0.1}, "jitter_eps=-0.1 is negative"),
-        ({"noise": draw_routing_noise(torch.zeros(2, 4), 1)}, "noise has other shapes than exponential .2, 2, 4."),
+        (
+            {"noise": draw_routing_noise(torch.zeros(2, 4), 1)},
+            "noise has exponential .1, 2, 4. and uniform .1, 2, 1.; they must be",
+        ),
         ({"seed": torch.tensor([1, 2])}, "seed is a tensor of 2 torch.int64"),
         ({"seed": torch.tensor(1.0)}, "torch.float32"),
     ],
