@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 OLDEST_TRANSFORMERS := 5.17.0
 OLDEST_TRITON := 3.6.0
 PIP    := -m pip install --quiet --disable-pip-version-check
+# Two processes of one thread each: at these sizes a second thread of torch gains nothing.
+PYTEST := -m pytest -q -n 2 --dist worksteal
+test test-oldest: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo example test test-oldest check bench bench-gpu clean
@@ -36,11 +39,11 @@ example: $(VENV)/.stamp  ## pretrain, sft with QLoRA, dpo on real text, and a re
 	@$(BIN)/python scripts/worked_example.py --output worked-example
 
 test: $(VENV)/.stamp  ## the whole CPU test suite
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python $(PYTEST)
 
 test-oldest: $(OLDEST)/.stamp  ## the model's tests on the oldest supported Transformers
 	@$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)", transformers.__version__'
-	@$(OLDEST)/bin/python -m pytest -q tests/goldens tests/remote_code tests/distributed tests/test_balance.py tests/test_block.py \
+	@$(OLDEST)/bin/python $(PYTEST) tests/goldens tests/remote_code tests/distributed tests/test_balance.py tests/test_block.py \
 		tests/test_checkpoint.py tests/test_configuration.py tests/test_estimators.py tests/test_experts.py \
 		tests/test_generate.py tests/test_mask_schedule.py tests/test_modeling.py tests/test_monitoring.py tests/test_monitoring_alarms.py \
 		tests/test_routing.py tests/test_routing_record.py tests/test_saving.py tests/test_tokenization.py tests/test_training.py \

@@ -24,7 +24,7 @@ from grinmoe.modeling_grinmoe import GrinMoeModel
 from grinmoe.monitoring import RoutingMonitor
 from grinmoe.plots import plot_training
 from grinmoe.routing_grinmoe import route, within_capacity
-from tests.distributed.test_two_processes import run_on_two, tiny
+from tests.distributed.two_ranks import run_on_two, tiny
 
 SEQUENCE = 9
 MEANS = {"tokens_per_s", "max_over_mean_load", "grad_norm", "entropy", "sampled_share", "kept_experts", "balance_loss"}

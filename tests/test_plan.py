@@ -262,8 +262,10 @@ def _two_ranks(rank: int, folder: str) -> None:
     run()
     own = Path(folder, f"rank-{rank}")
     own.mkdir()
-    # gloo copies what it sends; NCCL does not.
-    measured = measured_peak(run, own, ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"))
+    # gloo copies what it sends; NCCL does not. Its threads may let go of a tensor after the step has gone on, and then
+    # one more of them is alive at the peak: the least of several steps is without that.
+    collectives = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
+    measured = min(measured_peak(run, own, collectives) for _ in range(5))
     resident = resident_bytes(step)
     assert resident["weights"] == sum(parameter.to_local().nbytes for parameter in model.parameters())
     transient = predict(step).peak_total - resident["weights"] - resident["optimizer"]
@@ -271,7 +273,7 @@ def _two_ranks(rank: int, folder: str) -> None:
 
 
 def test_prediction_is_what_fsdp2_allocates_on_each_of_two_ranks(tmp_path):
-    from tests.distributed.test_two_processes import run_on_two
+    from tests.distributed.two_ranks import run_on_two
 
     run_on_two(_two_ranks, tmp_path, str(tmp_path))
 

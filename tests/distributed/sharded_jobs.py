@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from grinmoe import sharding
 from grinmoe.sharding import load_for_sharding
 from tests.distributed.fsdp_on_cpu import Gradients, fsdp_on_cpu, greedy_routing, rows, trainer_for, whole
-from tests.distributed.test_two_processes import tiny
+from tests.distributed.two_ranks import tiny
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

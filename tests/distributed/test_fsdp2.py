@@ -6,7 +6,6 @@ All training runs once, in the fixture `jobs`: two ranks and, beside them, one (
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shlex
 import subprocess
@@ -32,7 +31,7 @@ from grinmoe.sharding import check_gpus, check_launch, check_sharded, placement,
 from grinmoe.sharding import main as check_before_launch
 from tests.distributed.fsdp_on_cpu import Gradients, greedy_routing, rows, trainer_for
 from tests.distributed.sharded_jobs import logged_losses, model, one_rank, two_ranks, with_adapter
-from tests.distributed.test_two_processes import run_on_two
+from tests.distributed.two_ranks import PROCESSES, run_on_two
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -42,7 +41,7 @@ RECIPES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 def jobs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp2")
     model().save_pretrained(folder / "start")
-    one = multiprocessing.get_context("spawn").Process(target=one_rank, args=(str(folder),))
+    one = PROCESSES.Process(target=one_rank, args=(str(folder),))
     one.start()
     run_on_two(two_ranks, folder, str(folder))
     one.join(timeout=120)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from grinmoe.lora import lora_config
-from tests.distributed.test_two_processes import run_on_two, tiny
+from tests.distributed.two_ranks import run_on_two, tiny
 from tests.test_lora import factors, randomised, step
 
 

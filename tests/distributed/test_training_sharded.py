@@ -15,7 +15,7 @@ from grinmoe import GrinMoeForCausalLM, recipe, training
 from grinmoe.lora import load_adapter
 from grinmoe.run_folder import COMPLETE
 from tests.distributed.fsdp_on_cpu import fsdp_on_cpu
-from tests.distributed.test_two_processes import run_on_two
+from tests.distributed.two_ranks import run_on_two
 from tests.small_chat import small_run
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.distributed.test_two_processes import run_on_two, tiny
+from tests.distributed.two_ranks import run_on_two, tiny
 from tests.tolerances import FAST_PATH_FLOAT32
 
 IDS = torch.arange(24).view(2, 12)

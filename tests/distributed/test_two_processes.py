@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import time
-import traceback
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,58 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
-from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+from grinmoe import GrinMoeForCausalLM
 from grinmoe.routing_grinmoe import RoutingNoise, draw_routing_noise, load_balancing_loss
-
-WORLD = 2
-
-
-def run_on_two(function, folder: Path, *arguments) -> None:
-    """Run `function(rank, *arguments)` on two processes; a failure there is a failure here, with its traceback."""
-    store = folder / "store"
-    failures = mp.get_context("spawn").SimpleQueue()
-    try:
-        mp.spawn(_worker, args=(function, str(store), failures, arguments), nprocs=WORLD)
-    finally:
-        # The other rank may have been torn down in the middle of a collective: the first failure is the one to read.
-        if not failures.empty():
-            pytest.fail(failures.get())
-
-
-def _worker(rank: int, function, store: str, failures, arguments) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    try:
-        function(rank, *arguments)
-    except BaseException:
-        failures.put(f"rank {rank}:\n{traceback.format_exc()}")
-        os._exit(1)
-    # gloo aborts a rank at times while it tears its threads down, or while the other one does. So both wait for each
-    # other without it, and leave without the teardown.
-    Path(f"{store}-{rank}").touch()
-    deadline = time.monotonic() + 120
-    while not all(Path(f"{store}-{other}").exists() for other in range(WORLD)):
-        if time.monotonic() > deadline:
-            failures.put(f"rank {rank}: the other rank did not finish")
-            os._exit(1)
-        time.sleep(0.01)
-    os._exit(0)
-
-
-def tiny(**overrides) -> GrinMoeForCausalLM:
-    torch.manual_seed(0)
-    fields = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "sliding_window": 15,
-        "eos_token_id": 95,
-    }
-    return GrinMoeForCausalLM(GrinMoeConfig(**{**fields, **overrides}))
+from tests.distributed.two_ranks import WORLD, run_on_two, tiny
 
 
 def fsdp_save(rank: int, folder: str, gathered_by_caller: bool) -> None:

@@ -178,11 +178,10 @@ def replay(model, golden, case: str, field: dict[str, torch.Tensor], device: str
     return output
 
 
-def greedy(model, golden, case: str, **kwargs) -> torch.Tensor:
+def greedy(model, golden, case: str, tokens: int = 20, **kwargs) -> torch.Tensor:
     inputs = golden.model_inputs(case, labels=False)
-    return model.generate(
-        **inputs, max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0, **kwargs
-    )
+    kwargs |= {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    return model.generate(**inputs, do_sample=False, eos_token_id=None, pad_token_id=0, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,7 @@ def greedy(model, golden, case: str, **kwargs) -> torch.Tensor:
         ("eager", "eager"),
         ("sdpa", "grouped_mm"),
         ("sdpa", "grinmoe_cpu"),
-        ("sdpa", "grinmoe_triton"),
+        pytest.param("sdpa", "grinmoe_triton", marks=pytest.mark.slow),  # interpreted on a CPU: see the next test
         ("flex_attention", "grouped_mm"),
     ],
 )
@@ -204,6 +203,16 @@ def test_greedy_generation_matches(goldens, golden_models, name, case, use_cache
     with torch.compiler.set_stance("force_eager" if attention == "flex_attention" else "default"):
         sequences = greedy(model, golden, case, use_cache=use_cache)
     assert torch.equal(sequences, golden[f"{case}.sequences"])
+
+
+@pytest.mark.parametrize("case", ["generate", "generate_leftpad"])
+@pytest.mark.parametrize("name", ["golden-a", "golden-b", "golden-c"])
+def test_generation_by_triton_begins_so(goldens, golden_models, name, case):
+    """A prompt and two single tokens: both of its paths."""
+    golden, model = goldens[name], use(golden_models[name], "sdpa", "grinmoe_triton")
+    sequences = greedy(model, golden, case, tokens=3)
+    prompt = golden.model_inputs(case, labels=False)["input_ids"].shape[1]
+    assert torch.equal(sequences, golden[f"{case}.sequences"][:, : prompt + 3])
 
 
 @pytest.mark.parametrize("cache", ["static", "offloaded", "offloaded_static"])
