@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 STREAMING = ("_swiglu_kernel", "_swiglu_backward_kernel", "_combine_kernel", "jitter_kernel")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(80, id="sm_80", marks=pytest.mark.slow), pytest.param(90, id="sm_90")])
+@pytest.fixture(
+    scope="module", params=[pytest.param(80, id="sm_80", marks=pytest.mark.slow), pytest.param(90, id="sm_90")]
+)
 def kernels(request, tmp_path_factory) -> dict[str, list[dict]]:
     """What `tests.compiled_kernels` says of each, by name; compiled anew."""
     cache = tmp_path_factory.mktemp("triton-cache")
