@@ -71,19 +71,29 @@ def masked_softmax(
 
 
 class _Choices(NamedTuple):
-    """K choices without replacement: probs (K, T, E), one masked softmax per choice; experts (T, K); is_argmax (T, K)."""
+    """K choices without replacement.
+
+    Attributes:
+        probs: (K, T, E), one masked softmax per choice.
+        experts: (T, K).
+        is_argmax: (T, K) bool, whether a draw took the most probable expert; None where nothing is drawn.
+    """
 
     probs: torch.Tensor
     experts: torch.Tensor
-    is_argmax: torch.Tensor
+    is_argmax: torch.Tensor | None
 
 
 def _choose(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> _Choices:
     """The choices of Algorithm 3: sampled with `noise`, the argmax without."""
     router_logits = router_logits.detach()
     remaining = router_logits  # (T, E), -inf where an earlier choice took the expert
-    probs, experts, is_argmax = [], [], []
+    probs: list[torch.Tensor] = []
+    experts: list[torch.Tensor] = []
+    is_argmax: list[torch.Tensor] = []
     for k in range(top_k):
+        if k > 0:
+            remaining = remaining.scatter(-1, experts[-1], float("-inf"))
         masked_probs, dropped = masked_softmax(router_logits, remaining, jitter_eps)
         if noise is None:
             choice = remaining.argmax(dim=-1, keepdim=True)  # (T, 1)
@@ -91,18 +101,18 @@ def _choose(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: R
             # The Gumbel trick: -log of a unit exponential is Gumbel noise.
             perturbed = remaining - noise.exponential[k].log()
             choice = perturbed.masked_fill(dropped, float("-inf")).argmax(dim=-1, keepdim=True)
+            is_argmax.append(choice == masked_probs.argmax(dim=-1, keepdim=True))
         probs.append(masked_probs)
         experts.append(choice)
-        is_argmax.append(choice == masked_probs.argmax(dim=-1, keepdim=True))
-        remaining = remaining.scatter(-1, choice, float("-inf"))
-    return _Choices(torch.stack(probs), torch.cat(experts, dim=-1), torch.cat(is_argmax, dim=-1))
+    drawn = torch.cat(is_argmax, dim=-1) if is_argmax else None
+    return _Choices(torch.stack(probs), torch.cat(experts, dim=-1), drawn)
 
 
 def _draw_scale(
     choices: _Choices, noise: RoutingNoise | None, full_probability: float, third: float
 ) -> torch.Tensor | None:
     """m of each draw: 1 for the argmax; else 1 with `full_probability` and a third otherwise. (T, K); None: no draws."""
-    if noise is None:
+    if noise is None or choices.is_argmax is None:
         return None
     full = choices.is_argmax | (noise.uniform.squeeze(-1).t() > 1 - full_probability)
     return _one_or_third(full, third, choices.probs.dtype)
@@ -139,6 +149,11 @@ def _joint(contributions: torch.Tensor) -> torch.Tensor:
     return contributions.sum(-1, keepdim=True).expand_as(contributions)
 
 
+def _chosen(probs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """(K, T, E) and (T, K) to the chosen experts' probabilities (T, K)."""
+    return probs.gather(-1, experts.t().unsqueeze(-1)).squeeze(-1).t()
+
+
 class _ScoreFunctionWeights(torch.autograd.Function):
     """Weights of the chosen experts, `scale * p_D` (T, K), whose backward ignores `scale`.
 
@@ -149,7 +164,7 @@ class _ScoreFunctionWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, router_logits, probs, experts, scale, credit):
-        chosen_probs = probs.gather(-1, experts.t().unsqueeze(-1)).squeeze(-1).t()  # (T, K)
+        chosen_probs = _chosen(probs, experts)
         ctx.save_for_backward(probs, experts, chosen_probs)
         ctx.credit = credit
         return chosen_probs.clone() if scale is None else chosen_probs * scale
@@ -166,7 +181,10 @@ class _ScoreFunctionWeights(torch.autograd.Function):
 def _weights(
     router_logits: torch.Tensor, choices: _Choices, scale: torch.Tensor | None, credit: _Credit = _own
 ) -> torch.Tensor:
-    credit = _own if scale is None else credit  # in evaluation the derivative of what was computed
+    if scale is None:
+        if not (torch.is_grad_enabled() and router_logits.requires_grad):
+            return _chosen(choices.probs, choices.experts)
+        credit = _own  # in evaluation the derivative of what was computed
     return _ScoreFunctionWeights.apply(router_logits, choices.probs, choices.experts, scale, credit)
 
 

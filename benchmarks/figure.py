@@ -72,9 +72,9 @@ def _draw_speed(axes, arms: dict[int, dict[str, Any]], base: str) -> None:
             label = name if group == 0 else None
             axes.bar(where, middle, 0.92 * width, color=_COLORS[number % len(_COLORS)], label=label)
             axes.plot([where, where], [low, high], color="0.2", linewidth=1)
-            axes.annotate(
-                f"{middle:.2f}", (where, high), (0, 3), textcoords="offset points", ha="center", fontsize=8, rotation=90
-            )
+            upright = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "rotation": 90, "zorder": 3}
+            paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            axes.annotate(f"{middle:.2f}", (where, high), (0, 3), bbox=paper, **upright)
         goal = GOALS_OVER_DENSE.get(tokens) if base == DENSE else GOAL_OVER_EAGER
         if goal is not None:
             label = None if axes.get_legend_handles_labels()[1].count("goal") else "goal"

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import grinmoe.cpu_experts_grinmoe as cpu_experts
 from grinmoe.experts_grinmoe import GrinMoeExperts
@@ -137,14 +138,28 @@ def test_lengths_that_are_rounded_up(tiny_config, sizes):
     assert_like_the_loop(tiny_config(num_experts_per_tok=1), choices[torch.randperm(len(choices))])
 
 
-def test_inference_gives_what_training_gives(tiny_config):
-    experts, choices = build(tiny_config(), "grinmoe_cpu"), spread(4)
-    hidden_states, weights = torch.randn(40, 32), torch.rand(40, 2)
+@pytest.mark.parametrize(
+    "choices",
+    [spread(4), torch.tensor([[2, 0]]), torch.tensor([[3]]), torch.tensor([[1, 4]]), torch.tensor([[4, 4]])],
+    ids=["many", "one token", "top-1", "one elsewhere", "all elsewhere"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inference_gives_what_training_gives(tiny_config, choices, dtype):
+    experts = build(tiny_config(), "grinmoe_cpu").to(dtype)
+    hidden_states, weights = torch.randn(len(choices), 32).to(dtype), torch.rand(choices.shape).to(dtype)
     trained = experts(hidden_states, choices, weights)
     with torch.no_grad():
         inferred = experts(hidden_states, choices, weights)
-    assert trained.requires_grad and not inferred.requires_grad
-    assert (inferred - trained).abs().max() <= FAST_PATH_FLOAT32 * trained.abs().max()
+    assert trained.requires_grad and not inferred.requires_grad and inferred.dtype == dtype
+    bound = FAST_PATH_BFLOAT16 if dtype == torch.bfloat16 else FAST_PATH_FLOAT32
+    assert (inferred - trained).abs().max() <= bound * trained.abs().max()
+
+
+def test_inference_without_values(tiny_config):
+    """Under a fake mode nothing may depend on the choices: the operator is taken, which has shapes for it."""
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        output = build(tiny_config(), "grinmoe_cpu")(torch.ones(1, 32), torch.tensor([[0, 1]]), torch.ones(1, 2))
+    assert isinstance(output, FakeTensor) and output.shape == (1, 32)
 
 
 def test_a_compiled_step(tiny_config):

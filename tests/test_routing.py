@@ -248,3 +248,11 @@ def test_logits_that_leave_no_choice_are_an_error_and_all_others_are_not(case):
             assert_sound(case)
     else:
         assert_sound(case)
+
+
+def test_finite_logits_whose_sum_overflows_are_routed():
+    logits = torch.full((2, 8), 3e38)
+    logits[:, 5] = 3.3e38
+    assert logits.sum().isinf()
+    weights, experts = sparsemixer(logits, 2, 0.01, training=False)
+    assert (experts[:, 0] == 5).all() and weights.isfinite().all()
