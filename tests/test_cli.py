@@ -12,7 +12,7 @@ import pytest
 
 import grinmoe_cli
 
-ROOT = Path(grinmoe_cli.__file__).resolve().parent
+ROOT = Path(grinmoe_cli.__file__).resolve().parents[1]
 
 
 def run_main(*arguments: str) -> int:

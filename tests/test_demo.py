@@ -20,7 +20,7 @@ from grinmoe.card_facts import CardFacts
 from grinmoe.checkpoint_grinmoe import code_files
 from grinmoe.data import load_corpus
 
-ROOT = Path(grinmoe_cli.__file__).resolve().parent
+ROOT = Path(grinmoe_cli.__file__).resolve().parents[1]
 STEPS = 6
 
 
@@ -29,7 +29,7 @@ def finished(tmp_path_factory):
     """Folder and printed text of one short demo, run as a user runs it."""
     folder = tmp_path_factory.mktemp("demo") / "nested" / "output"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "grinmoe_cli.py"), "demo", "--output", str(folder), "--steps", str(STEPS)],
+        [sys.executable, "-m", "grinmoe_cli", "demo", "--output", str(folder), "--steps", str(STEPS)],
         cwd=folder.parents[1],
         capture_output=True,
         text=True,

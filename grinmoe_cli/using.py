@@ -1,0 +1,51 @@
+"""Commands that use a model: generate."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_commands(commands) -> None:
+    _add_generate(commands)
+
+
+def _add_generate(commands) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="chat with a checkpoint",
+        description="Chat with a GRIN-MoE checkpoint, answers streamed. Without --prompt a conversation on the terminal: "
+        "/reset forgets it, /quit (or end of input) ends it.",
+        epilog='example: grinmoe generate --model demo-output/model --prompt "What is AI?"',
+    )
+    generate.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="folder of a model or adapter, or a repository of the Hub",
+    )
+    generate.add_argument("--prompt", metavar="TEXT", help="one message; without it, a conversation")
+    generate.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    generate.add_argument(
+        "--temperature", type=float, metavar="T", help="0: the likeliest token (default: as the checkpoint says)"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling with a temperature")
+    generate.add_argument(
+        "--dtype", default="auto", help="auto (the checkpoint's, default), bfloat16, float16, float32"
+    )
+    generate.add_argument("--device", default=None, help="cpu, cuda, ... (default: an accelerator if there is one)")
+    generate.set_defaults(run=_run_generate)
+
+
+def _run_generate(arguments: argparse.Namespace) -> None:
+    from grinmoe.generate import ChatOptions, run_generate
+
+    options = ChatOptions(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        system=arguments.system,
+    )
+    run_generate(arguments.model, arguments.prompt, options)
