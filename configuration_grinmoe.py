@@ -26,7 +26,9 @@ ROUTER_ESTIMATORS = (
     "sparsemixer_unscaled",
     "sparsemixer_centred",
     "topk",
+    "topk_renormalized",
 )
+NORM_TYPES = ("layer_norm", "rms_norm")
 ROUTER_AUX_LOSS_SCOPES = ("released", "local", "global")
 
 # What each type of RoPE cannot do without, by the names that Transformers reads.
@@ -63,6 +65,9 @@ _PHIMOE_DEFAULTS: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+# Where an export to phimoe keeps our fields that phimoe has not.
+PHIMOE_EXTRAS = "grinmoe"
+
 # Auto class -> "file.Class" for checkpoints that carry the flat remote-code files.
 AUTO_MAP = {
     "AutoConfig": "configuration_grinmoe.GrinMoeConfig",
@@ -87,7 +92,11 @@ class GrinMoeConfig(PreTrainedConfig):
             Sizes. `intermediate_size` is the width I of one expert.
         hidden_act (`str`): activation of the experts' gate half.
         max_position_embeddings (`int`): longest sequence that the model was trained for.
-        rms_norm_eps (`float`): eps of the layer norms. They are LayerNorm with bias; the released name is kept.
+        head_dim (`int`): size of one attention head where it is not `hidden_size / num_attention_heads` (Phi-tiny-MoE).
+        norm_type (`str`):
+            `"layer_norm"`, LayerNorm with bias, as released; or `"rms_norm"`, for models that began as others (Mixtral, or
+            a dense model whose feed-forward was copied).
+        rms_norm_eps (`float`): eps of the norms, of whichever type; the released name is kept.
         attention_bias, lm_head_bias (`bool`): biases of q, k, v, o and of the language head.
         sliding_window (`int` or `None`):
             W as the released file spells it. A token sees **W + 1** keys, itself included (the released code's mask and
@@ -95,7 +104,8 @@ class GrinMoeConfig(PreTrainedConfig):
         num_local_experts, num_experts_per_tok (`int`): E and K, the experts and how many of them a token uses.
         router_estimator (`str`):
             Gradient estimator of the router, one of `ROUTER_ESTIMATORS`. Evaluation is the same greedy routing for all
-            but two: `sparsemixer_v2_star` halves the logits, and `topk` is GShard's gating (no mask).
+            but three: `sparsemixer_v2_star` halves the logits, `topk` is GShard's gating (no mask), and
+            `topk_renormalized` Mixtral's (weights that sum to 1).
         router_jitter_noise (`float`): half-width eps of the router's mask (MaskedSoftmax), in training and evaluation.
         input_jitter_noise (`float`): in training the MoE block's input is multiplied by U(1 - eps, 1 + eps).
         router_aux_loss_coef (`float`):
@@ -144,6 +154,7 @@ class GrinMoeConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
+    norm_type: str = "layer_norm"
     rms_norm_eps: float = 1e-5
     use_cache: bool = True
     bos_token_id: int | None = 1
@@ -183,7 +194,8 @@ class GrinMoeConfig(PreTrainedConfig):
     @property
     def head_size(self) -> int:
         """Size of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        # No field of its own: where it is absent, library code takes the quotient, and would take a None as it is.
+        return self.__dict__.get("head_dim") or self.hidden_size // self.num_attention_heads
 
     @property
     def rope_theta(self) -> float:
@@ -251,12 +263,6 @@ class GrinMoeConfig(PreTrainedConfig):
         """
         self._check_fields()
         _check_rope(self.rope_parameters or {}, self.head_size)
-        head_dim = getattr(self, "head_dim", None)
-        if head_dim is not None and head_dim != self.head_size:
-            raise ValueError(
-                f"head_dim={head_dim} is not hidden_size / num_attention_heads = {self.head_size}, the only head size "
-                "of this architecture; leave head_dim out"
-            )
 
     def _check_fields(self) -> None:
         for name in (
@@ -264,6 +270,8 @@ class GrinMoeConfig(PreTrainedConfig):
             "max_position_embeddings num_local_experts num_experts_per_tok"
         ).split():
             _require_int(name, getattr(self, name), minimum=1)
+        if self.__dict__.get("head_dim") is not None:
+            _require_int("head_dim", self.head_dim, minimum=1, remedy=", or leave it out")
         if self.sliding_window is not None:
             _require_int("sliding_window", self.sliding_window, minimum=1, remedy=", or None for full attention")
         for name in ("router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef", "initializer_range"):
@@ -281,20 +289,21 @@ class GrinMoeConfig(PreTrainedConfig):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a bool; give True or False")
         _require_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
+        _require_choice("norm_type", self.norm_type, NORM_TYPES)
         _require_choice("router_estimator", self.router_estimator, ROUTER_ESTIMATORS)
         _require_choice("router_aux_loss_scope", self.router_aux_loss_scope, ROUTER_AUX_LOSS_SCOPES)
         self._check_divisibility()
 
     def _check_divisibility(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
+        if self.__dict__.get("head_dim") is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
-                "choose a multiple"
+                "choose a multiple, or give head_dim"
             )
         if self.head_size % 2:
             raise ValueError(
-                f"hidden_size={self.hidden_size} over num_attention_heads={self.num_attention_heads} gives heads of "
-                f"{self.head_size}, and RoPE needs an even size; change one of the two"
+                f"heads have {self.head_size} elements (head_dim, or hidden_size={self.hidden_size} over "
+                f"num_attention_heads={self.num_attention_heads}), and RoPE needs an even size; change it"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -349,7 +358,10 @@ def _of_this_model(config_dict: dict[str, Any]) -> dict[str, Any]:
 def _from_phimoe_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
     rope = config_dict.get("rope_parameters") or {}
     defaults = {**_PHIMOE_DEFAULTS, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
-    converted = {**defaults, **config_dict, "model_type": GrinMoeConfig.model_type}
+    # An export of ours: its window is spelled for phimoe, and its own fields are beside.
+    extras = config_dict.get(PHIMOE_EXTRAS) or {}
+    converted = {**defaults, **config_dict, **extras, "model_type": GrinMoeConfig.model_type}
+    converted.pop(PHIMOE_EXTRAS, None)
     # They name phimoe's own classes and files, unless somebody has put our code beside the weights.
     if not _is_our_auto_map(converted.get("auto_map")):
         converted.pop("auto_map", None)

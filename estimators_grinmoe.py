@@ -271,6 +271,13 @@ def _topk(router_logits, top_k: int, jitter_eps: float, noise: RoutingNoise | No
     return Routing(torch.softmax(router_logits, dim=-1).gather(-1, experts), experts)
 
 
+def _topk_renormalized(router_logits, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> Routing:
+    """The gating of Mixtral: as `topk`, with the weights of the chosen experts renormalised to sum to 1."""
+    experts = router_logits.detach().topk(top_k, dim=-1).indices
+    # Of the chosen logits alone: the same as all experts' softmax over its own sum.
+    return Routing(torch.softmax(router_logits.gather(-1, experts), dim=-1), experts)
+
+
 ESTIMATORS: dict[str, Callable[..., Routing]] = {
     "sparsemixer_v2": _sparsemixer_v2,
     "sparsemixer_v2_printed": _sparsemixer_v2_printed,
@@ -280,7 +287,10 @@ ESTIMATORS: dict[str, Callable[..., Routing]] = {
     "sparsemixer_unscaled": _sparsemixer_unscaled,
     "sparsemixer_centred": _sparsemixer_centred,
     "topk": _topk,
+    "topk_renormalized": _topk_renormalized,
 }
+# They take no draws, and route in training as in evaluation.
+WITHOUT_DRAWS = ("topk", "topk_renormalized")
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -301,4 +311,4 @@ def scale_gradient(tensor: torch.Tensor, scale: torch.Tensor | float) -> torch.T
     return _ScaleGradient.apply(tensor, scale)
 
 
-__all__ = ["ESTIMATORS", "Routing", "RoutingNoise", "masked_softmax", "scale_gradient"]
+__all__ = ["ESTIMATORS", "WITHOUT_DRAWS", "Routing", "RoutingNoise", "masked_softmax", "scale_gradient"]

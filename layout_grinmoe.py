@@ -114,20 +114,22 @@ def official_shapes(config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:
         if config.attention_bias:
             shapes[f"{base}.self_attn.o_proj.bias"] = (hidden,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= {f"{base}.{norm}.weight": (hidden,), f"{base}.{norm}.bias": (hidden,)}
+            shapes |= _norm_shapes(f"{base}.{norm}", config)
         shapes[f"{base}.block_sparse_moe.gate.weight"] = (config.num_local_experts, hidden)
         for expert in range(config.num_local_experts):
             experts = f"{base}.block_sparse_moe.experts.{expert}"
             shapes |= {f"{experts}.w1.weight": (width, hidden), f"{experts}.w3.weight": (width, hidden)}
             shapes[f"{experts}.w2.weight"] = (hidden, width)
-    shapes |= {
-        "model.norm.weight": (hidden,),
-        "model.norm.bias": (hidden,),
-        "lm_head.weight": (config.vocab_size, hidden),
-    }
+    shapes |= _norm_shapes("model.norm", config)
+    shapes["lm_head.weight"] = (config.vocab_size, hidden)
     if config.lm_head_bias:
         shapes["lm_head.bias"] = (config.vocab_size,)
     return shapes
+
+
+def _norm_shapes(name: str, config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:
+    parts = ("weight",) if config.norm_type == "rms_norm" else ("weight", "bias")
+    return {f"{name}.{part}": (config.hidden_size,) for part in parts}
 
 
 def fused_shapes(config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:

@@ -37,8 +37,14 @@ from .routing_grinmoe import load_balancing_loss, routing_seed
 register_weight_conversion()
 
 
+def norm_of(config: GrinMoeConfig) -> nn.Module:
+    """The released model's norm is LayerNorm with bias, despite the eps's name."""
+    norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class GrinMoeDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and sparse block. The norms are LayerNorm with bias, despite the config's `rms_norm_eps`."""
+    """Pre-norm attention and sparse block."""
 
     def __init__(self, config: GrinMoeConfig, layer_idx: int):
         super().__init__()
@@ -46,8 +52,8 @@ class GrinMoeDecoderLayer(GradientCheckpointingLayer):
         self.hidden_dropout = config.hidden_dropout
         self.self_attn = GrinMoeAttention(config, layer_idx)
         self.block_sparse_moe = GrinMoeSparseMoeBlock(config, layer_idx)
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = norm_of(config)
+        self.post_attention_layernorm = norm_of(config)
 
     def forward(
         self,
@@ -187,7 +193,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         # No padding_idx: the released pad token is also the end-of-text token, whose embedding must train.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GrinMoeDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = norm_of(config)
         self.rotary_emb = GrinMoeRotaryEmbedding(config)
         # The config as the library's mask and cache code must read it: sliding_window counts visible keys.
         self.window_config = config.get_text_config()

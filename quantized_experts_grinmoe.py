@@ -283,9 +283,7 @@ class GrinMoeExperts8bit(QuantizedGrinMoeExperts):
         return tensors
 
     def quantize(self, name, matrix):
-        matrix = matrix.float()
-        scale = matrix.abs().amax(dim=1) / 127
-        codes = (matrix / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round().to(torch.int8)
+        codes, scale = quantize_rows(matrix)
         return {name: codes, f"{name}_scale": scale}, {}
 
     def dequantize(self, name, expert, dtype):
@@ -293,6 +291,14 @@ class GrinMoeExperts8bit(QuantizedGrinMoeExperts):
 
     def product(self, name, expert, group):
         return _Int8Linear.apply(group, getattr(self, name)[expert], getattr(self, f"{name}_scale")[expert])
+
+
+def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, in) to int8 codes of the same shape and float32 scales (out,): weight = code * scale."""
+    matrix = matrix.float()
+    scale = matrix.abs().amax(dim=1) / 127
+    codes = (matrix / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round().to(torch.int8)
+    return codes, scale
 
 
 def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from .estimators_grinmoe import ESTIMATORS, Routing, RoutingNoise, masked_softmax
+from .estimators_grinmoe import ESTIMATORS, WITHOUT_DRAWS, Routing, RoutingNoise, masked_softmax
 
 
 class NonFiniteRouterLogitsError(ValueError):
@@ -144,7 +144,7 @@ def route(
     """
     check_arguments(router_logits, top_k, jitter_eps, noise if training else None, estimator)
     check_router_logits(router_logits, top_k, layer)
-    if training and noise is None and estimator != "topk":
+    if training and noise is None and estimator not in WITHOUT_DRAWS:
         noise = draw_routing_noise(router_logits, top_k, generator)
     return ESTIMATORS[estimator](router_logits, top_k, jitter_eps, noise if training else None)
 

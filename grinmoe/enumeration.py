@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from .estimators_grinmoe import RoutingNoise, scale_gradient
+from .estimators_grinmoe import WITHOUT_DRAWS, RoutingNoise, scale_gradient
 from .routing_grinmoe import route
 
 # f, for many outputs at once: (N, H) to (N,).
@@ -136,7 +136,7 @@ def enumerate_outcomes(decision: Decision, estimator: str) -> Outcomes:
     """
     logits = decision.router_logits.detach()
     num_experts, top_k = len(logits), decision.top_k
-    if estimator == "topk":
+    if estimator in WITHOUT_DRAWS:
         return Outcomes(logits.new_ones(1), logits.topk(top_k).indices.unsqueeze(0), None)
     _, halved = own_objective(estimator)
     orders = sequences(num_experts, top_k)

@@ -27,11 +27,11 @@ from grinmoe.enumeration import (
     random_decision,
     random_loss,
 )
-from grinmoe.estimators_grinmoe import RoutingNoise
+from grinmoe.estimators_grinmoe import WITHOUT_DRAWS, RoutingNoise
 from grinmoe.routing_grinmoe import route
 
 EXACT = 1e-12
-SAMPLING = [name for name in ROUTER_ESTIMATORS if name != "topk"]
+SAMPLING = [name for name in ROUTER_ESTIMATORS if name not in WITHOUT_DRAWS]
 # A token's gradient is its own for all but one.
 ENUMERATED = [name for name in ROUTER_ESTIMATORS if name != "sparsemixer_centred"]
 TO_GO = ["sparsemixer_togo", "sparsemixer_unscaled"]
@@ -159,7 +159,7 @@ class TestTopOne:
             assert all(of_router(decision, estimator)[1] > 1e-4 for decision in decisions("mlp", 1, None))
 
     @masks
-    @pytest.mark.parametrize("estimator", [name for name in ENUMERATED if name != "topk"])
+    @pytest.mark.parametrize("estimator", [name for name in ENUMERATED if name not in WITHOUT_DRAWS])
     def test_the_argmax_rule_keeps_a_linear_loss_exact(self, estimator, kept):
         for decision in decisions("linear", 1, kept):
             assert of_router(decision, estimator)[1] < EXACT
@@ -409,6 +409,27 @@ def test_topk_is_the_softmax_of_the_largest_logits_and_its_derivative(top_k, tra
         one_hot = torch.nn.functional.one_hot(order[:, k], 6)
         expected += (upstream[:, k] * probs.gather(1, order)[:, k]).unsqueeze(1) * (one_hot - probs)
     torch.testing.assert_close(leaf.grad, expected, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_topk_renormalized_is_the_softmax_over_its_own_sum_and_its_derivative(top_k, training):
+    """Mixtral's gating."""
+    logits, _ = rows_of_logits(None)
+    upstream = torch.randn(len(logits), top_k, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    results = []
+    for renormalise_by_hand in (True, False):
+        leaf = logits.clone().requires_grad_()
+        if renormalise_by_hand:
+            probs, experts = leaf.softmax(-1).topk(top_k, dim=-1)
+            weights = probs / probs.sum(-1, keepdim=True)
+        else:
+            weights, experts, scale = route(leaf, top_k, 0.01, training, None, "topk_renormalized")
+            assert scale is None
+        results.append((experts, weights, torch.autograd.grad((weights * upstream).sum(), leaf)[0]))
+    (experts, *expected), (found_experts, *found) = results
+    assert torch.equal(found_experts, experts)
+    torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)
 
 
 def test_top_1_of_topk_is_the_gate_of_the_switch_transformer():
