@@ -1,4 +1,4 @@
-"""Commands that use a model: generate."""
+"""Commands that use a model: generate, export."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 
 def add_commands(commands) -> None:
     _add_generate(commands)
+    _add_export(commands)
 
 
 def _add_generate(commands) -> None:
@@ -49,3 +50,39 @@ def _run_generate(arguments: argparse.Namespace) -> None:
         system=arguments.system,
     )
     run_generate(arguments.model, arguments.prompt, options)
+
+
+def _add_export(commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint for other programs, or of another model, dtype or shard size",
+        description="Convert a checkpoint, shard by shard: to phimoe, which Transformers' own class, vLLM and SGLang load "
+        "without code; or to safetensors, a GRIN-MoE of another dtype or shard size, also from a phimoe (Phi-3.5-MoE, "
+        "Phi-mini-MoE, Phi-tiny-MoE) or a Mixtral. The folder appears when it is complete.",
+        epilog="example: grinmoe export --model demo-output/model --to phimoe --output demo-phimoe",
+    )
+    export.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="folder, or a repository of the Hub")
+    export.add_argument("--to", required=True, choices=["safetensors", "phimoe"], help="what is written")
+    export.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
+    export.add_argument(
+        "--dtype", default="auto", help="auto (as it is, default), bfloat16, float16, float32; int8 for safetensors"
+    )
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 500MB (default: 5GB)")
+    export.add_argument(
+        "--no-compare", action="store_true", help="do not load both and show how far their logits are apart"
+    )
+    export.set_defaults(run=_run_export)
+
+
+def _run_export(arguments: argparse.Namespace) -> None:
+    from grinmoe.export import ExportOptions, run_export
+
+    options = ExportOptions(
+        model=arguments.model,
+        to=arguments.to,
+        output=arguments.output,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        compare=not arguments.no_compare,
+    )
+    run_export(options)

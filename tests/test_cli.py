@@ -34,6 +34,7 @@ def run_main(*arguments: str) -> int:
         ("pretrain", "--help"),
         ("merge", "--help"),
         ("plan", "--help"),
+        ("export", "--help"),
         ("tokenizer", "--help"),
         ("tokenizer", "build", "--help"),
         ("tokenizer", "verify", "--help"),

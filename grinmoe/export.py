@@ -1,0 +1,379 @@
+"""Checkpoints for other programs, and from other models: `grinmoe export`.
+
+| `to` | what is written |
+|---|---|
+| `safetensors` | a GRIN-MoE checkpoint of another dtype or shard size; also from a phimoe or a Mixtral |
+| `phimoe` | a checkpoint that Transformers' own class, vLLM and SGLang load without code |
+
+Tensors are read, converted and written shard by shard, and the folder appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects
+from rich.console import Console
+from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, PhimoeForCausalLM
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+from .checkpoint_grinmoe import add_remote_code, check_weights, refuse_checkout, replaced_when_whole
+from .configuration_grinmoe import GrinMoeConfig
+from .experts_grinmoe import ON_DISK
+from .foreign_configs import ConversionError, from_mixtral, to_phimoe
+from .layout_grinmoe import fused_name, official_shapes
+from .merge import TOKENIZER_FILES
+from .model_source import folder_or_repository
+from .modeling_grinmoe import GrinMoeForCausalLM
+from .provenance import markdown_table, write_beside
+from .quantized_experts_grinmoe import FUSED, dense_shape, quantize_rows
+from .weight_stream import Entry, WeightSource, write_shards
+
+TARGETS = ("safetensors", "phimoe")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
+_RECORD = "export.json"
+_ADAPTER_CONFIG = "adapter_config.json"
+# bitsandbytes would convert them too, and they are 4 % of the weights.
+_NOT_IN_8_BITS = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """
+    Args:
+        model: folder or Hub id of a GRIN-MoE, phimoe or Mixtral checkpoint.
+        to: one of `TARGETS`.
+        output: new or empty folder.
+        dtype: one of `DTYPES`; auto keeps every tensor's own. int8: the experts, by rows; the rest as it is.
+        max_shard_size: bytes, or as in "5GB".
+        compare: load the result and the source, and show how far their logits are apart (phimoe; where memory allows).
+    """
+
+    model: str
+    to: str
+    output: str
+    dtype: str = "auto"
+    max_shard_size: int | str = "5GB"
+    compare: bool = True
+
+
+def export(options: ExportOptions) -> dict[str, Any]:
+    """
+    Convert a checkpoint.
+
+    Returns:
+        What `export.json` in the result says: source, target, bytes, notes, and the comparison if one was made.
+
+    Raises:
+        ConversionError: the target cannot represent the checkpoint, or the source is none that is known.
+        CheckpointError: the source is broken or incomplete.
+        ValueError: an unknown target, dtype or size; an output that is no new or empty folder.
+        FileNotFoundError: no such model.
+    """
+    _check_options(options)
+    folder = _local(options.model)
+    config = read_config(folder)
+    source = WeightSource(folder)
+    check_weights(source.shapes, config, folder, head_keys=("score.",))
+    _check_target(options, config, source)
+    record: dict[str, Any] = {"source": options.model, "to": options.to, "dtype": options.dtype, "notes": []}
+    with replaced_when_whole(options.output) as staging:
+        entries = list(official_entries(source, config, options.dtype))
+        if options.dtype == "int8":
+            entries = _in_8_bits(entries, source, config)
+        _write_config(options, config, entries, staging)
+        _copy_companions(folder, staging)
+        record["bytes"] = write_shards(entries, staging, options.max_shard_size, f"writing {options.to}")
+        _compare(options, folder, config, entries, staging, record)
+        write_beside(staging / _RECORD, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def run_export(options: ExportOptions) -> None:
+    """`grinmoe export`."""
+    console = Console(soft_wrap=True)
+    record = export(options)
+    console.print(f"{options.to}: {options.output} ({record['bytes'] / 1e9:.3g} GB)")
+    if differences := record.get("logits"):
+        rows = [
+            [one["tokens"], one["window"], f"{one['difference']:.2g}", f"{one['largest']:.3g}"] for one in differences
+        ]
+        header = ["tokens", "keys that a token sees", "largest difference of logits", "largest logit"]
+        console.print(markdown_table(header, rows), markup=False)
+    for note in record["notes"]:
+        console.print(f"note: {note}", markup=False)
+
+
+# --- what is asked for -------------------------------------------------------------------------------------------------
+
+
+def _check_options(options: ExportOptions) -> None:
+    if options.to not in TARGETS:
+        raise ValueError(f"--to {options.to!r} is unknown; choose one of {', '.join(TARGETS)}")
+    if options.dtype not in DTYPES:
+        raise ValueError(f"--dtype {options.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    if options.dtype == "int8" and options.to != "safetensors":
+        raise ConversionError(f"--dtype int8 is for --to safetensors; choose bfloat16 or float16 for {options.to}")
+    if isinstance(options.max_shard_size, str) and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B", options.max_shard_size):
+        raise ValueError(f"--max-shard-size {options.max_shard_size!r} is no size; give one such as 500MB or 5GB")
+    refuse_checkout(options.output)
+    output = Path(options.output)
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"--output {options.output} is not empty; give a new folder")
+
+
+def _local(model: str) -> Path:
+    """The checkpoint's folder; that of a repository is downloaded into the Hub's cache."""
+    source = folder_or_repository(model, "--model")
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(source, allow_patterns=_WANTED))
+
+
+def read_config(folder: Path) -> GrinMoeConfig:
+    """
+    Of a GRIN-MoE, a phimoe or a Mixtral, as ours.
+
+    Raises:
+        ConversionError: no config, that of an adapter alone, or of another model.
+    """
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        if (folder / _ADAPTER_CONFIG).is_file():
+            raise ConversionError(
+                f"{folder} is an adapter, which is not exported by itself; merge it into its base before (grinmoe merge "
+                f"--adapter {folder} --output merged)"
+            )
+        raise ConversionError(f"{folder} holds no {CONFIG_NAME}; give the folder of a checkpoint")
+    model_type = _model_type(folder)
+    if model_type == MixtralConfig.model_type:
+        return from_mixtral(MixtralConfig.from_pretrained(folder))
+    if model_type not in (GrinMoeConfig.model_type, "phimoe"):
+        raise ConversionError(f"{file} has model_type={model_type!r}; grinmoe, phimoe and mixtral can be converted")
+    return GrinMoeConfig.from_pretrained(folder)
+
+
+def _model_type(folder: Path) -> str | None:
+    file = folder / CONFIG_NAME
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ConversionError(f"{file} cannot be read ({error}); download it again") from error
+
+
+def _check_target(options: ExportOptions, config: GrinMoeConfig, source: WeightSource) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConversionError(
+            f"{source.folder} is quantised, and its packed weights have no other layout; export the checkpoint that it was "
+            "made of"
+        )
+    if options.to == "phimoe":
+        to_phimoe(config)  # refuses
+        if "score.weight" in source or not ("lm_head.weight" in source or config.tie_word_embeddings):
+            raise ConversionError(f"{source.folder} has no language head; {options.to} is a language model")
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def official_entries(source: WeightSource, config: GrinMoeConfig, dtype: str = "auto") -> Iterator[Entry]:
+    """A checkpoint's tensors under their official keys, cast; fused experts are taken apart as they are read."""
+    for name, shape in official_shapes(config).items():
+        key = name if name in source else name.removeprefix("model.")
+        if key in source:
+            yield _entry(name, shape, source, key, (), dtype)
+            continue
+        fused = fused_name(name)
+        key = fused if fused in source else fused.removeprefix("model.")
+        if fused == name or key not in source:
+            continue  # a head that the checkpoint has not; what else is missing, check_weights has refused
+        yield _entry(name, shape, source, key, _part_of_fused(name, shape), dtype)
+    for name in ("score.weight", "score.bias"):
+        if name in source:
+            yield _entry(name, source.shapes[name], source, name, (), dtype)
+
+
+def _entry(name, shape, source: WeightSource, key: str, part, dtype: str) -> Entry:
+    own = source.dtype(key)
+    wanted = own if dtype in ("auto", "int8") or not own.is_floating_point else getattr(torch, dtype)
+    return Entry(name, shape, wanted, lambda: _cast(source.read(key, part), wanted, name).view(shape))
+
+
+def _part_of_fused(name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Where an expert's matrix lies in the fused weight of its layer."""
+    expert, on_disk = re.search(r"\.experts\.(\d+)\.(\w+)\.weight$", name).groups()  # type: ignore[union-attr]
+    position = ON_DISK[on_disk][1] * shape[0]
+    return slice(int(expert), int(expert) + 1), slice(position, position + shape[0])
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and not result.isfinite().all() and tensor.isfinite().all():
+        raise ConversionError(
+            f"{name} has {tensor.abs().max():.4g}, more than float16 holds ({torch.finfo(dtype).max:.0f}); choose bfloat16"
+        )
+    return result
+
+
+def _in_8_bits(entries: list[Entry], source: WeightSource, config: GrinMoeConfig) -> list[Entry]:
+    """Each layer's experts, fused and packed, in place of their matrices."""
+    matrices = {entry.name: entry for entry in entries if ".experts." in entry.name}
+    result = [entry for entry in entries if entry.name not in matrices]
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts"
+        for fused in FUSED:
+            shape = dense_shape(config, fused)
+            packed = _Packed([_rows(matrices, prefix, fused, expert) for expert in range(shape[0])])
+            result.append(Entry(f"{prefix}.{fused}", shape, torch.int8, packed.codes))
+            result.append(Entry(f"{prefix}.{fused}_scale", shape[:2], torch.float32, packed.scales))
+    return result
+
+
+def _rows(matrices: dict[str, Entry], prefix: str, fused: str, expert: int) -> list[Entry]:
+    return [matrices[f"{prefix}.{expert}.{one}.weight"] for one, (name, _) in ON_DISK.items() if name == fused]
+
+
+class _Packed:
+    """The experts of a layer as int8, one matrix after the other; codes and scales are written apart."""
+
+    def __init__(self, experts: list[list[Entry]]):
+        self.experts = experts
+        self._scales: torch.Tensor | None = None
+
+    def codes(self) -> torch.Tensor:
+        packed = [quantize_rows(torch.cat([entry.make() for entry in parts])) for parts in self.experts]
+        self._scales = torch.stack([scale for _, scale in packed])
+        return torch.stack([codes for codes, _ in packed])
+
+    def scales(self) -> torch.Tensor:
+        assert self._scales is not None, "codes are written before their scales"
+        return self._scales
+
+
+# --- what lies beside them ---------------------------------------------------------------------------------------------
+
+
+def _write_config(options: ExportOptions, config: GrinMoeConfig, entries: list[Entry], staging: Path) -> None:
+    if options.dtype not in ("auto", "int8"):
+        config.dtype = getattr(torch, options.dtype)
+    if options.to == "phimoe":
+        text = json.dumps(to_phimoe(config), indent=2, sort_keys=True) + "\n"
+        (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
+        return
+    classifies = any(entry.name.startswith("score.") for entry in entries)
+    config.architectures = ["GrinMoeForSequenceClassification" if classifies else "GrinMoeForCausalLM"]
+    if options.dtype == "int8":
+        config.quantization_config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_IN_8_BITS)
+    config.save_pretrained(staging)
+    add_remote_code(staging)
+
+
+def _copy_companions(folder: Path, staging: Path) -> None:
+    """Tokenizer and generation config."""
+    names = filter_repo_objects(os.listdir(folder), allow_patterns=[*TOKENIZER_FILES, GENERATION_CONFIG_NAME])
+    for name in names:
+        shutil.copyfile(folder / name, staging / name)
+
+
+# --- how far apart they are --------------------------------------------------------------------------------------------
+
+
+def _compare(
+    options: ExportOptions,
+    folder: Path,
+    config: GrinMoeConfig,
+    entries: list[Entry],
+    staging: Path,
+    record: dict[str, Any],
+) -> None:
+    classes = _classes(options, folder)
+    if classes is None:
+        return
+    needed = 4 * sum(math.prod(entry.shape) for entry in entries)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not options.compare:
+        record["notes"].append("logits were not compared, as asked")
+    elif needed > memory / 2:
+        record["notes"].append(
+            f"logits were not compared: in float32 the model takes {needed / 1e9:.0f} GB, more than half of this machine's "
+            "memory"
+        )
+    else:
+        record["logits"] = compare_logits((classes[0], folder), (classes[1], staging), config)
+    rope = config.rope_parameters or {}
+    if options.to == "phimoe" and rope["rope_type"] == "longrope":
+        original = rope["original_max_position_embeddings"]
+        record["notes"].append(
+            f"LongRoPE: Transformers' phimoe keeps the short factors beyond {original} tokens, where this model and vLLM "
+            "change to the long ones"
+        )
+
+
+def _classes(options: ExportOptions, folder: Path) -> tuple[type, type] | None:
+    """Of the source and of the result, where they are two models that should compute the same."""
+    if options.to == "phimoe":
+        return GrinMoeForCausalLM, PhimoeForCausalLM
+    if _model_type(folder) == MixtralConfig.model_type and options.dtype != "int8":
+        return MixtralForCausalLM, GrinMoeForCausalLM
+    return None
+
+
+def compare_logits(source: tuple[Any, Path], result: tuple[Any, Path], config: GrinMoeConfig) -> list[dict[str, Any]]:
+    """
+    Largest difference of logits on random tokens, in float32: of a text that fits into the window, and of a longer one.
+
+    Args:
+        source, result: the class of a model, and the folder that it loads.
+        config: of both, as ours.
+    """
+    window = config.visible_keys or config.max_position_embeddings
+    # LongRoPE's short factors hold for less than this.
+    original = (config.rope_parameters or {}).get("original_max_position_embeddings", config.max_position_embeddings)
+    lengths = {min(64, max(2, window // 2), original - 1), min(window + 64, config.max_position_embeddings)}
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(config.vocab_size, (1, length), generator=generator) for length in sorted(lengths)]
+    expected, found = _logits(*source, texts), _logits(*result, texts)
+    return [
+        {
+            "tokens": text.shape[1],
+            "window": window,
+            "difference": (a - b).abs().max().item(),
+            "largest": a.abs().max().item(),
+        }
+        for text, a, b in zip(texts, expected, found, strict=True)
+    ]
+
+
+def _logits(model_class: Any, folder: Path, texts: list[torch.Tensor]) -> list[torch.Tensor]:
+    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = [model(text, use_cache=False).logits for text in texts]
+    del model
+    gc.collect()
+    return logits
+
+
+__all__ = [
+    "DTYPES",
+    "TARGETS",
+    "ExportOptions",
+    "compare_logits",
+    "export",
+    "official_entries",
+    "read_config",
+    "run_export",
+]

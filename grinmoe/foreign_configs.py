@@ -1,0 +1,160 @@
+"""Configs of related models: Mixtral's and phimoe's into ours, and ours into phimoe's.
+
+All three have the same keys on disk (`layout_grinmoe.official_shapes`), so that what a conversion has to decide is in
+config.json: norm, biases, window, gating.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import MixtralConfig, PhimoeConfig
+
+from .configuration_grinmoe import PHIMOE_EXTRAS, GrinMoeConfig
+
+# They route as SparseMixer does in evaluation, so that a phimoe that is not trained on gives the same.
+_ROUTED_ALIKE = (
+    "sparsemixer_v2",
+    "sparsemixer_v2_printed",
+    "sparsemixer_togo",
+    "sparsemixer_joint",
+    "sparsemixer_unscaled",
+    "sparsemixer_centred",
+)
+# Spelled alike in both.
+_SHARED = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
+    "tie_word_embeddings attention_dropout num_experts_per_tok num_local_experts output_router_logits "
+    "router_aux_loss_coef router_jitter_noise input_jitter_noise attention_bias lm_head_bias"
+).split()
+# What phimoe has no field for. They are kept beside its fields, where nothing else reads them, for the way back.
+_EXTRAS = (
+    "sliding_window router_estimator router_aux_loss_scope router_z_loss_coef router_capacity_factor hidden_dropout "
+    "expert_dropout"
+).split()
+
+
+class ConversionError(ValueError):
+    """A checkpoint that the target cannot represent."""
+
+
+def from_mixtral(config: MixtralConfig) -> GrinMoeConfig:
+    """
+    The GRIN-MoE that computes what a Mixtral does: RMSNorm, renormalised top-k gating, W visible keys.
+
+    Its `router_jitter_noise` is noise on the block's input in training, our `input_jitter_noise`; our own
+    `router_jitter_noise`, the width of the mask, is not used by this gating and gets its default, for those who go on
+    training with `router_estimator="sparsemixer_v2"`.
+    """
+    window = config.sliding_window
+    fields: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "norm_type": "rms_norm",
+        "rms_norm_eps": config.rms_norm_eps,
+        "use_cache": config.use_cache,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_parameters": dict(config.rope_parameters or {}),
+        "sliding_window": None if window is None else window - 1,
+        "attention_bias": False,
+        "lm_head_bias": False,
+        "attention_dropout": config.attention_dropout,
+        "num_local_experts": config.num_local_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "router_estimator": "topk_renormalized",
+        "input_jitter_noise": config.router_jitter_noise,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+        "output_router_logits": config.output_router_logits,
+        "dtype": config.dtype,
+    }
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is not None and head_dim * config.num_attention_heads != config.hidden_size:
+        fields["head_dim"] = head_dim
+    return GrinMoeConfig(**fields)
+
+
+def to_phimoe(config: GrinMoeConfig) -> dict[str, Any]:
+    """
+    The config.json with which Transformers' phimoe, vLLM and SGLang compute what this model does in evaluation.
+
+    `sliding_window` is the number of visible keys, which is what they read it as; ours is one less. What phimoe has no
+    field for (estimator, dropout, losses) is kept under `grinmoe`, for the way back (`GrinMoeConfig.from_pretrained`).
+
+    Raises:
+        ConversionError: a norm, gating, number of experts per token or type of RoPE that phimoe does not have.
+    """
+    _refuse_what_phimoe_has_not(config)
+    content: dict[str, Any] = {
+        # As in the released Phi-3.5-MoE: vLLM, SGLang and llama.cpp look for it. Transformers goes by model_type.
+        "architectures": ["PhiMoEForCausalLM"],
+        "model_type": PhimoeConfig.model_type,
+        **{name: getattr(config, name) for name in _SHARED},
+        "sliding_window": config.visible_keys,
+        "dtype": _spelled(config.dtype),
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rope_parameters": dict(config.rope_parameters or {}),
+        PHIMOE_EXTRAS: {name: getattr(config, name) for name in _EXTRAS},
+    }
+    if config.head_size * config.num_attention_heads != config.hidden_size:
+        content["head_dim"] = config.head_size
+    if content["rope_parameters"]["rope_type"] == "longrope":
+        content |= _longrope(config)
+    return content
+
+
+def _refuse_what_phimoe_has_not(config: GrinMoeConfig) -> None:
+    if config.norm_type != "layer_norm":
+        raise ConversionError(
+            f"norm_type={config.norm_type!r}: phimoe has LayerNorm alone; serve this checkpoint with `grinmoe serve`, or "
+            "by trust_remote_code"
+        )
+    if config.router_estimator not in _ROUTED_ALIKE:
+        raise ConversionError(
+            f"router_estimator={config.router_estimator!r} routes otherwise than phimoe, which has SparseMixer alone; "
+            "train on with 'sparsemixer_v2' before, or serve this checkpoint with `grinmoe serve`"
+        )
+    if config.num_experts_per_tok != 2:
+        raise ConversionError(
+            f"num_experts_per_tok={config.num_experts_per_tok}: phimoe ignores the field and takes 2; serve this "
+            "checkpoint with `grinmoe serve`"
+        )
+    rope_type = (config.rope_parameters or {})["rope_type"]
+    if rope_type not in ("default", "longrope"):
+        raise ConversionError(f"rope_type={rope_type!r}: phimoe has 'default' and 'longrope' alone")
+
+
+def _longrope(config: GrinMoeConfig) -> dict[str, Any]:
+    """LongRoPE with the two scales written out, which phimoe's config does not compute."""
+    rope = dict(config.rope_parameters or {})
+    original = rope["original_max_position_embeddings"]
+    factor = config.max_position_embeddings / original
+    computed = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    for name in ("short_mscale", "long_mscale"):
+        rope[name] = rope.get(name) or rope.get("attention_factor") or computed
+    released = {"type": "longrope", **{name: rope[name] for name in ("short_factor", "long_factor")}}
+    released |= {name: rope[name] for name in ("short_mscale", "long_mscale", "original_max_position_embeddings")}
+    return {
+        "rope_parameters": rope,
+        "rope_scaling": released,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _spelled(dtype: Any) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+__all__ = ["ConversionError", "from_mixtral", "to_phimoe"]
