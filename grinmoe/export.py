@@ -4,6 +4,7 @@
 |---|---|
 | `safetensors` | a GRIN-MoE checkpoint of another dtype or shard size; also from a phimoe or a Mixtral |
 | `phimoe` | a checkpoint that Transformers' own class, vLLM and SGLang load without code |
+| `gguf` | a file for llama.cpp, whose routing is another (`gguf_export.py`) |
 
 Tensors are read, converted and written shard by shard, and the folder appears when it is whole.
 """
@@ -32,6 +33,7 @@ from .checkpoint_grinmoe import add_remote_code, check_weights, refuse_checkout,
 from .configuration_grinmoe import GrinMoeConfig
 from .experts_grinmoe import ON_DISK
 from .foreign_configs import ConversionError, from_mixtral, to_phimoe
+from .gguf_export import check_gguf, find_converter, routing_difference, write_gguf
 from .layout_grinmoe import fused_name, official_shapes
 from .merge import TOKENIZER_FILES
 from .model_source import folder_or_repository
@@ -40,7 +42,7 @@ from .provenance import markdown_table, write_beside
 from .quantized_experts_grinmoe import FUSED, dense_shape, quantize_rows
 from .weight_stream import Entry, WeightSource, write_shards
 
-TARGETS = ("safetensors", "phimoe")
+TARGETS = ("safetensors", "phimoe", "gguf")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
 _RECORD = "export.json"
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -56,9 +58,12 @@ class ExportOptions:
         model: folder or Hub id of a GRIN-MoE, phimoe or Mixtral checkpoint.
         to: one of `TARGETS`.
         output: new or empty folder.
-        dtype: one of `DTYPES`; auto keeps every tensor's own. int8: the experts, by rows; the rest as it is.
+        dtype: one of `DTYPES`; auto keeps every tensor's own. int8: of safetensors the experts, by rows, and the rest as
+            it is; of gguf q8_0.
         max_shard_size: bytes, or as in "5GB".
-        compare: load the result and the source, and show how far their logits are apart (phimoe; where memory allows).
+        compare: load the result and the source, and show how far their logits are apart (phimoe; from Mixtral), or what
+            another routing does to them (gguf); where memory allows.
+        converter: of llama.cpp, the script or its folder; None: the one on the PATH (gguf).
     """
 
     model: str
@@ -67,6 +72,7 @@ class ExportOptions:
     dtype: str = "auto"
     max_shard_size: int | str = "5GB"
     compare: bool = True
+    converter: str | None = None
 
 
 def export(options: ExportOptions) -> dict[str, Any]:
@@ -88,15 +94,22 @@ def export(options: ExportOptions) -> dict[str, Any]:
     source = WeightSource(folder)
     check_weights(source.shapes, config, folder, head_keys=("score.",))
     _check_target(options, config, source)
+    converter = find_converter(options.converter) if options.to == "gguf" else None
     record: dict[str, Any] = {"source": options.model, "to": options.to, "dtype": options.dtype, "notes": []}
     with replaced_when_whole(options.output) as staging:
-        entries = list(official_entries(source, config, options.dtype))
-        if options.dtype == "int8":
-            entries = _in_8_bits(entries, source, config)
-        _write_config(options, config, entries, staging)
-        _copy_companions(folder, staging)
-        record["bytes"] = write_shards(entries, staging, options.max_shard_size, f"writing {options.to}")
-        _compare(options, folder, config, entries, staging, record)
+        dtype = "auto" if options.to == "gguf" else options.dtype  # there the converter casts
+        entries = list(official_entries(source, config, dtype))
+        parameters = sum(math.prod(entry.shape) for entry in entries)
+        if converter is not None:
+            file = write_gguf(entries, config, folder, staging, converter, options.dtype, options.max_shard_size)
+            record["bytes"] = file.stat().st_size
+        else:
+            if options.dtype == "int8":
+                entries = _in_8_bits(entries, config)
+            _write_config(options, config, entries, staging)
+            _copy_companions(folder, staging)
+            record["bytes"] = write_shards(entries, staging, options.max_shard_size, f"writing {options.to}")
+        _compare(options, folder, config, parameters, staging, record)
         write_beside(staging / _RECORD, json.dumps(record, indent=2) + "\n")
     return record
 
@@ -112,6 +125,11 @@ def run_export(options: ExportOptions) -> None:
         ]
         header = ["tokens", "keys that a token sees", "largest difference of logits", "largest logit"]
         console.print(markdown_table(header, rows), markup=False)
+    if routing := record.get("routing"):
+        console.print(
+            f"with llama.cpp's routing, on {routing['tokens']} tokens ({routing['text']}): another likeliest next token at "
+            f"{routing['next_token_differs']:.1%} of them, mean divergence {routing['kl']:.3g} nats"
+        )
     for note in record["notes"]:
         console.print(f"note: {note}", markup=False)
 
@@ -124,8 +142,8 @@ def _check_options(options: ExportOptions) -> None:
         raise ValueError(f"--to {options.to!r} is unknown; choose one of {', '.join(TARGETS)}")
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype {options.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    if options.dtype == "int8" and options.to != "safetensors":
-        raise ConversionError(f"--dtype int8 is for --to safetensors; choose bfloat16 or float16 for {options.to}")
+    if options.dtype == "int8" and options.to == "phimoe":
+        raise ConversionError("--dtype int8 is for safetensors and gguf; choose bfloat16 or float16 for phimoe")
     if isinstance(options.max_shard_size, str) and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B", options.max_shard_size):
         raise ValueError(f"--max-shard-size {options.max_shard_size!r} is no size; give one such as 500MB or 5GB")
     refuse_checkout(options.output)
@@ -181,8 +199,11 @@ def _check_target(options: ExportOptions, config: GrinMoeConfig, source: WeightS
         )
     if options.to == "phimoe":
         to_phimoe(config)  # refuses
-        if "score.weight" in source or not ("lm_head.weight" in source or config.tie_word_embeddings):
-            raise ConversionError(f"{source.folder} has no language head; {options.to} is a language model")
+    if options.to == "gguf":
+        check_gguf(source.folder, config)
+    speaks = "score.weight" not in source and ("lm_head.weight" in source or config.tie_word_embeddings)
+    if options.to in ("phimoe", "gguf") and not speaks:
+        raise ConversionError(f"{source.folder} has no language head; {options.to} is a language model")
 
 
 # --- tensors -----------------------------------------------------------------------------------------------------------
@@ -229,7 +250,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return result
 
 
-def _in_8_bits(entries: list[Entry], source: WeightSource, config: GrinMoeConfig) -> list[Entry]:
+def _in_8_bits(entries: list[Entry], config: GrinMoeConfig) -> list[Entry]:
     """Each layer's experts, fused and packed, in place of their matrices."""
     matrices = {entry.name: entry for entry in entries if ".experts." in entry.name}
     result = [entry for entry in entries if entry.name not in matrices]
@@ -296,14 +317,16 @@ def _compare(
     options: ExportOptions,
     folder: Path,
     config: GrinMoeConfig,
-    entries: list[Entry],
+    parameters: int,
     staging: Path,
     record: dict[str, Any],
 ) -> None:
     classes = _classes(options, folder)
-    if classes is None:
+    if options.to == "gguf":
+        record["notes"] += _notes_of_gguf(config)
+    elif classes is None:
         return
-    needed = 4 * sum(math.prod(entry.shape) for entry in entries)
+    needed = 4 * parameters
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not options.compare:
         record["notes"].append("logits were not compared, as asked")
@@ -313,6 +336,9 @@ def _compare(
             "memory"
         )
     else:
+        if classes is None:
+            record["routing"] = routing_difference(folder, config)
+            return
         record["logits"] = compare_logits((classes[0], folder), (classes[1], staging), config)
     rope = config.rope_parameters or {}
     if options.to == "phimoe" and rope["rope_type"] == "longrope":
@@ -321,6 +347,20 @@ def _compare(
             f"LongRoPE: Transformers' phimoe keeps the short factors beyond {original} tokens, where this model and vLLM "
             "change to the long ones"
         )
+
+
+def _notes_of_gguf(config: GrinMoeConfig) -> list[str]:
+    notes = []
+    if config.router_estimator != "topk_renormalized":
+        notes.append(
+            "llama.cpp routes by a softmax over the chosen experts, this model by SparseMixer's masked softmax, so the file "
+            "computes something else than the checkpoint"
+        )
+    if config.visible_keys is not None and config.visible_keys < config.max_position_embeddings:
+        notes.append(
+            f"llama.cpp's PhiMoE has no window: texts of more than {config.visible_keys} tokens differ besides"
+        )
+    return notes
 
 
 def _classes(options: ExportOptions, folder: Path) -> tuple[type, type] | None:

@@ -96,6 +96,11 @@ def to_phimoe(config: GrinMoeConfig) -> dict[str, Any]:
         ConversionError: a norm, gating, number of experts per token or type of RoPE that phimoe does not have.
     """
     _refuse_what_phimoe_has_not(config)
+    return phimoe_fields(config)
+
+
+def phimoe_fields(config: GrinMoeConfig) -> dict[str, Any]:
+    """As `to_phimoe`, whatever the config says: for programs whose PhiMoE is another one (llama.cpp)."""
     content: dict[str, Any] = {
         # As in the released Phi-3.5-MoE: vLLM, SGLang and llama.cpp look for it. Transformers goes by model_type.
         "architectures": ["PhiMoEForCausalLM"],
@@ -157,4 +162,4 @@ def _spelled(dtype: Any) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-__all__ = ["ConversionError", "from_mixtral", "to_phimoe"]
+__all__ = ["ConversionError", "from_mixtral", "phimoe_fields", "to_phimoe"]

@@ -58,18 +58,24 @@ def _add_export(commands) -> None:
         help="write a checkpoint for other programs, or of another model, dtype or shard size",
         description="Convert a checkpoint, shard by shard: to phimoe, which Transformers' own class, vLLM and SGLang load "
         "without code; or to safetensors, a GRIN-MoE of another dtype or shard size, also from a phimoe (Phi-3.5-MoE, "
-        "Phi-mini-MoE, Phi-tiny-MoE) or a Mixtral. The folder appears when it is complete.",
+        "Phi-mini-MoE, Phi-tiny-MoE) or a Mixtral; or to gguf, by llama.cpp's converter. The folder appears when "
+        "it is complete.",
         epilog="example: grinmoe export --model demo-output/model --to phimoe --output demo-phimoe",
     )
     export.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="folder, or a repository of the Hub")
-    export.add_argument("--to", required=True, choices=["safetensors", "phimoe"], help="what is written")
+    export.add_argument("--to", required=True, choices=["safetensors", "phimoe", "gguf"], help="what is written")
     export.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
     export.add_argument(
-        "--dtype", default="auto", help="auto (as it is, default), bfloat16, float16, float32; int8 for safetensors"
+        "--dtype",
+        default="auto",
+        help="auto (as it is, default), bfloat16, float16, float32; int8 for safetensors and gguf",
     )
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 500MB (default: 5GB)")
     export.add_argument(
         "--no-compare", action="store_true", help="do not load both and show how far their logits are apart"
+    )
+    export.add_argument(
+        "--converter", metavar="PATH", help="llama.cpp's folder (gguf; default: the script on the PATH)"
     )
     export.set_defaults(run=_run_export)
 
@@ -84,5 +90,6 @@ def _run_export(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
         compare=not arguments.no_compare,
+        converter=arguments.converter,
     )
     run_export(options)
