@@ -89,7 +89,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
         FileNotFoundError: no such model.
     """
     _check_options(options)
-    folder = _local(options.model)
+    folder = local_folder(options.model)
     config = read_config(folder)
     source = WeightSource(folder)
     check_weights(source.shapes, config, folder, head_keys=("score.",))
@@ -107,7 +107,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
             if options.dtype == "int8":
                 entries = _in_8_bits(entries, config)
             _write_config(options, config, entries, staging)
-            _copy_companions(folder, staging)
+            copy_companions(folder, staging)
             record["bytes"] = write_shards(entries, staging, options.max_shard_size, f"writing {options.to}")
         _compare(options, folder, config, parameters, staging, record)
         write_beside(staging / _RECORD, json.dumps(record, indent=2) + "\n")
@@ -152,7 +152,7 @@ def _check_options(options: ExportOptions) -> None:
         raise ValueError(f"--output {options.output} is not empty; give a new folder")
 
 
-def _local(model: str) -> Path:
+def local_folder(model: str) -> Path:
     """The checkpoint's folder; that of a repository is downloaded into the Hub's cache."""
     source = folder_or_repository(model, "--model")
     if Path(source).is_dir():
@@ -175,7 +175,7 @@ def read_config(folder: Path) -> GrinMoeConfig:
                 f"--adapter {folder} --output merged)"
             )
         raise ConversionError(f"{folder} holds no {CONFIG_NAME}; give the folder of a checkpoint")
-    model_type = _model_type(folder)
+    model_type = model_type_of(folder)
     if model_type == MixtralConfig.model_type:
         return from_mixtral(MixtralConfig.from_pretrained(folder))
     if model_type not in (GrinMoeConfig.model_type, "phimoe"):
@@ -183,7 +183,8 @@ def read_config(folder: Path) -> GrinMoeConfig:
     return GrinMoeConfig.from_pretrained(folder)
 
 
-def _model_type(folder: Path) -> str | None:
+def model_type_of(folder: Path) -> str | None:
+    """Of a folder's config.json; ConversionError where that is no JSON object."""
     file = folder / CONFIG_NAME
     try:
         return json.loads(file.read_text(encoding="utf-8")).get("model_type")
@@ -303,8 +304,8 @@ def _write_config(options: ExportOptions, config: GrinMoeConfig, entries: list[E
     add_remote_code(staging)
 
 
-def _copy_companions(folder: Path, staging: Path) -> None:
-    """Tokenizer and generation config."""
+def copy_companions(folder: Path, staging: Path) -> None:
+    """Tokenizer and generation config, where they are there."""
     names = filter_repo_objects(os.listdir(folder), allow_patterns=[*TOKENIZER_FILES, GENERATION_CONFIG_NAME])
     for name in names:
         shutil.copyfile(folder / name, staging / name)
@@ -367,7 +368,7 @@ def _classes(options: ExportOptions, folder: Path) -> tuple[type, type] | None:
     """Of the source and of the result, where they are two models that should compute the same."""
     if options.to == "phimoe":
         return GrinMoeForCausalLM, PhimoeForCausalLM
-    if _model_type(folder) == MixtralConfig.model_type and options.dtype != "int8":
+    if model_type_of(folder) == MixtralConfig.model_type and options.dtype != "int8":
         return MixtralForCausalLM, GrinMoeForCausalLM
     return None
 
@@ -412,7 +413,10 @@ __all__ = [
     "TARGETS",
     "ExportOptions",
     "compare_logits",
+    "copy_companions",
     "export",
+    "local_folder",
+    "model_type_of",
     "official_entries",
     "read_config",
     "run_export",

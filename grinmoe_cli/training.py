@@ -1,4 +1,4 @@
-"""Commands that make a model: demo, sft, dpo, pretrain, merge, plan, compare."""
+"""Commands that make a model: demo, sft, dpo, pretrain, merge, upcycle, plan, compare."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def add_commands(commands) -> None:
     for task in _TRAINING:
         _add_training(commands, task)
     _add_merge(commands)
+    _add_upcycle(commands)
     _add_plan(commands)
     _add_compare(commands)
 
@@ -109,6 +110,52 @@ def _run_merge(arguments: argparse.Namespace) -> None:
     from grinmoe.merge import run_merge
 
     run_merge(arguments.adapter, arguments.output, arguments.base, arguments.dtype, arguments.quantized_base)
+
+
+def _add_upcycle(commands) -> None:
+    upcycle = commands.add_parser(
+        "upcycle",
+        help="make a GRIN-MoE of a dense checkpoint, whose feed-forward every expert copies",
+        description="Make a GRIN-MoE of a dense checkpoint (Llama, Mistral or Phi-3 layout): every expert copies its "
+        "feed-forward, w2 is scaled so that the result begins where the dense model is, and the router is new. Train it "
+        "then (grinmoe pretrain, sft). Shard by shard; the folder appears when it is complete.",
+        epilog="example: grinmoe upcycle --model TinyLlama/TinyLlama_v1.1 --experts 8 --top-k 2 --output tiny-moe",
+    )
+    upcycle.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="folder, or a repository of the Hub")
+    upcycle.add_argument("--experts", required=True, type=int, metavar="E", help="experts of a layer")
+    upcycle.add_argument("--top-k", required=True, type=int, metavar="K", help="experts of a token")
+    upcycle.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
+    upcycle.add_argument(
+        "--noise", type=float, default=0.0, metavar="S", help="added to copies, in standard deviations (default: 0)"
+    )
+    upcycle.add_argument(
+        "--reinit", type=float, default=0.0, metavar="SHARE", help="of every expert's neurons, begins anew (default: 0)"
+    )
+    upcycle.add_argument("--estimator", default="sparsemixer_v2", metavar="NAME", help="router_estimator of the result")
+    upcycle.add_argument("--seed", type=int, default=0, metavar="N", help="of router, noise and neurons")
+    upcycle.add_argument("--dtype", default="auto", help="auto (as it is, default), bfloat16, float16, float32")
+    upcycle.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 500MB (default: 5GB)")
+    upcycle.add_argument("--no-compare", action="store_true", help="do not load both and compare their logits")
+    upcycle.set_defaults(run=_run_upcycle)
+
+
+def _run_upcycle(arguments: argparse.Namespace) -> None:
+    from grinmoe.upcycle import UpcycleOptions, run_upcycle
+
+    options = UpcycleOptions(
+        model=arguments.model,
+        experts=arguments.experts,
+        top_k=arguments.top_k,
+        output=arguments.output,
+        noise=arguments.noise,
+        reinit=arguments.reinit,
+        estimator=arguments.estimator,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        compare=not arguments.no_compare,
+    )
+    run_upcycle(options)
 
 
 def _add_plan(commands) -> None:

@@ -35,6 +35,7 @@ def run_main(*arguments: str) -> int:
         ("merge", "--help"),
         ("plan", "--help"),
         ("export", "--help"),
+        ("upcycle", "--help"),
         ("tokenizer", "--help"),
         ("tokenizer", "build", "--help"),
         ("tokenizer", "verify", "--help"),
