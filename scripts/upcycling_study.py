@@ -199,8 +199,8 @@ def report(result: dict) -> str:
         f"# Upcycling against continued dense training\n\n{verdict}, at equal tokens.\n\n{table}\n\n"
         f"A Llama of {result['dense']['parameters']:,} parameters, {result['dense']['steps']} steps of "
         f"{result['tokens_per_step']:,} tokens on {result['corpus']['source']}; then {result['steps']} steps more at a "
-        f"learning rate of {result['learning_rate']:.0e}, as it is or with {result['experts']} experts, top-{result['top_k']} "
-        f"({parameters:,} parameters; twice the feed-forward's work for a token). Means of "
+        f"learning rate of {result['learning_rate']:.0e}, as it is or with {result['experts']} experts, "
+        f"top-{result['top_k']} ({parameters:,} parameters; twice the feed-forward's work for a token). Means of "
         f"{len({run['seed'] for run in result['runs']})} orders of the data; nats per token. One learning rate for all, "
         f"tuned for none.\n\n![held-out loss over steps](upcycling.png)\n\n## Measured on\n\n{facts}\n"
     )
