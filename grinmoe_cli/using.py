@@ -1,4 +1,4 @@
-"""Commands that use a model: generate, export."""
+"""Commands that use a model: generate, evaluate, export."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 
 def add_commands(commands) -> None:
     _add_generate(commands)
+    _add_evaluate(commands)
     _add_export(commands)
 
 
@@ -93,3 +94,49 @@ def _run_export(arguments: argparse.Namespace) -> None:
         converter=arguments.converter,
     )
     run_export(options)
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="scores by lm-eval, with those of the paper beside them",
+        description="Run tasks of lm-eval on a checkpoint and write a table, with the paper's scores where a task is of its "
+        "Table 2, and evaluations.json for the model card. Complete tasks are kept: an interrupted evaluation goes on. "
+        "Tasks: names of the paper's suite (mmlu, arc_c, gsm8k, ...; paper is all of it), other names of lm-eval, or files "
+        "of JSON lines, which need no network.",
+        epilog="example: grinmoe evaluate --model microsoft/GRIN-MoE --tasks arc_c gsm8k --output evaluation",
+    )
+    evaluate.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="folder, or a repository of the Hub")
+    evaluate.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="names, or .jsonl files")
+    evaluate.add_argument("--output", required=True, metavar="DIR", help="new folder, or one to go on in")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="questions of a task, to try it (measures nothing)")
+    evaluate.add_argument("--shots", type=int, metavar="N", help="examples in the prompt (default: the suite's)")
+    evaluate.add_argument("--batch-size", type=int, default=8, metavar="B", help="rows at a time (default: 8)")
+    evaluate.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    evaluate.add_argument("--device", default=None, help="cpu, cuda, ... (default: an accelerator if there is one)")
+    evaluate.add_argument("--chat", action="store_true", help="put prompts into the chat template")
+    evaluate.add_argument(
+        "--allow-code", action="store_true", help="run the programs that the model writes (HumanEval, MBPP)"
+    )
+    evaluate.set_defaults(run=_run_evaluate)
+
+
+def _run_evaluate(arguments: argparse.Namespace) -> None:
+    import shlex
+    import sys
+
+    from grinmoe.evaluation import EvaluateOptions, run_evaluate
+
+    options = EvaluateOptions(
+        model=arguments.model,
+        tasks=tuple(arguments.tasks),
+        output=arguments.output,
+        limit=arguments.limit,
+        shots=arguments.shots,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        chat=arguments.chat,
+        allow_code=arguments.allow_code,
+    )
+    run_evaluate(options, shlex.join(["grinmoe", *sys.argv[1:]]))

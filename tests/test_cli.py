@@ -34,6 +34,7 @@ def run_main(*arguments: str) -> int:
         ("pretrain", "--help"),
         ("merge", "--help"),
         ("plan", "--help"),
+        ("evaluate", "--help"),
         ("export", "--help"),
         ("upcycle", "--help"),
         ("tokenizer", "--help"),

@@ -1,0 +1,320 @@
+"""`grinmoe evaluate`: scores of a checkpoint by lm-eval, the paper's beside them. Complete tasks are kept: it can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .card_facts import Evaluation
+from .evaluation_suite import PAPER_SUITE, SuiteTask, local_task
+from .model_source import folder_or_repository
+from .modeling_grinmoe import GrinMoeForCausalLM
+from .provenance import environment, markdown_table, write_beside
+from .tokenization import load_tokenizer
+
+_SUITE = {task.name: task for task in PAPER_SUITE}
+_MISSING = "lm-eval is not installed; pip install 'grinmoe[eval]'"
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """
+    Args:
+        model: folder or Hub id.
+        tasks: names of the paper's suite ("paper" is all of it), names of lm-eval, or files of JSON lines.
+        output: folder; one of an earlier start goes on.
+        limit: questions of a task; a smaller number than all measures nothing that a card may say.
+        shots: examples in the prompt, in place of the suite's.
+        batch_size: rows at a time.
+        dtype, device: as in `grinmoe generate`.
+        chat: put the prompts into the chat template.
+        allow_code: run the programs that the model writes (HumanEval, MBPP).
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    output: str
+    limit: int | None = None
+    shots: int | None = None
+    batch_size: int = 8
+    dtype: str = "auto"
+    device: str | None = None
+    chat: bool = False
+    allow_code: bool = False
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit {self.limit} asks nothing; give 1 or more")
+        if self.shots is not None and self.shots < 0:
+            raise ValueError(f"--shots {self.shots} is negative; give 0 or more")
+
+
+def find_tasks(names: Iterable[str], allow_code: bool) -> list[SuiteTask]:
+    """
+    Raises:
+        ValueError: an unknown name, with the suite's; or one whose programs may not be run.
+    """
+    found: list[SuiteTask] = []
+    for name in names:
+        if name == "paper":
+            found += [task for task in PAPER_SUITE if allow_code or not task.runs_code]
+        elif name in _SUITE:
+            found.append(_SUITE[name])
+        elif name.endswith(".jsonl"):
+            if not Path(name).is_file():
+                raise ValueError(f"--tasks {name}: there is no such file")
+            local = local_task(Path(name))
+            metric = "acc,none" if local["output_type"] == "multiple_choice" else "exact_match,none"
+            found.append(SuiteTask(local["task"], local["task"], local, metric, None, None))
+        else:
+            if name not in _index().all_tasks:
+                raise ValueError(
+                    f"--tasks {name} is unknown; give a name of the paper's suite ({', '.join(_SUITE)}; paper is all of "
+                    "them), a task of lm-eval, or a .jsonl file"
+                )
+            found.append(SuiteTask(name, name, name, "", None, None))
+    for task in found:
+        if task.runs_code and not allow_code:
+            raise ValueError(
+                f"--tasks {task.name} runs programs that the model writes; pass --allow-code, best in a container"
+            )
+    return list({task.name: task for task in found}.values())
+
+
+@functools.cache
+def _index(with_tasks: bool = True) -> Any:
+    """lm-eval's index of its tasks, which takes seconds to make; or an empty one, for tasks that are not in it."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=with_tasks)
+
+
+def evaluate(options: EvaluateOptions, command: str, console: Console | None = None) -> Path:
+    """
+    Run what is not there yet, and write the table.
+
+    Returns:
+        Path of the report. Beside it: evaluations.json for the model card (`grinmoe push --evaluations`), unless a limit
+        was set; and what lm-eval said of every task.
+
+    Raises:
+        ImportError: no lm-eval.
+        ValueError: unknown tasks, a folder that holds something else, or an evaluation of another model or settings.
+        CheckpointError: the checkpoint is broken.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+    console = console or Console(soft_wrap=True)
+    source = folder_or_repository(options.model, "--model")
+    tasks = find_tasks(options.tasks, options.allow_code)
+    output = Path(options.output)
+    settings = _settings(options, source)
+    _check_folder(output, settings)
+    done = {task.name: _read(_file(output, task)) for task in tasks if _file(output, task).is_file()}
+    if len(done) < len(tasks):
+        model = _model(source, options)
+        (output / "tasks").mkdir(parents=True, exist_ok=True)
+        write_beside(output / "settings.json", json.dumps(settings, indent=2) + "\n")
+        for number, task in enumerate(tasks, 1):
+            if task.name not in done:
+                console.print(f"{number}/{len(tasks)} {task.label}", markup=False)
+                done[task.name] = _run(model, task, options)
+                write_beside(_file(output, task), json.dumps(done[task.name], indent=1, default=str) + "\n")
+    rows = [(task, score_of(task, done[task.name])) for task in tasks]
+    return _write(output, rows, options, command)
+
+
+def run_evaluate(options: EvaluateOptions, command: str) -> None:
+    """`grinmoe evaluate`."""
+    console = Console(soft_wrap=True)
+    report = evaluate(options, command, console)
+    console.print(report.read_text(encoding="utf-8").split("## Measured on")[0].strip(), markup=False)
+    console.print(f"written: {report}")
+
+
+# --- running -----------------------------------------------------------------------------------------------------------
+
+
+def _settings(options: EvaluateOptions, source: str) -> dict[str, Any]:
+    """What makes results of two starts results of one evaluation."""
+    shown = {name: getattr(options, name) for name in ("limit", "shots", "dtype", "chat")}
+    weights = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
+    return {"model": source, "weights": stamp, **shown}
+
+
+def _check_folder(output: Path, settings: dict[str, Any]) -> None:
+    if output.is_file():
+        raise ValueError(f"--output {output} is a file; give a folder")
+    file = output / "settings.json"
+    if not file.is_file():
+        if output.is_dir() and any(output.iterdir()):
+            raise ValueError(f"--output {output} holds something else than an evaluation; give a new folder")
+        return
+    before = _read(file)
+    if different := [name for name in settings if settings[name] != before.get(name)]:
+        raise ValueError(
+            f"--output {output} holds an evaluation with another {', '.join(different)}; give a new folder"
+        )
+
+
+def _model(source: str, options: EvaluateOptions) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = GrinMoeForCausalLM.from_pretrained(source, dtype=dtype).eval().to(device)
+    tokenizer = load_tokenizer(source)
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=options.batch_size,
+        max_length=model.config.max_position_embeddings,
+        # A prompt begins with no token of its own (docs/tokenization.md); lm-eval needs one before an empty context.
+        prefix_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _run(model: Any, task: SuiteTask, options: EvaluateOptions) -> dict[str, Any]:
+    import lm_eval
+
+    if task.runs_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked by the metric, which has no other switch
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[task.task],
+        task_manager=_index(isinstance(task.task, str)),
+        num_fewshot=task.shots if options.shots is None else options.shots,
+        limit=options.limit,
+        log_samples=False,
+        bootstrap_iters=0,
+        apply_chat_template=options.chat,
+        confirm_run_unsafe_code=task.runs_code,
+    )
+    assert found is not None, "only ranks other than the first get nothing"
+    kept = ("results", "groups", "n-shot", "n-samples", "higher_is_better", "versions", "group_subtasks")
+    return {name: found[name] for name in kept if name in found}
+
+
+def score_of(task: SuiteTask, result: dict[str, Any]) -> dict[str, Any]:
+    """
+    A task's score, of what lm-eval said.
+
+    Returns:
+        value in [0, 1] (or as the metric has it), metric, shots, and the number of questions.
+
+    Raises:
+        ValueError: lm-eval has no such metric (any more); it says which it has.
+    """
+    name = task.task["task"] if isinstance(task.task, dict) else task.task
+    parts = [key for key in result["results"] if key != name] if name not in result["results"] else [name]
+    scores = result.get("groups", {}).get(name) or result["results"].get(name)
+    metric = task.metric
+    if scores is None or (metric and metric not in scores):
+        scores, metric = _mean_of_parts(task, result, parts)
+    if not metric:
+        metric = next(
+            key for key, value in scores.items() if "," in key and "stderr" not in key and type(value) is float
+        )
+    shots = {value for key, value in result.get("n-shot", {}).items() if type(value) is int}
+    questions = sum(one["effective"] for one in result.get("n-samples", {}).values())
+    return {
+        "value": float(scores[metric]),
+        "metric": metric,
+        "shots": shots.pop() if len(shots) == 1 else None,
+        "questions": questions,
+    }
+
+
+def _mean_of_parts(task: SuiteTask, result: dict[str, Any], parts: list[str]) -> tuple[dict[str, Any], str]:
+    """Of a tag (anli, say), which lm-eval gives no score of its own: the mean over its tasks, weighted by questions."""
+    metrics = {key for part in parts for key in result["results"][part] if "," in key and "stderr" not in key}
+    metric = task.metric or min(metrics, default="")
+    weights = {part: result["n-samples"][part]["effective"] for part in parts if metric in result["results"][part]}
+    if not weights:
+        raise ValueError(
+            f"lm-eval gives no {task.metric} for {task.name}, but {', '.join(sorted(metrics)) or 'nothing'}"
+        )
+    total = sum(result["results"][part][metric] * weight for part, weight in weights.items())
+    return {metric: total / sum(weights.values())}, metric
+
+
+# --- what is written ---------------------------------------------------------------------------------------------------
+
+
+def _write(output: Path, rows: list[tuple[SuiteTask, dict[str, Any]]], options: EvaluateOptions, command: str) -> Path:
+    header = ["task", "shots", "metric", "questions", "this checkpoint, %", "GRIN-MoE (paper), %"]
+    cells = [
+        [
+            task.label,
+            "-" if score["shots"] is None else score["shots"],
+            score["metric"].removesuffix(",none"),
+            score["questions"],
+            f"{100 * score['value']:.1f}",
+            "-" if task.paper is None else f"{task.paper:.1f}",
+        ]
+        for task, score in rows
+    ]
+    facts = environment(command)
+    limited = (
+        f"**Of every task {options.limit} questions at most were asked: these are no results.**\n\n"
+        if options.limit
+        else ""
+    )
+    text = (
+        f"# Evaluation of {Path(options.model).name}\n\n{limited}{markdown_table(header, cells)}\n\n## Measured on\n\n"
+        f"{markdown_table(['', ''], [[key, value] for key, value in facts.items()])}\n"
+    )
+    if options.limit is None:
+        entries = [asdict(entry) for entry in card_entries(rows)]
+        write_beside(output / "evaluations.json", json.dumps(entries, indent=2) + "\n")
+    write_beside(output / "evaluation.md", text)
+    return output / "evaluation.md"
+
+
+def card_entries(rows: Iterable[tuple[SuiteTask, dict[str, Any]]]) -> list[Evaluation]:
+    """Scores as a model card has them, in percent."""
+    entries = []
+    for task, score in rows:
+        config = task.task if isinstance(task.task, dict) else {}
+        on_hub = "/" in str(config.get("dataset_path", ""))
+        entry = Evaluation(
+            dataset_name=task.label,
+            dataset_type=config["dataset_path"] if on_hub else task.name,
+            metric_name=score["metric"].removesuffix(",none"),
+            metric_type=score["metric"].split(",")[0],
+            value=round(100 * score["value"], 2),
+            shots=score["shots"],
+        )
+        if on_hub:
+            split = config.get("test_split") or config.get("validation_split")
+            entry = dataclasses.replace(entry, dataset_config=config.get("dataset_name"), dataset_split=split)
+        entries.append(entry)
+        assert math.isfinite(entry.value)
+    return entries
+
+
+def _file(output: Path, task: SuiteTask) -> Path:
+    return output / "tasks" / f"{task.name}.json"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); remove it to ask again") from error
+
+
+__all__ = ["EvaluateOptions", "card_entries", "evaluate", "find_tasks", "run_evaluate", "score_of"]
