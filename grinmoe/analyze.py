@@ -101,13 +101,23 @@ def run_analyze(options: AnalyzeOptions) -> RoutingAnalysis:
 
 def analyze(options: AnalyzeOptions, files: list[Path], console: Console) -> RoutingAnalysis:
     """Load the model and count. Memory does not grow with the texts."""
+
+    def tokens_of(both: tuple[RoutingCounts, RoutingCounts]) -> int:
+        return both[0].tokens + both[1].tokens
+
     start = time.perf_counter()
     chat = load_chat(options.model, ChatOptions(dtype=options.dtype, device=options.device))
     model, tokenizer, config = chat.model, chat.tokenizer, chat.model.config
     max_length = _row_length(options.max_length, config.max_position_embeddings)
     sentence = _sentence_of(options, files[0], model, tokenizer)
     loaded = time.perf_counter()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeElapsedColumn(),
+    )
     halves = []
     with Progress(*columns, console=console) as progress:
         for file in files:
@@ -119,14 +129,16 @@ def analyze(options: AnalyzeOptions, files: list[Path], console: Console) -> Rou
                 both = both[0] + counted[0], both[1] + counted[1]
                 progress.advance(task, sum(map(len, batch)))
             halves.append(both)
-            progress.update(task, total=both[0].tokens + both[1].tokens)  # of a text that was shorter
+            progress.update(task, total=tokens_of(both))  # of a text that was shorter
     seconds = time.perf_counter() - loaded
-    tokens = sum(half.tokens for both in halves for half in both)
+    tokens = sum(map(tokens_of, halves))
     facts = {
         "model": options.model,
         "shape": _shape(model),
         "mask": f"router_jitter_noise eps = {config.router_jitter_noise:g}, estimator {config.router_estimator}",
-        "texts": "; ".join(f"{file.stem}: {sum(half.tokens for half in both):,} tokens" for file, both in zip(files, halves)),
+        "texts": "; ".join(
+            f"{file.stem}: {sum(half.tokens for half in both):,} tokens" for file, both in zip(files, halves)
+        ),
         "rows": f"up to {max_length} tokens; {options.max_tokens:,} tokens of each domain at most",
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -148,7 +160,7 @@ def _no_counts(config: Any) -> RoutingCounts:
 
 
 def _batches(rows: Iterator[list[int]]) -> Iterator[list[list[int]]]:
-    """Rows together, with the longest one's padding no more than `_BATCH_TOKENS` in all, and at least two rows if there are."""
+    """Rows together, padded to the longest no more than `_BATCH_TOKENS` tokens; two rows if there are."""
     batch: list[list[int]] = []
     for row in rows:
         if len(batch) > 1 and max(map(len, [*batch, row])) * (len(batch) + 1) > _BATCH_TOKENS:
@@ -169,7 +181,9 @@ def _routing(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) 
         use_cache=False,
         logits_to_keep=1,
     )
-    return tuple(torch.stack([layer.cpu() for layer in part]) for part in (output.router_logits, output.selected_experts))  # type: ignore[return-value]
+    return tuple(
+        torch.stack([layer.cpu() for layer in part]) for part in (output.router_logits, output.selected_experts)
+    )  # type: ignore[return-value]
 
 
 def _count_batch(model: Any, batch: list[list[int]]) -> tuple[RoutingCounts, RoutingCounts]:
@@ -217,7 +231,7 @@ def _sentence_of(options: AnalyzeOptions, file: Path, model: Any, tokenizer: Any
 
 
 def _shown_tokens(text: str, names: list[str], spans: list[tuple[int, int]]) -> list[str]:
-    """Each token's own text; the vocabulary's name of one that has none (special) or shares a letter with another (bytes)."""
+    """Each token's own text; the vocabulary's name where it has none (special) or shares a letter with another (bytes)."""
     return [
         text[begin:end] if begin < end and spans.count((begin, end)) == 1 else name
         for name, (begin, end) in zip(names, spans)

@@ -1,4 +1,4 @@
-"""Texts and task sets as domains: files read piece by piece, and cut into rows of tokens. Memory does not grow with a file."""
+"""Texts and task sets as domains: files read piece by piece, and cut into rows of tokens. Memory does not grow with them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ def rendered(content: Content, tokenizer: Any, path: Path) -> str:
     if isinstance(content, str):
         return content
     if not tokenizer.chat_template:
-        raise ValueError(f"--text {path} holds messages, and the checkpoint's tokenizer has no chat template; give texts")
+        raise ValueError(
+            f"--text {path} holds messages, and the checkpoint's tokenizer has no chat template; give texts"
+        )
     return tokenizer.apply_chat_template(content, tokenize=False)
 
 
@@ -129,7 +131,7 @@ def _decoded(decoder: codecs.IncrementalDecoder, data: bytes, path: Path, positi
     except UnicodeDecodeError as error:
         where = position - pending + error.start
         raise ValueError(
-            f"--text {path} is not UTF-8 ({error.reason}: byte {error.object[error.start]:#04x} at {where}); convert it"
+            f"--text {path} is not UTF-8 ({error.reason}: {error.object[error.start]:#04x} at {where}); convert it"
         ) from error
 
 

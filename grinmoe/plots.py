@@ -150,16 +150,19 @@ def load_reach(share: torch.Tensor) -> float:
 
 def draw_load(axes, share: torch.Tensor, reach: float):
     """Heatmap of each expert's share of its layer's load, (L, E) in percent; even is white. Returns the image."""
+    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.ticker import MaxNLocator
 
     num_layers, num_experts = share.shape
     even = 100 / num_experts
-    image = axes.imshow(share, cmap="RdBu_r", vmin=even - reach, vmax=even + reach, aspect="auto")
+    # Half of the colours for what is less than even, though that ends at 0 and more need not.
+    norm = TwoSlopeNorm(even, max(0.0, even - reach), even + reach)
+    image = axes.imshow(share, cmap="RdBu_r", norm=norm, aspect="auto")
     if num_experts <= _MOST_EXPERTS_IN_NUMBERS and num_layers <= _MOST_LAYERS_IN_NUMBERS:
         for layer in range(num_layers):
             for expert in range(num_experts):
                 value = share[layer, expert].item()
-                shade = "white" if abs(value - even) > 0.6 * reach else "black"
+                shade = "white" if abs(norm(value) - 0.5) > 0.3 else "black"
                 axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", fontsize=9, color=shade)
     for axis, count in ((axes.xaxis, num_experts), (axes.yaxis, num_layers)):
         axis.set_major_locator(MaxNLocator(nbins=min(count, 16), integer=True))

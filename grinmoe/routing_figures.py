@@ -59,10 +59,11 @@ def expert_colours(num_experts: int) -> list[str]:
     if num_experts <= 20:
         # The pale half of the palette first, then the strong half, lightened.
         palette = [colormaps["tab20"](index) for index in (*range(1, 20, 2), *range(0, 20, 2))]
-        mixed = [tuple(0.7 * part + 0.3 for part in colour[:3]) for colour in palette]
-        return [to_hex(colour) for colour in mixed[:num_experts]]
-    hues = (colormaps["hsv"](index / num_experts) for index in range(num_experts))
-    return [to_hex(tuple(0.5 * part + 0.5 for part in colour[:3])) for colour in hues]
+        own = 0.7
+    else:
+        palette = [colormaps["hsv"](index / num_experts) for index in range(num_experts)]
+        own = 0.5
+    return [to_hex((*(own * part + 1 - own for part in colour[:3]), 1.0)) for colour in palette[:num_experts]]
 
 
 def _short(name: str) -> str:
@@ -83,14 +84,19 @@ def _grid(count: int, most_columns: int, width: float, height: float):
     """A figure of `count` panels, each of that size in inches, and the panels in a list."""
     import matplotlib.pyplot as plt
 
-    columns = min(count, most_columns)
-    rows = math.ceil(count / columns)
+    rows = math.ceil(count / most_columns)
+    columns = math.ceil(count / rows)
     figure, panels = plt.subplots(
         rows, columns, figsize=(columns * width + 1.2, rows * height), layout="constrained", squeeze=False
     )
     for panel in panels.flat[count:]:
         panel.set_axis_off()
     return figure, list(panels.flat[:count])
+
+
+def _bar_place(figure) -> dict:
+    """Options of a colour bar for all panels: at the top, and not as tall as a tall figure."""
+    return {"shrink": min(1.0, 5 / figure.get_figheight()), "anchor": (0.0, 1.0), "aspect": 25}
 
 
 def _title(axes, text: str) -> None:
@@ -101,12 +107,13 @@ def _load(analysis: RoutingAnalysis, folder: Path) -> Picture:
     shares = [100 * counts.load_share for counts in analysis.counts]
     num_layers, num_experts = shares[0].shape
     reach = load_reach(torch.stack(shares))
-    width, height = max(4.2, 0.36 * num_experts), max(2.6, 1.4 + 0.24 * num_layers)
+    width, height = max(4.2, 0.36 * num_experts), max(2.6, 1.2 + 0.19 * num_layers)
     figure, panels = _grid(len(shares), 3, width, height)
     for panel, name, share, counts in zip(panels, analysis.domains, shares, analysis.counts):
         image = draw_load(panel, share, reach)
         _title(panel, f"{_short(name)} ({counts.tokens:,} tokens)")
-    figure.colorbar(image, ax=panels, label=f"% of the layer's choices\n(even: {100 / num_experts:.1f})")
+    label = f"% of the layer's choices (even: {100 / num_experts:.3g})"
+    figure.colorbar(image, ax=panels, label=label, **_bar_place(figure))
     return Picture(
         _save(figure, folder, "load.png"),
         "Expert load",
@@ -166,7 +173,9 @@ def _similarity_by_layer(analysis: RoutingAnalysis, folder: Path) -> Picture:
             axes.plot(layers, line, "o-", markersize=4, label=label)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="domains")
     else:
-        axes.fill_between(layers, values.amin(0), values.amax(0), alpha=0.2, linewidth=0, label="lowest to highest pair")
+        axes.fill_between(
+            layers, values.amin(0), values.amax(0), alpha=0.2, linewidth=0, label="lowest to highest pair"
+        )
         axes.plot(layers, values.mean(0), "o-", markersize=4, label=f"mean of {len(pairs)} pairs of domains")
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _by_layer(axes, "cosine of the loads")
@@ -191,43 +200,69 @@ def _by_layer(axes, label: str) -> None:
 def _decisions(analysis: RoutingAnalysis, folder: Path) -> Picture:
     total = analysis.total
     num_layers, top_k = total.kept_experts.shape
-    figure, (ties, kept, weights) = _grid(3, 3, 4.6, 3.8)
+    figure, (ties, histogram, kept, weights) = _grid(4, 2, 5.4, 3.3)
     marks = {"markersize": 4, "linewidth": 1.4}
     for name, counts in zip(analysis.domains, analysis.counts):
         ties.plot(range(num_layers), 100 * counts.near_tie_share, "o-", label=_short(name), **marks)
-    _title(ties, "Tokens at a near tie")
-    _by_layer(ties, "% of the tokens")
     for choice in range(top_k):
         kept.plot(range(num_layers), total.kept_experts[:, choice], "o-", label=f"choice {choice + 1}", **marks)
         weights.plot(range(num_layers), total.mean_weights[:, choice], "o-", label=f"choice {choice + 1}", **marks)
-    _title(kept, "Experts kept by the mask")
+    _draw_kept_histogram(histogram, 100 * total.kept_share.mean(0))
+    _title(ties, "Tokens at a near tie")
+    _by_layer(ties, "% of the tokens")
+    ties.set_ylim(0, 1.05 * max(ties.get_ylim()[1], 0.1))
+    _title(kept, "Experts kept by the mask, by layer")
     _by_layer(kept, "experts, mean over tokens")
     _title(weights, "Routing weight")
     _by_layer(weights, "weight, mean over tokens")
-    weights.set_ylim(0, 1.02)
-    ties.set_ylim(0, 1.05 * max(ties.get_ylim()[1], 0.1))
-    for axes in (ties, kept, weights):
-        if len(axes.lines) <= _MOST_LINES_IN_LEGEND:
+    for axes in (kept, weights):
+        axes.ticklabel_format(useOffset=False)
+    for axes in (ties, histogram, kept, weights):
+        if len(axes.get_legend_handles_labels()[0]) <= _MOST_LINES_IN_LEGEND:
             axes.legend(frameon=False, fontsize=9)
     return Picture(
         _save(figure, folder, "decisions.png"),
         "How close the decisions are",
-        f"Left: share of the tokens whose last choice has a rival within the mask (2 eps = {2 * analysis.jitter_eps:g}), so "
-        "that sampling in training could give them another set of experts; one line per domain. Middle: how many experts "
-        "the mask keeps for each choice (1: no rival). Right: the routing weight of each choice. The latter two over all "
-        "domains.",
+        "Tokens at a near tie: those whose last choice has a rival within the mask (relative gap of at most 2 eps = "
+        f"{2 * analysis.jitter_eps:g}), so that sampling in training could give them another set of experts; one line per "
+        "domain. Experts kept by the mask: between how many each choice would be sampled (1: no rival). Routing weight: the "
+        "masked probability that multiplies the expert's output. All but the first over all domains together.",
     )
 
 
+def _draw_kept_histogram(axes, percent: torch.Tensor) -> None:
+    """Of (K, E) percent of the tokens, for whose choice the mask kept 1, 2, ... E experts."""
+    from matplotlib.ticker import MaxNLocator
+
+    top_k = percent.shape[0]
+    most = int(percent.sum(0).nonzero().max()) + 1
+    width = 0.8 / top_k
+    for choice, shares in enumerate(percent[:, :most].tolist()):
+        places = [kept + 1 + (choice - (top_k - 1) / 2) * width for kept in range(most)]
+        axes.bar(places, shares, width, label=f"choice {choice + 1}")
+    axes.set_yscale("log")
+    axes.set_ylim(top=200)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
+    axes.set_xlim(0.4, max(2, most) + 0.6)
+    axes.set(xlabel="experts kept", ylabel="% of the tokens (log scale)")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.25, axis="y")
+    axes.spines[["top", "right"]].set_visible(False)
+    _title(axes, "Experts kept by the mask, all layers")
+
+
 def _pairs(analysis: RoutingAnalysis, folder: Path) -> Picture:
+    from matplotlib import colormaps
+
     lift = analysis.total.pair_lift
     num_layers, num_experts = lift.shape[:2]
     shown = sorted({round(i * (num_layers - 1) / (_MOST_PANELS - 1)) for i in range(_MOST_PANELS)})
     shown = shown if num_layers > _MOST_PANELS else list(range(num_layers))
+    colours = colormaps["PuOr_r"].with_extremes(bad="0.75")
     figure, panels = _grid(len(shown), 4 if len(shown) <= 12 else 6, 3.3, 3.1)
     for panel, layer in zip(panels, shown):
-        # No pair at all has the logarithm -inf, and is drawn as the lowest colour; NaN stays blank.
-        image = panel.imshow(lift[layer].log2().clamp(-2, 2), cmap="PuOr_r", vmin=-2, vmax=2)
+        # No pair at all has the logarithm -inf, and is drawn as the lowest colour.
+        image = panel.imshow(lift[layer].log2().clamp(-2, 2), cmap=colours, vmin=-2, vmax=2)
         _title(panel, f"layer {layer}")
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
@@ -235,44 +270,61 @@ def _pairs(analysis: RoutingAnalysis, folder: Path) -> Picture:
         panel.set_xticks(ticks)
         panel.set_yticks(ticks)
         panel.set(xlabel="expert", ylabel="expert")
-    bar = figure.colorbar(image, ax=panels, label="pairs / expected of the loads", ticks=[-2, -1, 0, 1, 2])
+    bar = figure.colorbar(
+        image, ax=panels, label="pairs / expected of the loads", ticks=[-2, -1, 0, 1, 2], **_bar_place(figure)
+    )
     bar.set_ticklabels(["≤ ¼", "½", "1", "2", "≥ 4"])
     some = "" if len(shown) == num_layers else f" {len(shown)} of the {num_layers} layers; the data have all."
     return Picture(
         _save(figure, folder, "coactivation.png"),
         "Experts chosen together",
-        "How often two experts serve the same token, over how often their loads alone would bring them together: 1 (white) "
-        f"where the choices know nothing of each other, orange more often, purple less. All domains together.{some}",
+        "How often two experts serve the same token, over how often their loads alone would bring them together: 1 "
+        "(white) where the choices know nothing of each other, orange more often, purple less, grey where nothing is "
+        f"to be expected. All domains together.{some}",
     )
 
 
 def _sentence(analysis: RoutingAnalysis, folder: Path) -> Picture:
     import matplotlib.pyplot as plt
     from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.ticker import MaxNLocator
 
     sentence = analysis.sentence
     num_layers, num_tokens, top_k = sentence.experts.shape
     num_experts = sentence.probs.shape[-1]
     colours = ListedColormap(expert_colours(num_experts))
     cell = max(0.34, 0.24 * top_k)
-    size = (num_tokens * cell + 1.5, num_layers * 0.3 + 1.9)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    per_strip = min(num_tokens, int(12 / cell))
+    strips = math.ceil(num_tokens / per_strip)
+    height = num_layers * (0.3 if num_layers <= 8 else 0.2) + 1.2
+    figure, panels = plt.subplots(
+        strips, 1, figsize=(per_strip * cell + 1.2, strips * height), layout="constrained", squeeze=False
+    )
     norm = BoundaryNorm([expert - 0.5 for expert in range(num_experts + 1)], num_experts)
-    axes.imshow(sentence.experts[..., 0], cmap=colours, norm=norm, aspect="auto")
-    for layer, experts in enumerate(sentence.experts.tolist()):
-        for token, chosen in enumerate(experts):
-            axes.text(token, layer, ",".join(map(str, chosen)), ha="center", va="center", fontsize=7)
     labels = [_drawable(token) for token in sentence.tokens]
-    axes.set_xticks(range(num_tokens), labels, rotation=90, fontsize=8, family="monospace", parse_math=False)
-    axes.set_yticks(range(num_layers))
-    axes.tick_params(length=0)
-    axes.set_ylabel("layer")
-    axes.spines[:].set_visible(False)
-    order = "Each cell has the token's expert" if top_k == 1 else f"Each cell has the token's {top_k} experts, first choice first"
+    for strip, axes in enumerate(panels.flat):
+        part = slice(strip * per_strip, (strip + 1) * per_strip)
+        experts = sentence.experts[:, part]
+        axes.imshow(experts[..., 0], cmap=colours, norm=norm, aspect="auto")
+        for layer, chosen in enumerate(experts.tolist()):
+            for token, of_token in enumerate(chosen):
+                axes.text(token, layer, "/".join(map(str, of_token)), ha="center", va="center", fontsize=7)
+        axes.set_xticks(
+            range(experts.shape[1]), labels[part], rotation=90, fontsize=8, family="monospace", parse_math=False
+        )
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
+        axes.set(ylabel="layer", xlim=(-0.5, per_strip - 0.5))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    order = (
+        "Each cell has the token's expert"
+        if top_k == 1
+        else f"Each cell has the token's {top_k} experts, first choice first"
+    )
     return Picture(
         _save(figure, folder, "sentence.png"),
         "A sentence, token by token",
-        f"{order}; the colour is that of the first choice.",
+        f"Each cell has the token's {order}; the colour is that of the first choice.",
     )
 
 

@@ -106,7 +106,7 @@ def write_tables(analysis: RoutingAnalysis, folder: Path) -> None:
     if analysis.total.top_k > 1:
         pairs = []
         for name, counts in named:
-            first, second = torch.triu_indices(*counts.pairs.shape[1:], offset=1)
+            first, second = torch.triu_indices(counts.pairs.shape[1], counts.pairs.shape[2], offset=1)
             columns = _columns(name, ("layer", "expert"), counts.pairs[:, first, second])
             pair = columns.pop("expert")
             columns |= {"expert": first[pair].tolist(), "other_expert": second[pair].tolist()}
@@ -142,7 +142,7 @@ def page_of(analysis: RoutingAnalysis, pictures: list[Picture], folder: Path) ->
     num_experts, top_k = counts[0].choices.shape[-1], counts[0].top_k
     rows = [(name, _overview(of_domain)) for name, of_domain in zip(analysis.domains, counts)]
     if len(rows) > 1:
-        rows.append(("all", _overview(analysis.total)))
+        rows.append(("all together", _overview(analysis.total)))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         facts=analysis.facts,
