@@ -128,25 +128,32 @@ def analyze(options: AnalyzeOptions, files: list[Path], console: Console) -> Rou
                 counted = _count_batch(model, batch)
                 both = both[0] + counted[0], both[1] + counted[1]
                 progress.advance(task, sum(map(len, batch)))
+            if tokens_of(both) == 0:
+                raise ValueError(
+                    f"--text {file} gives this checkpoint's tokenizer no token; give a file with words in it"
+                )
             halves.append(both)
             progress.update(task, total=tokens_of(both))  # of a text that was shorter
     seconds = time.perf_counter() - loaded
     tokens = sum(map(tokens_of, halves))
+    names = [_as_text(file.stem) for file in files]
     facts = {
-        "model": options.model,
+        "model": _as_text(options.model),
         "shape": _shape(model),
         "mask": f"router_jitter_noise eps = {config.router_jitter_noise:g}, estimator {config.router_estimator}",
-        "texts": "; ".join(
-            f"{file.stem}: {sum(half.tokens for half in both):,} tokens" for file, both in zip(files, halves)
-        ),
+        "texts": "; ".join(f"{name}: {tokens_of(both):,} tokens" for name, both in zip(names, halves)),
         "rows": f"up to {max_length} tokens; {options.max_tokens:,} tokens of each domain at most",
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "time": f"{loaded - start:.1f} s to load, {seconds:.1f} s for {tokens:,} tokens ({tokens / seconds:,.0f} tokens/s)",
-        **{name: value for name, value in environment(options.command).items() if value is not None},
+        **{name: value for name, value in environment(_as_text(options.command)).items() if value is not None},
     }
-    names = [file.stem for file in files]
     return RoutingAnalysis(names, halves, sentence, config.router_jitter_noise, facts)
+
+
+def _as_text(argument: str) -> str:
+    """Without what was typed and is no UTF-8: it came as characters that no tokenizer takes and no file can hold."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _row_length(asked: int | None, most: int) -> int:
@@ -206,13 +213,13 @@ def _count_batch(model: Any, batch: list[list[int]]) -> tuple[RoutingCounts, Rou
 
 def _sentence_of(options: AnalyzeOptions, file: Path, model: Any, tokenizer: Any) -> SentenceRouting:
     """The sentence asked for; or the first one, cut to what a picture can show."""
-    text, is_chat = options.sentence, False
-    if text is None:
+    text, is_chat = "", False
+    if options.sentence is not None:
+        text = _as_text(options.sentence)
+    else:
         content = first_piece(file)
         text, is_chat = rendered(content, tokenizer, file), not isinstance(content, str)
         text = text if is_chat else first_sentence(text)
-    # What was typed and is no UTF-8 came as characters that no tokenizer takes.
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     encoded = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True, verbose=False)
     ids, spans = encoded.input_ids, encoded.offset_mapping
     most = _LONGEST_SENTENCE if options.sentence is not None else _LONGEST_DEFAULT_SENTENCE
@@ -259,7 +266,9 @@ def _appears_when_whole(target: Path) -> Iterator[Path]:
         raise ValueError(f"--output {target} is a file; give a new folder")
     if target.is_dir() and (any(target.iterdir()) or target.is_mount()):
         raise ValueError(f"--output {target} is not empty; give a new folder")
-    target = target.absolute()
+    if target.is_dir() and target.samefile(Path.cwd()):
+        raise ValueError(f"--output {target} is the current folder, which would be replaced; give a new folder")
+    target = target.resolve()
     nearest = next(folder for folder in target.parents if folder.is_dir())
     workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=nearest))
     try:

@@ -107,8 +107,8 @@ def _load(analysis: RoutingAnalysis, folder: Path) -> Picture:
     shares = [100 * counts.load_share for counts in analysis.counts]
     num_layers, num_experts = shares[0].shape
     reach = load_reach(torch.stack(shares))
-    width, height = max(4.2, 0.36 * num_experts), max(2.6, 1.2 + 0.19 * num_layers)
-    figure, panels = _grid(len(shares), 3, width, height)
+    width, height = min(7.0, max(4.2, 0.36 * num_experts)), max(2.6, 1.2 + 0.19 * num_layers)
+    figure, panels = _grid(len(shares), 3 if width < 6 else 2, width, height)
     for panel, name, share, counts in zip(panels, analysis.domains, shares, analysis.counts):
         image = draw_load(panel, share, reach)
         _title(panel, f"{_short(name)} ({counts.tokens:,} tokens)")
@@ -143,9 +143,11 @@ def _similarity(analysis: RoutingAnalysis, folder: Path) -> Picture:
 
 
 def _draw_cosines(figure, axes, cosines: torch.Tensor, names: list[str], title: str, colours: str) -> None:
+    from matplotlib import colormaps
+
     diverging = colours == "RdBu_r"
     low = -1.0 if diverging else min(0.9, math.floor(10 * float(cosines.nan_to_num(1).min())) / 10)
-    image = axes.imshow(cosines, cmap=colours, vmin=low, vmax=1)
+    image = axes.imshow(cosines, cmap=colormaps[colours].with_extremes(bad="0.75"), vmin=low, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
@@ -178,7 +180,7 @@ def _similarity_by_layer(analysis: RoutingAnalysis, folder: Path) -> Picture:
         )
         axes.plot(layers, values.mean(0), "o-", markersize=4, label=f"mean of {len(pairs)} pairs of domains")
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    _by_layer(axes, "cosine of the loads")
+    _by_layer(axes, len(layers), "cosine of the loads")
     _title(axes, "Similarity by layer")
     return Picture(
         _save(figure, folder, "similarity_by_layer.png"),
@@ -188,11 +190,12 @@ def _similarity_by_layer(analysis: RoutingAnalysis, folder: Path) -> Picture:
     )
 
 
-def _by_layer(axes, label: str) -> None:
+def _by_layer(axes, num_layers: int, label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
-    axes.set(xlabel="layer", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
+    margin = 0.5 if num_layers == 1 else 0.04 * num_layers
+    axes.set(xlabel="layer", ylabel=label, xlim=(-margin, num_layers - 1 + margin))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -209,17 +212,17 @@ def _decisions(analysis: RoutingAnalysis, folder: Path) -> Picture:
         weights.plot(range(num_layers), total.mean_weights[:, choice], "o-", label=f"choice {choice + 1}", **marks)
     _draw_kept_histogram(histogram, 100 * total.kept_share.mean(0))
     _title(ties, "Tokens at a near tie")
-    _by_layer(ties, "% of the tokens")
+    _by_layer(ties, num_layers, "% of the tokens")
     ties.set_ylim(0, 1.05 * max(ties.get_ylim()[1], 0.1))
     _title(kept, "Experts kept by the mask, by layer")
-    _by_layer(kept, "experts, mean over tokens")
+    _by_layer(kept, num_layers, "experts, mean over tokens")
     _title(weights, "Routing weight")
-    _by_layer(weights, "weight, mean over tokens")
+    _by_layer(weights, num_layers, "weight, mean over tokens")
     for axes in (kept, weights):
         axes.ticklabel_format(useOffset=False)
     for axes in (ties, histogram, kept, weights):
         if len(axes.get_legend_handles_labels()[0]) <= _MOST_LINES_IN_LEGEND:
-            axes.legend(frameon=False, fontsize=9)
+            axes.legend(frameon=False, fontsize=9, ncols=4 if axes is histogram else 1)
     return Picture(
         _save(figure, folder, "decisions.png"),
         "How close the decisions are",
@@ -241,7 +244,8 @@ def _draw_kept_histogram(axes, percent: torch.Tensor) -> None:
         places = [kept + 1 + (choice - (top_k - 1) / 2) * width for kept in range(most)]
         axes.bar(places, shares, width, label=f"choice {choice + 1}")
     axes.set_yscale("log")
-    axes.set_ylim(top=200)
+    low = axes.get_ylim()[0]
+    axes.set_ylim(low, 100 * (100 / low) ** 0.25)  # room for the legend
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     axes.set_xlim(0.4, max(2, most) + 0.6)
     axes.set(xlabel="experts kept", ylabel="% of the tokens (log scale)")

@@ -16,7 +16,7 @@ import torch
 
 import grinmoe.analyze
 import grinmoe.routing_report
-from grinmoe.analyze import _batches, _count_batch, _routing
+from grinmoe.analyze import AnalyzeOptions, _batches, _count_batch, _routing, run_analyze
 from grinmoe.data_formats import SUFFIXES
 from grinmoe.domain_text import first_piece, first_sentence, read_pieces, token_rows
 from grinmoe.routing_analysis import RoutingAnalysis, RoutingCounts, count_routing, route_sentence, similarity_of
@@ -501,6 +501,44 @@ def test_an_empty_folder_is_filled(chat_model, texts, tmp_path):
     arguments = ["--max-tokens", "20", "--text", str(texts[1]), "--output", str(tmp_path / "report")]
     assert run_main("analyze", "--model", str(chat_model), *arguments) == 0
     assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_the_current_folder_is_not_replaced(chat_model, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_main("analyze", "--model", str(chat_model), "--text", str(texts[1]), "--output", ".") == 2
+    assert "is the current folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_and_sentences_that_are_no_utf8_do_not_end_a_run(chat_model, tmp_path):
+    file = tmp_path / "river-\udcff.txt"
+    file.write_text("The river is blue.", encoding="utf-8")
+    arguments = ["--text", str(file), "--sentence", "red \udcff stone", "--output", str(tmp_path / "report")]
+    assert run_main("analyze", "--model", str(chat_model), *arguments) == 0
+    summary = json.loads((tmp_path / "report" / "routing.json").read_text(encoding="utf-8"))
+    assert list(summary["domains"]) == ["river-\ufffd"] and summary["sentence"]["text"] == "red \ufffd stone"
+
+
+def test_an_adapter_is_analyzed_on_its_base(chat_model, texts, tmp_path):
+    from peft import get_peft_model
+
+    from grinmoe import GrinMoeForCausalLM
+    from grinmoe.lora import lora_config
+
+    base = GrinMoeForCausalLM.from_pretrained(chat_model)
+    adapted = get_peft_model(base, lora_config(base, r=2))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    given = {"text": (str(texts[1]),), "max_tokens": 64, "device": "cpu"}
+    alone, with_adapter = (
+        run_analyze(AnalyzeOptions(model=str(model), output=str(tmp_path / name), **given))
+        for name, model in (("of-base", chat_model), ("of-adapter", tmp_path / "adapter"))
+    )
+    assert with_adapter.total.tokens == alone.total.tokens == 64
+    assert not torch.equal(with_adapter.total.choices[1], alone.total.choices[1])
 
 
 def test_task_sets_are_told_by_their_suffix(texts):
