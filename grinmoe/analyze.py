@@ -262,14 +262,16 @@ def _appears_when_whole(target: Path) -> Iterator[Path]:
         ValueError: `target` is a file or holds something.
         OSError: nothing can be written there.
     """
+    given, target = target, target.resolve()
     if target.is_file():
-        raise ValueError(f"--output {target} is a file; give a new folder")
-    if target.is_dir() and (any(target.iterdir()) or target.is_mount()):
-        raise ValueError(f"--output {target} is not empty; give a new folder")
-    if target.is_dir() and target.samefile(Path.cwd()):
-        raise ValueError(f"--output {target} is the current folder, which would be replaced; give a new folder")
-    target = target.resolve()
-    nearest = next(folder for folder in target.parents if folder.is_dir())
+        raise ValueError(f"--output {given} is a file; give a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"--output {given} is not empty; give a new folder")
+    if target == Path.cwd() or target.is_mount():
+        raise ValueError(f"--output {given} is the current folder or a mount point, which stays; give a new folder")
+    nearest = next(path for path in target.parents if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--output {given} lies in {nearest}, which is a file; give a new folder")
     workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=nearest))
     try:
         yield workspace

@@ -220,7 +220,7 @@ def joined(lists) -> list:
 
 
 def test_a_text_is_read_in_pieces_that_lose_no_letter(tmp_path):
-    text = "é" * 30_000 + "\n" + "Grüße, 世界! " * 4000 + "\n\nthe end"
+    text = "aé" * 60_000 + "\n" + "Grüße, 世界! " * 4000 + "\n\nthe end"
     file = tmp_path / "long.txt"
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     pieces = list(read_pieces(file))
@@ -334,6 +334,13 @@ def test_the_page_needs_nothing_from_outside_and_obeys_no_text(report):
     assert "a <b> & $c$ $d$" in "".join(page.texts)
     for fact in ("2 layers of 4 experts, top-2", "torch", "transformers", "grinmoe"):
         assert fact in "".join(page.texts)
+
+
+def test_a_token_cannot_end_the_script():
+    tokens = ["</script>", "<!--", "&lt;", "\u2028"]
+    written = str(grinmoe.routing_report._for_script(tokens))
+    assert not set("<>&") & set(written)
+    assert json.loads(written) == tokens
 
 
 def test_json_and_parquet_hold_the_same_counts(report):
@@ -471,6 +478,7 @@ def bad(chat_model, tmp_path_factory) -> Path:
         ({"model": "no-weights"}, "no-weights"),
         ({"model": "nowhere"}, "there is no folder"),
         ({"output": "good.txt"}, "good.txt is a file"),
+        ({"output": "good.txt/report"}, "good.txt, which is a file"),
         ({"output": "more"}, "more is not empty"),
         ({"sentence": " "}, "--sentence is empty"),
         ({"sentence": "red stone " * 100}, "more than can be shown"),
