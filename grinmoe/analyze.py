@@ -53,7 +53,7 @@ class AnalyzeOptions:
     text: tuple[str, ...]
     output: str
     sentence: str | None = None
-    max_tokens: int = 32768
+    max_tokens: int = 16384
     max_length: int | None = None
     dtype: str = "auto"
     device: str | None = None

@@ -320,11 +320,7 @@ def _sentence(analysis: RoutingAnalysis, folder: Path) -> Picture:
         axes.set(ylabel="layer", xlim=(-0.5, per_strip - 0.5))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    order = (
-        "Each cell has the token's expert"
-        if top_k == 1
-        else f"Each cell has the token's {top_k} experts, first choice first"
-    )
+    order = "expert" if top_k == 1 else f"{top_k} experts, first choice first"
     return Picture(
         _save(figure, folder, "sentence.png"),
         "A sentence, token by token",

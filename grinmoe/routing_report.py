@@ -173,9 +173,9 @@ def _overview(counts: RoutingCounts) -> dict[str, str]:
 def _layer_rows(counts: RoutingCounts) -> list[dict[str, str]]:
     columns = {
         "busiest expert": counts.load_share.argmax(1).tolist(),
-        "its load / mean": [f"{value:.2f}" for value in counts.max_over_mean_load.tolist()],
-        "least used": counts.load_share.argmin(1).tolist(),
-        "its load / the mean": [f"{v:.2f}" for v in (counts.load_share.amin(1) * counts.load_share.shape[1]).tolist()],
+        "highest load / mean": [f"{value:.2f}" for value in counts.max_over_mean_load.tolist()],
+        "least used expert": counts.load_share.argmin(1).tolist(),
+        "lowest load / mean": [f"{v:.2f}" for v in (counts.load_share.amin(1) * counts.load_share.shape[1]).tolist()],
         "effective experts": [f"{value:.2f}" for value in counts.load_entropy.exp().tolist()],
         "near ties": [f"{100 * value:.2f} %" for value in counts.near_tie_share.tolist()],
         "experts kept, by choice": [", ".join(f"{v:.3f}" for v in row) for row in counts.kept_experts.tolist()],

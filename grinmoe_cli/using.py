@@ -82,7 +82,7 @@ def _add_analyze(commands) -> None:
         "--sentence", metavar="TEXT", help="to show token by token (default: the first one of the first text)"
     )
     analyze.add_argument(
-        "--max-tokens", type=int, default=32768, metavar="N", help="of each domain, from its beginning (default: 32768)"
+        "--max-tokens", type=int, default=16384, metavar="N", help="of each domain, from its beginning (default: 16384)"
     )
     analyze.add_argument(
         "--max-length",

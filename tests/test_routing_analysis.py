@@ -557,25 +557,37 @@ def test_task_sets_are_told_by_their_suffix(texts):
 # --- in a browser -------------------------------------------------------------------------------------------------------
 
 
+def shown_by_browser(page: Path, profile: Path) -> str:
+    """The document after its script has run."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--no-first-run"]
+    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--dump-dom"]
+    assert CHROMIUM is not None
+    command = [CHROMIUM, *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the PATH")
 def test_a_browser_shows_the_interactive_table(report, tmp_path):
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--no-first-run"]
-    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--dump-dom"]
-    done = subprocess.run(
-        [CHROMIUM, *options, (report / "report.html").as_uri()], capture_output=True, text=True, check=True, timeout=120
-    )
-    shown = Page(write_text(tmp_path / "dom.html", done.stdout))
+    document = shown_by_browser(report / "report.html", tmp_path / "profile")
     sentence = json.loads((report / "routing.json").read_text(encoding="utf-8"))["sentence"]
-    body = done.stdout.split('<table id="routing">')[1].split("<tbody>")[1].split("</tbody>")[0]
+    body = document.split('<table id="routing">')[1].split("<tbody>")[1].split("</tbody>")[0]
     assert body.count("<tr") == len(sentence["tokens"])
-    line = done.stdout.split('<div id="tokens">')[1].split("</div>")[0]
+    line = document.split('<div id="tokens">')[1].split("</div>")[0]
     assert line.count("<span") == len(sentence["tokens"])
-    assert shown.tags.count("option") == 2, "one for each layer"
-    assert f"expert {sentence['experts'][0][0][0]}, weight" in "".join(shown.texts)
-    assert "b" in shown.tags, "the experts that were chosen, in bold in the list of probabilities"
+    assert document.count("<option") == 2, "one for each layer"
+    assert f"choice 1: expert {sentence['experts'][0][0][0]}, weight" in document
 
 
-def write_text(file: Path, text: str) -> Path:
-    file.write_text(text, encoding="utf-8")
-    return file
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the PATH")
+def test_a_browser_follows_the_layer_and_the_pointer(report, tmp_path):
+    page = (report / "report.html").read_text(encoding="utf-8")
+    user = "select.value = 1; select.dispatchEvent(new Event('change')); line.children[3].dispatchEvent(new Event('mouseenter'));"
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{user}</script></body>"), encoding="utf-8")
+    document = shown_by_browser(tmp_path / "page.html", tmp_path / "profile")
+    sentence = json.loads((report / "routing.json").read_text(encoding="utf-8"))["sentence"]
+    detail = document.split('<div id="detail"')[1]
+    for choice, (expert, weight) in enumerate(zip(sentence["experts"][1][3], sentence["weights"][1][3]), start=1):
+        assert f"choice {choice}: expert {expert}, weight {weight:.3f}" in detail
+    assert "in layer 1" in detail
