@@ -189,7 +189,7 @@ def _sentence_data(analysis: RoutingAnalysis) -> dict[str, Any]:
     return {
         "tokens": sentence.tokens,
         "experts": sentence.experts.tolist(),
-        "weights": _numbers(sentence.weights, digits=4),
+        "weights": _numbers(sentence.weights),
         "kept": sentence.kept.tolist(),
         "probs": _numbers(sentence.probs, digits=4),
         "colours": expert_colours(sentence.probs.shape[-1]),

@@ -583,7 +583,8 @@ def test_a_browser_shows_the_interactive_table(report, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the PATH")
 def test_a_browser_follows_the_layer_and_the_pointer(report, tmp_path):
     page = (report / "report.html").read_text(encoding="utf-8")
-    user = "select.value = 1; select.dispatchEvent(new Event('change')); line.children[3].dispatchEvent(new Event('mouseenter'));"
+    user = "select.value = 1; select.dispatchEvent(new Event('change'));"
+    user += "line.children[3].dispatchEvent(new Event('mouseenter'));"
     (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{user}</script></body>"), encoding="utf-8")
     document = shown_by_browser(tmp_path / "page.html", tmp_path / "profile")
     sentence = json.loads((report / "routing.json").read_text(encoding="utf-8"))["sentence"]
