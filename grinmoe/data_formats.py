@@ -101,7 +101,7 @@ def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
                 yield from _read_array(file)
                 return
             if text.strip():
-                yield f"{file}, line {number}", _parsed(text, file, number)
+                yield f"{file}, line {number}", _parsed(text.rstrip(), file, number)  # its end is on this line
 
 
 def _read_array(file: Path) -> Iterator[tuple[str, Any]]:

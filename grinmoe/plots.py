@@ -135,27 +135,41 @@ def _plot_gradients(figure, axes, measured: list[RoutingRecord]) -> None:
 
 
 def _plot_final_load(figure, axes, monitor: RoutingMonitor) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     _title(axes, "Expert load, last quarter of training")
     load = monitor.final_load()
     share = 100 * load / load.sum(dim=1, keepdim=True)  # percent of a layer's assignments
+    image = draw_load(axes, share, load_reach(share))
+    figure.colorbar(image, ax=axes, label=f"share of the layer's load in % (even: {100 / share.shape[1]:.1f})")
+
+
+def load_reach(share: torch.Tensor) -> float:
+    """How far from even the colours of [`draw_load`] must reach, in percent, for shares (..., E) in percent."""
+    even = 100 / share.shape[-1]
+    return max(0.5 * even, float((share - even).abs().max()))
+
+
+def draw_load(axes, share: torch.Tensor, reach: float):
+    """Heatmap of each expert's share of its layer's load, (L, E) in percent; even is white. Returns the image."""
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.ticker import MaxNLocator
+
     num_layers, num_experts = share.shape
     even = 100 / num_experts
-    reach = max(0.5 * even, float((share - even).abs().max()))
-    image = axes.imshow(share, cmap="RdBu_r", vmin=even - reach, vmax=even + reach, aspect="auto")
+    # Half of the colours for what is less than even, though that ends at 0 and more need not.
+    norm = TwoSlopeNorm(even, max(0.0, even - reach), even + reach)
+    image = axes.imshow(share, cmap="RdBu_r", norm=norm, aspect="auto")
     if num_experts <= _MOST_EXPERTS_IN_NUMBERS and num_layers <= _MOST_LAYERS_IN_NUMBERS:
         for layer in range(num_layers):
             for expert in range(num_experts):
                 value = share[layer, expert].item()
-                shade = "white" if abs(value - even) > 0.6 * reach else "black"
+                shade = "white" if abs(norm(value) - 0.5) > 0.3 else "black"
                 axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", fontsize=9, color=shade)
     for axis, count in ((axes.xaxis, num_experts), (axes.yaxis, num_layers)):
         axis.set_major_locator(MaxNLocator(nbins=min(count, 16), integer=True))
     axes.set(xlabel="expert", ylabel="layer", xlim=(-0.5, num_experts - 0.5), ylim=(num_layers - 0.5, -0.5))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label=f"share of the layer's load in % (even: {even:.1f})")
+    return image
 
 
 def _plot_band(axes, records: list[RoutingRecord], name: str, color: str, label: str, factor: float = 1.0) -> list:
@@ -193,4 +207,4 @@ def _not_measured(axes, why: str = "no step was measured in detail") -> None:
     axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color="0.4")
 
 
-__all__ = ["plot_training"]
+__all__ = ["draw_load", "load_reach", "plot_training"]

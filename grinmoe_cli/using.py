@@ -1,14 +1,17 @@
-"""Commands that use a model: generate, evaluate, export."""
+"""Commands that use a model: generate, analyze, evaluate, export."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 
 
 def add_commands(commands) -> None:
     _add_generate(commands)
     _add_evaluate(commands)
     _add_export(commands)
+    _add_analyze(commands)
 
 
 def _add_generate(commands) -> None:
@@ -122,9 +125,6 @@ def _add_evaluate(commands) -> None:
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> None:
-    import shlex
-    import sys
-
     from grinmoe.evaluation import EvaluateOptions, run_evaluate
 
     options = EvaluateOptions(
@@ -140,3 +140,62 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
         allow_code=arguments.allow_code,
     )
     run_evaluate(options, shlex.join(["grinmoe", *sys.argv[1:]]))
+
+
+def _add_analyze(commands) -> None:
+    analyze = commands.add_parser(
+        "analyze",
+        help="report how a checkpoint routes texts to its experts",
+        description="Route texts and report what the routers do: load of the experts, similarity of domains, near ties, "
+        "experts chosen together, and a sentence token by token. The folder gets report.html, which works offline, its "
+        "pictures, and the data as JSON and Parquet; it appears when it is complete.",
+        epilog="example: grinmoe analyze --model demo-output/model --text talk.jsonl manual.txt --output routing",
+    )
+    analyze.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="folder of a model or adapter, or a repository of the Hub",
+    )
+    analyze.add_argument(
+        "--text",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="texts in UTF-8, or task sets (.json, .jsonl, .parquet with text, messages, or prompt and completion); each "
+        "file is a domain",
+    )
+    analyze.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
+    analyze.add_argument(
+        "--sentence", metavar="TEXT", help="to show token by token (default: the first one of the first text)"
+    )
+    analyze.add_argument(
+        "--max-tokens", type=int, default=16384, metavar="N", help="of each domain, from its beginning (default: 16384)"
+    )
+    analyze.add_argument(
+        "--max-length",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens of a row (default: 512, or what the model was made for if that is less)",
+    )
+    analyze.add_argument("--dtype", default="auto", help="auto (the checkpoint's, default), bfloat16, float16, float32")
+    analyze.add_argument("--device", default=None, help="cpu, cuda, ... (default: an accelerator if there is one)")
+    analyze.set_defaults(run=_run_analyze)
+
+
+def _run_analyze(arguments: argparse.Namespace) -> None:
+    from grinmoe.analyze import AnalyzeOptions, run_analyze
+
+    options = AnalyzeOptions(
+        model=arguments.model,
+        text=tuple(arguments.text),
+        output=arguments.output,
+        sentence=arguments.sentence,
+        max_tokens=arguments.max_tokens,
+        max_length=arguments.max_length,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        command=shlex.join(["grinmoe", *sys.argv[1:]]),
+    )
+    run_analyze(options)
