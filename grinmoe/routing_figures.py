@@ -112,7 +112,7 @@ def _load(analysis: RoutingAnalysis, folder: Path) -> Picture:
     for panel, name, share, counts in zip(panels, analysis.domains, shares, analysis.counts):
         image = draw_load(panel, share, reach)
         _title(panel, f"{_short(name)} ({counts.tokens:,} tokens)")
-    label = f"% of the layer's choices (even: {100 / num_experts:.3g})"
+    label = f"% of choices (even: {100 / num_experts:.3g})"
     figure.colorbar(image, ax=panels, label=label, **_bar_place(figure))
     return Picture(
         _save(figure, folder, "load.png"),
