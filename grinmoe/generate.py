@@ -119,6 +119,12 @@ def load_chat(model: str, options: ChatOptions) -> Chat:
             f"--device {device} cannot be used here ({error}); leave it out for the best there is"
         ) from error
     model = folder_or_repository(model, "--model")
+    folder = Path(model)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"--model {model} is no model's folder: it has no config.json and no adapter_config.json; give the folder that "
+            "save_pretrained, a training command or grinmoe pull has made"
+        )
     adapter = model if (Path(model) / "adapter_config.json").is_file() else None
     base = model
     if adapter is not None:

@@ -1,4 +1,4 @@
-"""Commands that use a model: generate, analyze, evaluate, export."""
+"""Commands that use a model: generate, serve, analyze, evaluate, export."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 
 def add_commands(commands) -> None:
     _add_generate(commands)
+    _add_serve(commands)
     _add_evaluate(commands)
     _add_export(commands)
     _add_analyze(commands)
@@ -54,6 +55,66 @@ def _run_generate(arguments: argparse.Namespace) -> None:
         system=arguments.system,
     )
     run_generate(arguments.model, arguments.prompt, options)
+
+
+def _add_serve(commands) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a checkpoint to OpenAI clients",
+        description="Serve a GRIN-MoE checkpoint over HTTP with OpenAI's API (chat completions and completions, also "
+        "streamed), many requests at a time. The line that says it is ready names the address. Ctrl-C or SIGTERM ends it.",
+        epilog="example: grinmoe serve --model demo-output/model --port 8000",
+    )
+    serve.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="folder of a model or adapter, or a repository of the Hub",
+    )
+    serve.add_argument(
+        "--name", metavar="NAME", help="what requests call the model (default: the folder's name, or the Hub id)"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (default: 8000)")
+    serve.add_argument("--dtype", default="auto", help="auto (the checkpoint's, default), bfloat16, float16, float32")
+    serve.add_argument("--device", default=None, help="cpu, cuda, ... (default: an accelerator if there is one)")
+    serve.add_argument(
+        "--no-continuous-batching", action="store_true", help="one request after the other, with generate()"
+    )
+    serve.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="most tokens of a prompt and its answer together (default: what the model was made for)",
+    )
+    serve.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: what the prompt leaves)"
+    )
+    serve.add_argument(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="tokens that are kept in memory, of all requests (default: what an accelerator has room for; 16384 on a CPU)",
+    )
+    serve.set_defaults(run=_run_serve)
+
+
+def _run_serve(arguments: argparse.Namespace) -> None:
+    from grinmoe.serve import ServeOptions, run_serve
+
+    options = ServeOptions(
+        model=arguments.model,
+        name=arguments.name,
+        host=arguments.host,
+        port=arguments.port,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        continuous_batching=not arguments.no_continuous_batching,
+        max_length=arguments.max_length,
+        max_new_tokens=arguments.max_new_tokens,
+        cache_tokens=arguments.cache_tokens,
+    )
+    run_serve(options)
 
 
 def _add_export(commands) -> None:

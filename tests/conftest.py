@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
 from tests.hub_server import hub  # noqa: F401
+from tests.served_model import served_folder  # noqa: F401
 from tests.small_chat import chat_data, chat_model  # noqa: F401
 
 DATA = Path(__file__).parent / "goldens" / "data"

@@ -29,6 +29,7 @@ def run_main(*arguments: str) -> int:
         ("--help",),
         ("demo", "--help"),
         ("generate", "--help"),
+        ("serve", "--help"),
         ("analyze", "--help"),
         ("sft", "--help"),
         ("dpo", "--help"),
