@@ -182,6 +182,8 @@ class GrinMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if (head_dim := kwargs.pop("head_dim", None)) is not None:
+            self.head_dim = head_dim
         # Checked first: the library's own RoPE standardisation assumes sane sizes.
         self._check_fields()
         rope = kwargs.get("rope_scaling") or self.rope_parameters or {}

@@ -23,6 +23,10 @@ from .provenance import environment, markdown_table, write_beside
 from .tokenization import load_tokenizer
 
 _SUITE = {task.name: task for task in PAPER_SUITE}
+# Metrics of lm-eval that are shares, from 0 to 1.
+_SHARES = frozenset(
+    "acc acc_norm acc_bytes exact_match f1 mcc em pass@1 pass_at_1 math_verify inst_level_strict_acc".split()
+)
 _MISSING = "lm-eval is not installed; pip install 'grinmoe[eval]'"
 
 
@@ -88,7 +92,16 @@ def find_tasks(names: Iterable[str], allow_code: bool) -> list[SuiteTask]:
             raise ValueError(
                 f"--tasks {task.name} runs programs that the model writes; pass --allow-code, best in a container"
             )
+    _check_names(found)
     return list({task.name: task for task in found}.values())
+
+
+def _check_names(tasks: list[SuiteTask]) -> None:
+    """Raise ValueError where two tasks would be one name, in the table and for their results."""
+    files = [task for task in tasks if task.is_local]
+    for task in files:
+        if task.name in _SUITE or sum(other.name == task.name for other in tasks) > 1:
+            raise ValueError(f"--tasks: two tasks are called {task.name}; rename the file {task.name}.jsonl")
 
 
 @functools.cache
@@ -122,7 +135,14 @@ def evaluate(options: EvaluateOptions, command: str, console: Console | None = N
     output = Path(options.output)
     settings = _settings(options, source)
     _check_folder(output, settings)
-    done = {task.name: _read(_file(output, task)) for task in tasks if _file(output, task).is_file()}
+    done = {}
+    for task in tasks:
+        if _file(output, task).is_file():
+            done[task.name] = _read(_file(output, task))
+            if done[task.name].get("questions_sha256") != task.sha256():
+                raise ValueError(
+                    f"--output {output} holds results of other questions called {task.name}; give a new folder"
+                )
     if len(done) < len(tasks):
         model = _model(source, options)
         (output / "tasks").mkdir(parents=True, exist_ok=True)
@@ -205,7 +225,7 @@ def _run(model: Any, task: SuiteTask, options: EvaluateOptions) -> dict[str, Any
     )
     assert found is not None, "only ranks other than the first get nothing"
     kept = ("results", "groups", "n-shot", "n-samples", "higher_is_better", "versions", "group_subtasks")
-    return {name: found[name] for name in kept if name in found}
+    return {name: found[name] for name in kept if name in found} | {"questions_sha256": task.sha256()}
 
 
 def score_of(task: SuiteTask, result: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +233,7 @@ def score_of(task: SuiteTask, result: dict[str, Any]) -> dict[str, Any]:
     A task's score, of what lm-eval said.
 
     Returns:
-        value in [0, 1] (or as the metric has it), metric, shots, and the number of questions.
+        value (in percent where the metric is a share), metric, shots, and the number of questions.
 
     Raises:
         ValueError: lm-eval has no such metric (any more); it says which it has.
@@ -225,13 +245,14 @@ def score_of(task: SuiteTask, result: dict[str, Any]) -> dict[str, Any]:
     if scores is None or (metric and metric not in scores):
         scores, metric = _mean_of_parts(task, result, parts)
     if not metric:
-        metric = next(
-            key for key, value in scores.items() if "," in key and "stderr" not in key and type(value) is float
-        )
+        numbers = (key for key, value in scores.items() if "," in key and isinstance(value, float))
+        metric = next((key for key in numbers if "stderr" not in key), "")
+        if not metric:
+            raise ValueError(f"lm-eval gives no score for {task.name}, but {', '.join(map(str, scores))}")
     shots = {value for key, value in result.get("n-shot", {}).items() if type(value) is int}
     questions = sum(one["effective"] for one in result.get("n-samples", {}).values())
     return {
-        "value": float(scores[metric]),
+        "value": float(scores[metric]) * (100 if metric.split(",")[0] in _SHARES else 1),
         "metric": metric,
         "shots": shots.pop() if len(shots) == 1 else None,
         "questions": questions,
@@ -255,14 +276,14 @@ def _mean_of_parts(task: SuiteTask, result: dict[str, Any], parts: list[str]) ->
 
 
 def _write(output: Path, rows: list[tuple[SuiteTask, dict[str, Any]]], options: EvaluateOptions, command: str) -> Path:
-    header = ["task", "shots", "metric", "questions", "this checkpoint, %", "GRIN-MoE (paper), %"]
+    header = ["task", "shots", "metric", "questions", "this checkpoint", "GRIN-MoE (paper)"]
     cells = [
         [
             task.label,
             "-" if score["shots"] is None else score["shots"],
             score["metric"].removesuffix(",none"),
             score["questions"],
-            f"{100 * score['value']:.1f}",
+            f"{score['value']:.1f}",
             "-" if task.paper is None else f"{task.paper:.1f}",
         ]
         for task, score in rows
@@ -274,20 +295,23 @@ def _write(output: Path, rows: list[tuple[SuiteTask, dict[str, Any]]], options: 
         else ""
     )
     text = (
-        f"# Evaluation of {Path(options.model).name}\n\n{limited}{markdown_table(header, cells)}\n\n## Measured on\n\n"
+        f"# Evaluation of {Path(options.model).name}\n\n{limited}{markdown_table(header, cells)}\n\n"
+        "Shares in percent; other metrics (perplexity, ...) as lm-eval has them.\n\n## Measured on\n\n"
         f"{markdown_table(['', ''], [[key, value] for key, value in facts.items()])}\n"
     )
+    write_beside(output / "evaluation.md", text)
     if options.limit is None:
         entries = [asdict(entry) for entry in card_entries(rows)]
         write_beside(output / "evaluations.json", json.dumps(entries, indent=2) + "\n")
-    write_beside(output / "evaluation.md", text)
     return output / "evaluation.md"
 
 
 def card_entries(rows: Iterable[tuple[SuiteTask, dict[str, Any]]]) -> list[Evaluation]:
-    """Scores as a model card has them, in percent."""
+    """Scores as a model card has them, shares in percent; without those that are no number."""
     entries = []
     for task, score in rows:
+        if not math.isfinite(score["value"]):
+            continue
         config = task.task if isinstance(task.task, dict) else {}
         on_hub = "/" in str(config.get("dataset_path", ""))
         entry = Evaluation(
@@ -295,14 +319,13 @@ def card_entries(rows: Iterable[tuple[SuiteTask, dict[str, Any]]]) -> list[Evalu
             dataset_type=config["dataset_path"] if on_hub else task.name,
             metric_name=score["metric"].removesuffix(",none"),
             metric_type=score["metric"].split(",")[0],
-            value=round(100 * score["value"], 2),
+            value=round(score["value"], 2),
             shots=score["shots"],
         )
         if on_hub:
             split = config.get("test_split") or config.get("validation_split")
             entry = dataclasses.replace(entry, dataset_config=config.get("dataset_name"), dataset_split=split)
         entries.append(entry)
-        assert math.isfinite(entry.value)
     return entries
 
 

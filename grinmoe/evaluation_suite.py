@@ -8,6 +8,7 @@ they are made here of the same datasets.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,17 @@ class SuiteTask:
     shots: int | None
     paper: float | None
     runs_code: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its questions are in a file of the user's."""
+        return isinstance(self.task, dict) and self.task["dataset_path"] == "json"
+
+    def sha256(self) -> str | None:
+        """Of the user's file; None for other tasks."""
+        if not isinstance(self.task, dict) or not self.is_local:
+            return None
+        return hashlib.sha256(Path(self.task["dataset_kwargs"]["data_files"]["test"]).read_bytes()).hexdigest()
 
 
 def letter_choice(name: str, choice_of: Callable[[dict], Choice], **dataset: Any) -> dict[str, Any]:

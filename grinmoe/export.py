@@ -30,7 +30,7 @@ from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, 
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .checkpoint_grinmoe import add_remote_code, check_weights, refuse_checkout, replaced_when_whole
-from .configuration_grinmoe import GrinMoeConfig
+from .configuration_grinmoe import PHIMOE_EXTRAS, GrinMoeConfig
 from .experts_grinmoe import ON_DISK
 from .foreign_configs import ConversionError, from_mixtral, to_phimoe
 from .gguf_export import check_gguf, find_converter, routing_difference, write_gguf
@@ -48,6 +48,8 @@ _RECORD = "export.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 # bitsandbytes would convert them too, and they are 4 % of the weights.
 _NOT_IN_8_BITS = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
+# Of texts that are compared; the released window and some more.
+_LONGEST_TEXT = 2304
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
@@ -92,8 +94,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
     folder = local_folder(options.model)
     config = read_config(folder)
     source = WeightSource(folder)
-    check_weights(source.shapes, config, folder, head_keys=("score.",))
     _check_target(options, config, source)
+    check_weights(source.shapes, config, folder, head_keys=("score.",))
     converter = find_converter(options.converter) if options.to == "gguf" else None
     record: dict[str, Any] = {"source": options.model, "to": options.to, "dtype": options.dtype, "notes": []}
     with replaced_when_whole(options.output) as staging:
@@ -109,7 +111,13 @@ def export(options: ExportOptions) -> dict[str, Any]:
             _write_config(options, config, entries, staging)
             copy_companions(folder, staging)
             record["bytes"] = write_shards(entries, staging, options.max_shard_size, f"writing {options.to}")
-        _compare(options, folder, config, parameters, staging, record)
+        _compare(options, folder, config, parameters, _speaks(source, config), staging, record)
+        if options.to == "safetensors" and _reads_one_key_more(folder, config):
+            record["notes"].append(
+                f"sliding_window={config.sliding_window} is taken as in the released models, which see "
+                f"{config.visible_keys} keys; Transformers' phimoe sees one less. For a checkpoint that was trained with "
+                "that, lower it by one"
+            )
         write_beside(staging / _RECORD, json.dumps(record, indent=2) + "\n")
     return record
 
@@ -144,12 +152,21 @@ def _check_options(options: ExportOptions) -> None:
         raise ValueError(f"--dtype {options.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if options.dtype == "int8" and options.to == "phimoe":
         raise ConversionError("--dtype int8 is for safetensors and gguf; choose bfloat16 or float16 for phimoe")
-    if isinstance(options.max_shard_size, str) and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B", options.max_shard_size):
-        raise ValueError(f"--max-shard-size {options.max_shard_size!r} is no size; give one such as 500MB or 5GB")
-    refuse_checkout(options.output)
-    output = Path(options.output)
-    if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"--output {options.output} is not empty; give a new folder")
+    check_output(options.output, options.max_shard_size)
+
+
+def check_output(output: str, max_shard_size: int | str) -> None:
+    """
+    Raises:
+        ValueError: the folder is a file, holds something or is that of the source code; or the size is none.
+    """
+    if isinstance(max_shard_size, str) and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B", max_shard_size):
+        raise ValueError(f"--max-shard-size {max_shard_size!r} is no size; give one such as 500MB or 5GB")
+    refuse_checkout(output)
+    if Path(output).is_file():
+        raise ValueError(f"--output {output} is a file; give a new folder")
+    if Path(output).is_dir() and any(Path(output).iterdir()):
+        raise ValueError(f"--output {output} is not empty; give a new folder")
 
 
 def local_folder(model: str) -> Path:
@@ -192,8 +209,14 @@ def model_type_of(folder: Path) -> str | None:
         raise ConversionError(f"{file} cannot be read ({error}); download it again") from error
 
 
+def _speaks(source: WeightSource, config: GrinMoeConfig) -> bool:
+    """Whether the checkpoint has a language head."""
+    return "score.weight" not in source and ("lm_head.weight" in source or config.tie_word_embeddings)
+
+
 def _check_target(options: ExportOptions, config: GrinMoeConfig, source: WeightSource) -> None:
-    if getattr(config, "quantization_config", None) is not None:
+    content = json.loads((source.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    if content.get("quantization_config") is not None:
         raise ConversionError(
             f"{source.folder} is quantised, and its packed weights have no other layout; export the checkpoint that it was "
             "made of"
@@ -202,8 +225,7 @@ def _check_target(options: ExportOptions, config: GrinMoeConfig, source: WeightS
         to_phimoe(config)  # refuses
     if options.to == "gguf":
         check_gguf(source.folder, config)
-    speaks = "score.weight" not in source and ("lm_head.weight" in source or config.tie_word_embeddings)
-    if options.to in ("phimoe", "gguf") and not speaks:
+    if options.to in ("phimoe", "gguf") and not _speaks(source, config):
         raise ConversionError(f"{source.folder} has no language head; {options.to} is a language model")
 
 
@@ -289,6 +311,13 @@ class _Packed:
 # --- what lies beside them ---------------------------------------------------------------------------------------------
 
 
+def _reads_one_key_more(folder: Path, config: GrinMoeConfig) -> bool:
+    """Whether it is a phimoe that may have been trained with a window of W keys, not W + 1."""
+    content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    is_foreign = content.get("model_type") == "phimoe" and PHIMOE_EXTRAS not in content
+    return is_foreign and (config.visible_keys or math.inf) < config.max_position_embeddings
+
+
 def _write_config(options: ExportOptions, config: GrinMoeConfig, entries: list[Entry], staging: Path) -> None:
     if options.dtype not in ("auto", "int8"):
         config.dtype = getattr(torch, options.dtype)
@@ -296,8 +325,9 @@ def _write_config(options: ExportOptions, config: GrinMoeConfig, entries: list[E
         text = json.dumps(to_phimoe(config), indent=2, sort_keys=True) + "\n"
         (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
         return
-    classifies = any(entry.name.startswith("score.") for entry in entries)
-    config.architectures = ["GrinMoeForSequenceClassification" if classifies else "GrinMoeForCausalLM"]
+    names = {entry.name for entry in entries}
+    architecture = "GrinMoeForCausalLM" if "lm_head.weight" in names or config.tie_word_embeddings else "GrinMoeModel"
+    config.architectures = ["GrinMoeForSequenceClassification" if "score.weight" in names else architecture]
     if options.dtype == "int8":
         config.quantization_config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_IN_8_BITS)
     config.save_pretrained(staging)
@@ -319,28 +349,23 @@ def _compare(
     folder: Path,
     config: GrinMoeConfig,
     parameters: int,
+    has_head: bool,
     staging: Path,
     record: dict[str, Any],
 ) -> None:
-    classes = _classes(options, folder)
+    classes = _classes(options, folder, has_head)
     if options.to == "gguf":
         record["notes"] += _notes_of_gguf(config)
     elif classes is None:
         return
-    needed = 4 * parameters
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not options.compare:
-        record["notes"].append("logits were not compared, as asked")
-    elif needed > memory / 2:
-        record["notes"].append(
-            f"logits were not compared: in float32 the model takes {needed / 1e9:.0f} GB, more than half of this machine's "
-            "memory"
-        )
+    if note := why_not_compared(config, parameters, options.compare):
+        record["notes"].append(note)
+    elif classes is None:
+        record["routing"] = routing_difference(folder, config)
     else:
-        if classes is None:
-            record["routing"] = routing_difference(folder, config)
-            return
         record["logits"] = compare_logits((classes[0], folder), (classes[1], staging), config)
+        if options.dtype in ("auto", "float32"):
+            warn_of_difference(record)
     rope = config.rope_parameters or {}
     if options.to == "phimoe" and rope["rope_type"] == "longrope":
         original = rope["original_max_position_embeddings"]
@@ -364,13 +389,47 @@ def _notes_of_gguf(config: GrinMoeConfig) -> list[str]:
     return notes
 
 
-def _classes(options: ExportOptions, folder: Path) -> tuple[type, type] | None:
+def _classes(options: ExportOptions, folder: Path, has_head: bool) -> tuple[type, type] | None:
     """Of the source and of the result, where they are two models that should compute the same."""
     if options.to == "phimoe":
         return GrinMoeForCausalLM, PhimoeForCausalLM
-    if model_type_of(folder) == MixtralConfig.model_type and options.dtype != "int8":
+    if model_type_of(folder) == MixtralConfig.model_type and has_head and options.dtype != "int8":
         return MixtralForCausalLM, GrinMoeForCausalLM
     return None
+
+
+def text_lengths(config: GrinMoeConfig) -> list[int]:
+    """Of a text within the window (and LongRoPE's short factors), and one beyond, where that is not too long to try."""
+    most = config.max_position_embeddings
+    window = config.visible_keys or most
+    original = (config.rope_parameters or {}).get("original_max_position_embeddings", most)
+    short, long = min(64, max(2, window // 2), original - 1), min(window + 64, most)
+    return sorted({short, long if long <= _LONGEST_TEXT else short})
+
+
+def comparison_bytes(config: GrinMoeConfig, parameters: int) -> int:
+    """What comparing takes: one model in float32, and the logits of all texts from both."""
+    return 4 * (parameters + 3 * sum(text_lengths(config)) * config.vocab_size)
+
+
+def why_not_compared(config: GrinMoeConfig, parameters: int, asked: bool) -> str | None:
+    """A note, or None where memory has room."""
+    if not asked:
+        return "logits were not compared, as asked"
+    needed = comparison_bytes(config, parameters)
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
+        return f"logits were not compared: that takes {needed / 1e9:.0f} GB, more than half of this machine's memory"
+    return None
+
+
+def warn_of_difference(record: dict[str, Any]) -> None:
+    """A note where models that should be equal are not."""
+    for one in record["logits"]:
+        if not one["difference"] <= 1e-3 * one["largest"]:
+            record["notes"].append(
+                f"on a text of {one['tokens']} tokens the logits differ by {one['difference']:.2g} of {one['largest']:.3g}: "
+                "the result does not compute what its source does"
+            )
 
 
 def compare_logits(source: tuple[Any, Path], result: tuple[Any, Path], config: GrinMoeConfig) -> list[dict[str, Any]]:
@@ -382,11 +441,8 @@ def compare_logits(source: tuple[Any, Path], result: tuple[Any, Path], config: G
         config: of both, as ours.
     """
     window = config.visible_keys or config.max_position_embeddings
-    # LongRoPE's short factors hold for less than this.
-    original = (config.rope_parameters or {}).get("original_max_position_embeddings", config.max_position_embeddings)
-    lengths = {min(64, max(2, window // 2), original - 1), min(window + 64, config.max_position_embeddings)}
     generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(config.vocab_size, (1, length), generator=generator) for length in sorted(lengths)]
+    texts = [torch.randint(config.vocab_size, (1, length), generator=generator) for length in text_lengths(config)]
     expected, found = _logits(*source, texts), _logits(*result, texts)
     return [
         {
@@ -412,6 +468,7 @@ __all__ = [
     "DTYPES",
     "TARGETS",
     "ExportOptions",
+    "check_output",
     "compare_logits",
     "copy_companions",
     "export",
@@ -420,4 +477,7 @@ __all__ = [
     "official_entries",
     "read_config",
     "run_export",
+    "text_lengths",
+    "warn_of_difference",
+    "why_not_compared",
 ]

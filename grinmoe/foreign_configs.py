@@ -77,6 +77,9 @@ def from_mixtral(config: MixtralConfig) -> GrinMoeConfig:
         "input_jitter_noise": config.router_jitter_noise,
         "router_aux_loss_coef": config.router_aux_loss_coef,
         "output_router_logits": config.output_router_logits,
+        "id2label": config.id2label,
+        "label2id": config.label2id,
+        "problem_type": config.problem_type,
         "dtype": config.dtype,
     }
     head_dim = getattr(config, "head_dim", None)
@@ -145,7 +148,7 @@ def _longrope(config: GrinMoeConfig) -> dict[str, Any]:
     """LongRoPE with the two scales written out, which phimoe's config does not compute."""
     rope = dict(config.rope_parameters or {})
     original = rope["original_max_position_embeddings"]
-    factor = config.max_position_embeddings / original
+    factor = rope.get("factor") or config.max_position_embeddings / original  # as Transformers computes it
     computed = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     for name in ("short_mscale", "long_mscale"):
         rope[name] = rope.get(name) or rope.get("attention_factor") or computed

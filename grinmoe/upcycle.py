@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from .checkpoint_grinmoe import CheckpointError, add_remote_code, refuse_checkout, replaced_when_whole
+from .checkpoint_grinmoe import CheckpointError, add_remote_code, replaced_when_whole
 from .configuration_grinmoe import GrinMoeConfig
-from .export import compare_logits, copy_companions, local_folder, model_type_of
+from .export import check_output, compare_logits, copy_companions, local_folder, model_type_of, why_not_compared
 from .foreign_configs import ConversionError
 from .layout_grinmoe import official_shapes
 from .modeling_grinmoe import GrinMoeForCausalLM
@@ -101,9 +100,7 @@ def upcycle(options: UpcycleOptions) -> dict[str, Any]:
         CheckpointError: the source is broken or incomplete.
         ValueError: a wrong option (E, K, ...), or an output that is no new or empty folder.
     """
-    refuse_checkout(options.output)
-    if Path(options.output).is_dir() and any(Path(options.output).iterdir()):
-        raise ValueError(f"--output {options.output} is not empty; give a new folder")
+    check_output(options.output, options.max_shard_size)
     folder = local_folder(options.model)
     dense = _dense_config(folder)
     config = sparse_config(dense, options)
@@ -295,15 +292,9 @@ def _expert(source, dense, config, name: str, shape, match: re.Match, options: U
 
 
 def _compare(options, folder: Path, staging: Path, config: GrinMoeConfig, entries: list[Entry], record) -> None:
-    needed = 4 * sum(math.prod(entry.shape) for entry in entries)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not options.compare:
-        record["notes"].append("logits were not compared, as asked")
-    elif needed > memory / 2:
-        record["notes"].append(
-            f"logits were not compared: in float32 the model takes {needed / 1e9:.0f} GB, more than half of this machine's "
-            "memory"
-        )
+    parameters = sum(math.prod(entry.shape) for entry in entries)
+    if note := why_not_compared(config, parameters, options.compare):
+        record["notes"].append(note)
     else:
         record["logits"] = compare_logits((AutoModelForCausalLM, folder), (GrinMoeForCausalLM, staging), config)
         record["single_candidate_share"] = single_candidate_share(staging, config)

@@ -84,7 +84,14 @@ class WeightSource:
         if single.is_file():
             return dict.fromkeys(self._shapes, single)
         index = json.loads((self.folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-        return {name: self.folder / file for name, file in index["weight_map"].items()}
+        files = {name: self.folder / file for name, file in index["weight_map"].items()}
+        if absent := self._shapes.keys() - files.keys():
+            # Which of two shards has the right one would be a guess.
+            raise CheckpointFileError(
+                f"the shards in {self.folder} hold {len(absent)} tensors that the index does not name, {min(absent)} for "
+                "one; download index and shards again"
+            )
+        return files
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -300,3 +300,14 @@ def test_sharding_plans_name_modules_that_exist(tiny_model):
     for plan in (config.base_model_tp_plan, config.base_model_ep_plan, config.base_model_pp_plan):
         for pattern in plan:
             assert pattern.replace("*", "0") in modules, pattern
+
+
+def test_heads_may_have_a_size_of_their_own(tmp_path):
+    """Where hidden_size is no multiple of their number, and with one LongRoPE factor for each of their frequencies."""
+    fields = {"hidden_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    rope["original_max_position_embeddings"] = 16
+    GrinMoeConfig(**fields, rope_parameters=rope).save_pretrained(tmp_path)
+    assert GrinMoeConfig.from_pretrained(tmp_path).head_size == 8
+    # Library code takes a None as it is.
+    assert "head_dim" not in GrinMoeConfig(head_dim=None).to_dict()

@@ -13,8 +13,8 @@ import grinmoe_cli
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.card_facts import read_evaluations
 from grinmoe.data import load_corpus
-from grinmoe.evaluation import EvaluateOptions, evaluate, find_tasks, score_of
-from grinmoe.evaluation_suite import PAPER_SUITE, local_task
+from grinmoe.evaluation import EvaluateOptions, card_entries, evaluate, find_tasks, score_of
+from grinmoe.evaluation_suite import PAPER_SUITE, SuiteTask, local_task
 from grinmoe.tokenization import load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -102,6 +102,32 @@ def test_other_settings_do_not_go_into_the_same_folder(model_folder, letters, fi
         evaluate(EvaluateOptions(str(model_folder), (str(letters),), str(finished), shots=2), "X")
 
 
+def test_other_questions_of_the_same_name_are_no_results_of_these(model_folder, finished, tmp_path):
+    changed = tmp_path / "trivia.jsonl"
+    changed.write_text('{"question": "a", "choices": ["x", "y"], "answer": 0}\n')
+    with pytest.raises(ValueError, match="results of other questions called trivia"):
+        evaluate(EvaluateOptions(str(model_folder), (str(changed),), str(finished)), "X")
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    files = [tmp_path / "mine.jsonl", tmp_path / "other" / "mine.jsonl", tmp_path / "mmlu.jsonl"]
+    for file in files:
+        file.write_text('{"prompt": "a", "answer": "b"}\n')
+    for names in (files[:2], files[2:]):
+        with pytest.raises(ValueError, match="two tasks are called"):
+            find_tasks(map(str, names), allow_code=False)
+
+
+def test_what_is_no_share_is_no_percentage():
+    """Perplexity, say; and what is no number is left out of a card."""
+    task = SuiteTask("wikitext", "wikitext", "wikitext", "", None, None)
+    said = {"results": {"wikitext": {"alias": "wikitext", "word_perplexity,none": 21.5}}, "n-samples": {}}
+    assert score_of(task, said)["value"] == 21.5
+    said["results"]["wikitext"]["word_perplexity,none"] = float("nan")
+    assert card_entries([(task, score_of(task, said))]) == []
+
+
 class TestSuite:
     def test_its_tasks_are_lm_eval_s(self):
         found = find_tasks(["paper"], allow_code=True)
@@ -160,7 +186,7 @@ class TestSuite:
             "n-shot": {"anli_r1": 7, "anli_r2": 7},
         }
         score = score_of(anli, said)
-        assert score == {"value": pytest.approx(0.725), "metric": "acc,none", "shots": 7, "questions": 40}
+        assert score == {"value": pytest.approx(72.5), "metric": "acc,none", "shots": 7, "questions": 40}
         said["results"] = {"anli_r1": {"f1,none": 0.5}}
         with pytest.raises(ValueError, match="gives no acc,none for anli, but f1,none"):
             score_of(anli, said)

@@ -11,11 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PhimoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MixtralForSequenceClassification,
+    PhimoeForCausalLM,
+)
 
 import grinmoe_cli
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification
-from grinmoe.export import ExportOptions, export, official_entries, read_config
+from grinmoe.export import ExportOptions, export, official_entries, read_config, text_lengths, warn_of_difference
 from grinmoe.foreign_configs import ConversionError, to_phimoe
 from grinmoe.weight_stream import WeightSource, write_shards
 
@@ -247,6 +253,65 @@ class TestSafetensors:
             export(ExportOptions(str(tmp_path / "model"), "phimoe", str(tmp_path / "phimoe")))
 
 
+@pytest.mark.parametrize(
+    "fields, lengths",
+    [
+        ({"sliding_window": 2047, "max_position_embeddings": 4096}, [64, 2112]),  # as released
+        ({"sliding_window": None, "max_position_embeddings": 131072}, [64]),
+        ({"sliding_window": 11, "max_position_embeddings": 64}, [6, 64]),
+    ],
+    ids=["released", "long without a window", "small"],
+)
+def test_texts_that_are_compared_are_not_as_long_as_the_model_allows(fields, lengths):
+    assert text_lengths(config_of(**fields)) == lengths
+
+
+def test_a_difference_that_should_not_be_is_said():
+    record = {"notes": [], "logits": [{"tokens": 8, "difference": 0.5, "largest": 9.0}]}
+    warn_of_difference(record)
+    assert "does not compute what its source does" in record["notes"][0]
+    record = {"notes": [], "logits": [{"tokens": 8, "difference": 1e-5, "largest": 9.0}]}
+    warn_of_difference(record)
+    assert record["notes"] == []
+
+
+def test_longrope_scales_are_those_of_the_model(tmp_path):
+    """Also where the config names a factor of its own."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 32.0, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.5] * 4}
+    model = model_of(rope_parameters=rope, sliding_window=None)
+    written = to_phimoe(model.config)["rope_scaling"]
+    assert written["short_mscale"] == pytest.approx(model.model.rotary_emb.short_mscale)
+    assert written["long_mscale"] == pytest.approx(model.model.rotary_emb.long_mscale)
+
+
+def test_a_mixtral_classifier_keeps_its_labels(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mixtral = MixtralForSequenceClassification(
+        MixtralConfig(vocab_size=32, num_key_value_heads=2, num_labels=5, pad_token_id=0, **sizes)
+    )
+    mixtral.save_pretrained(tmp_path / "m")
+    record = export(ExportOptions(str(tmp_path / "m"), "safetensors", str(tmp_path / "out")))
+    ours = GrinMoeForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert ours.config.num_labels == 5 and torch.equal(ours.score.weight, mixtral.score.weight)
+    assert "logits" not in record
+
+
+def test_a_window_of_a_phimoe_is_said_to_be_one_more(checkpoint, phimoe, tmp_path):
+    record = export(ExportOptions(str(phimoe), "safetensors", str(tmp_path / "ours")))
+    assert record["notes"] == []
+    file = phimoe / "config.json"
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for path in phimoe.iterdir():
+        (foreign / path.name).write_bytes(path.read_bytes())
+    content = json.loads(file.read_text())
+    del content["grinmoe"]
+    (foreign / "config.json").write_text(json.dumps(content))
+    record = export(ExportOptions(str(foreign), "safetensors", str(tmp_path / "other")))
+    assert f"sliding_window={WINDOW} is taken as in the released models" in record["notes"][0]
+
+
 def test_no_more_than_one_shard_is_in_memory(checkpoint, tmp_path):
     """Bytes of all tensors that were made and are alive, at most: those of a shard, whatever the checkpoint's size."""
     alive = most = 0
@@ -308,6 +373,10 @@ class TestCommand:
                 tensors = load_file(shards[1])
                 tensors.popitem()
                 save_file(tensors, shards[1], metadata={"format": "pt"})
+            elif what == "the index lacks a tensor":
+                index = json.loads((folder / "model.safetensors.index.json").read_text())
+                del index["weight_map"]["model.layers.0.self_attn.q_proj.weight"]
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index))
             elif what == "an adapter":
                 (folder / "config.json").rename(folder / "adapter_config.json")
             elif what == "another model":
@@ -328,6 +397,7 @@ class TestCommand:
             ("a shard is missing", "download that shard again"),
             ("a shard is cut off", "truncated"),
             ("a tensor is missing", "lacks 1 tensors"),
+            ("the index lacks a tensor", "1 tensors that the index does not name"),
             ("an adapter", "grinmoe merge --adapter"),
             ("another model", "model_type='llama'"),
             ("no JSON", "cannot be read"),

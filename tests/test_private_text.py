@@ -235,7 +235,7 @@ PLACES = {
     "config.json": (
         "model",
         lambda source, text: edit_json(source / "config.json", aaa_comment=text),
-        "config.json, line 48: ",
+        "config.json, line 49: ",
     ),
     "tokenizer_config.json": (
         "model",
