@@ -26,13 +26,15 @@ _MOST_NUMBERS = 8192
 
 
 @triton.jit
-def _count_rows_kernel(experts_ptr, counts_ptr, num_choices, steps, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """counts[p, e]: how many of the BLOCK * steps choices of program p are of expert e; E stands for "served elsewhere"."""
+def _count_rows_kernel(
+    experts_ptr, counts_ptr, num_choices, SLOTS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr
+):
+    """counts[p, e]: how many of the BLOCK * STEPS choices of program p are of expert e; E stands for "served elsewhere"."""
     program = tl.program_id(0)
     slots = tl.arange(0, SLOTS)
     counts = tl.zeros([SLOTS], dtype=tl.int32)
-    for step in range(steps):
-        choices = (program * steps + step) * BLOCK + tl.arange(0, BLOCK)
+    for step in range(STEPS):
+        choices = (program * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         inside = choices < num_choices
         experts = tl.load(experts_ptr + choices, mask=inside, other=0).to(tl.int32)
         one_hot = (experts[:, None] == slots[None, :]) & inside[:, None]
@@ -49,10 +51,10 @@ def _place_rows_kernel(
     ends_ptr,
     num_choices,
     num_programs,
-    steps,
     NUM_EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
     """A stable counting sort: row = start of the expert's group + its choices in earlier programs + those before it here."""
@@ -67,8 +69,8 @@ def _place_rows_kernel(
     following = ends - totals + tl.sum(tl.where((programs < program)[:, None], counts, 0), axis=0)
     if program == 0:
         tl.store(ends_ptr + slots, ends, mask=slots < NUM_EXPERTS)
-    for step in range(steps):
-        choices = (program * steps + step) * BLOCK + tl.arange(0, BLOCK)
+    for step in range(STEPS):
+        choices = (program * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         inside = choices < num_choices
         experts = tl.load(experts_ptr + choices, mask=inside, other=0).to(tl.int32)
         one_hot = ((experts[:, None] == slots[None, :]) & inside[:, None]).to(tl.int32)
@@ -95,7 +97,8 @@ def place_rows(selected_experts: torch.Tensor, num_experts: int) -> tuple[torch.
     num_choices, device = selected_experts.numel(), selected_experts.device
     slots = triton.next_power_of_2(num_experts + 1)
     block = _MOST_NUMBERS // slots
-    # What is compiled in does not depend on the number of tokens: batches of many lengths share one kernel.
+    # Batches of many lengths share one kernel: up to 64k choices of 16 experts take one step. (Steps are compiled in because
+    # Triton 3.6's interpreter takes no argument as the end of a range.)
     most_programs = _MOST_NUMBERS // slots
     steps = max(1, triton.cdiv(num_choices, block * most_programs))
     programs = max(1, triton.cdiv(num_choices, block * steps))
@@ -103,7 +106,7 @@ def place_rows(selected_experts: torch.Tensor, num_experts: int) -> tuple[torch.
     order, row_of_choice = (torch.empty(num_choices, dtype=torch.int32, device=device) for _ in range(2))
     ends = torch.empty(num_experts, dtype=torch.int32, device=device)
     experts = selected_experts.contiguous()
-    _count_rows_kernel[(programs,)](experts, counts, num_choices, steps, SLOTS=slots, BLOCK=block)
+    _count_rows_kernel[(programs,)](experts, counts, num_choices, SLOTS=slots, BLOCK=block, STEPS=steps)
     _place_rows_kernel[(programs,)](
         experts,
         counts,
@@ -112,10 +115,10 @@ def place_rows(selected_experts: torch.Tensor, num_experts: int) -> tuple[torch.
         ends,
         num_choices,
         programs,
-        steps,
         NUM_EXPERTS=num_experts,
         SLOTS=slots,
         BLOCK=block,
+        STEPS=steps,
         PROGRAMS=most_programs,
     )
     return order, row_of_choice, ends
