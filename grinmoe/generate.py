@@ -6,17 +6,12 @@ import io
 import math
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TextStreamer
-from transformers.utils import logging
 
-from .configuration_grinmoe import GrinMoeConfig
-from .model_source import folder_or_repository
-from .modeling_grinmoe import GrinMoeForCausalLM
-from .tokenization import load_tokenizer
+from .model_source import check_dtype, load_for_use
 
 
 @dataclass(frozen=True)
@@ -37,8 +32,7 @@ class ChatOptions:
             raise ValueError(
                 f"--temperature {self.temperature} is no temperature; give 0 (the likeliest token) or more"
             )
-        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
-            raise ValueError(f"--dtype {self.dtype!r} is unknown; choose auto, bfloat16, float16 or float32")
+        check_dtype(self.dtype)
 
 
 @dataclass
@@ -106,43 +100,9 @@ class Chat:
 
 
 def load_chat(model: str, options: ChatOptions) -> Chat:
-    """Load a folder or Hub repository with this package's own classes: no remote code runs.
-
-    The folder may be that of an adapter, which names its base.
-    """
-    logging.disable_progress_bar()
-    device = options.device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {device} cannot be used here ({error}); leave it out for the best there is"
-        ) from error
-    model = folder_or_repository(model, "--model")
-    folder = Path(model)
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise ValueError(
-            f"--model {model} is no model's folder: it has no config.json and no adapter_config.json; give the folder that "
-            "save_pretrained, a training command or grinmoe pull has made"
-        )
-    adapter = model if (Path(model) / "adapter_config.json").is_file() else None
-    base = model
-    if adapter is not None:
-        from .lora import base_of, check_adapter
-
-        base = folder_or_repository(base_of(adapter), "base of the adapter")
-    # The small files first: what is wrong with them is said before gigabytes have been read.
-    config = GrinMoeConfig.from_pretrained(base)
-    # That of the adapter where it has one: it is `model` then, and `base` otherwise.
-    tokenizer = load_tokenizer(model if (Path(model) / "tokenizer.json").is_file() else base)
-    if adapter is not None:
-        check_adapter(adapter, GrinMoeForCausalLM, config)
-    loaded = GrinMoeForCausalLM.from_pretrained(base, config=config, dtype=options.dtype)
-    if adapter is not None:
-        from .lora import load_adapter
-
-        loaded = load_adapter(loaded, adapter)
-    return Chat(loaded.to(device).eval(), tokenizer, options)
+    """A conversation with a folder or Hub repository, which may be that of an adapter (see [`load_for_use`])."""
+    loaded, tokenizer = load_for_use(model, options.dtype, options.device)
+    return Chat(loaded, tokenizer, options)
 
 
 def run_generate(model: str, prompt: str | None, options: ChatOptions) -> None:

@@ -6,6 +6,10 @@ import argparse
 import shlex
 import sys
 
+_DEVICE = (
+    "cpu, cuda, cuda:1, ...; auto spreads the layers over all accelerators (default: an accelerator if there is one)"
+)
+
 
 def add_commands(commands) -> None:
     _add_generate(commands)
@@ -39,7 +43,7 @@ def _add_generate(commands) -> None:
     generate.add_argument(
         "--dtype", default="auto", help="auto (the checkpoint's, default), bfloat16, float16, float32"
     )
-    generate.add_argument("--device", default=None, help="cpu, cuda, ... (default: an accelerator if there is one)")
+    generate.add_argument("--device", default=None, help=_DEVICE)
     generate.set_defaults(run=_run_generate)
 
 
@@ -177,7 +181,7 @@ def _add_evaluate(commands) -> None:
     evaluate.add_argument("--shots", type=int, metavar="N", help="examples in the prompt (default: the suite's)")
     evaluate.add_argument("--batch-size", type=int, default=8, metavar="B", help="rows at a time (default: 8)")
     evaluate.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
-    evaluate.add_argument("--device", default=None, help="cpu, cuda, ... (default: an accelerator if there is one)")
+    evaluate.add_argument("--device", default=None, help=_DEVICE)
     evaluate.add_argument("--chat", action="store_true", help="put prompts into the chat template")
     evaluate.add_argument(
         "--allow-code", action="store_true", help="run the programs that the model writes (HumanEval, MBPP)"
@@ -241,7 +245,7 @@ def _add_analyze(commands) -> None:
         help="tokens of a row (default: 512, or what the model was made for if that is less)",
     )
     analyze.add_argument("--dtype", default="auto", help="auto (the checkpoint's, default), bfloat16, float16, float32")
-    analyze.add_argument("--device", default=None, help="cpu, cuda, ... (default: an accelerator if there is one)")
+    analyze.add_argument("--device", default=None, help=_DEVICE)
     analyze.set_defaults(run=_run_analyze)
 
 

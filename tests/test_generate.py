@@ -64,6 +64,14 @@ def by_hand(chat: Chat, text: str, max_new_tokens: int = 6) -> str:
     return chat.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
 
 
+def test_layers_may_be_spread_over_all_devices(checkpoint, chat):
+    """`--device auto`; of what there is, a CPU at least."""
+    spread = load_chat(str(checkpoint), ChatOptions(max_new_tokens=6, temperature=0, device="auto"))
+    if not torch.accelerator.is_available():
+        assert spread.answer("Hello") == chat.answer("Hello")
+    assert all(not parameter.is_meta for parameter in spread.model.parameters())
+
+
 def test_the_answer_is_streamed_in_chat_form(chat, capsys):
     answer = chat.answer("How are you?")
     assert answer == by_hand(chat, "<|user|>\nHow are you?<|end|>\n<|assistant|>\n")
