@@ -226,18 +226,23 @@ def _of_harness(content: dict[str, Any], path: Path) -> Iterator[Evaluation]:
         on_hub = isinstance(dataset, str) and dataset.count("/") == 1 and not Path(dataset).exists()
         shots = _dict_in(content, "n-shot").get(task)
         for key, value in values.items():
-            metric, kind = key.split(",", 1)
             entry = {
                 "dataset_name": task,
                 "dataset_type": dataset if on_hub else task,
-                "metric_name": metric if kind == "none" else f"{metric} ({kind})",
-                "metric_type": metric,
+                "metric_name": metric_name(key),
+                "metric_type": key.split(",")[0],
                 "value": value,
                 "dataset_config": config.get("dataset_name") if on_hub else None,
                 "dataset_split": config.get("test_split") or config.get("validation_split"),
                 "shots": shots if type(shots) is int else None,
             }
             yield _build(Evaluation, entry, f"{path}: {task}, {key}")
+
+
+def metric_name(key: str) -> str:
+    """For people, of lm-eval's "metric,filter"."""
+    metric, _, kind = key.partition(",")
+    return metric if kind in ("", "none") else f"{metric} ({kind})"
 
 
 def _is_metric(key: str, value: Any) -> bool:
@@ -318,4 +323,4 @@ def _check_hyperparameters(value: Any) -> None:
                 raise ValueError(f"hyperparameters[{key!r}]={entry!r} is not finite; leave it out or write it as text")
 
 
-__all__ = ["FACTS_NAME", "CardFacts", "Evaluation", "read_evaluations"]
+__all__ = ["FACTS_NAME", "CardFacts", "Evaluation", "metric_name", "read_evaluations"]

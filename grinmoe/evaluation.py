@@ -12,15 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from huggingface_hub import snapshot_download
 from rich.console import Console
 
-from .card_facts import Evaluation
+from .card_facts import Evaluation, metric_name
 from .evaluation_suite import PAPER_SUITE, SuiteTask, local_task
-from .model_source import folder_or_repository
-from .modeling_grinmoe import GrinMoeForCausalLM
+from .model_source import base_of_model, check_dtype, folder_or_repository, load_for_use
 from .provenance import environment, markdown_table, write_beside
-from .tokenization import load_tokenizer
 
 _SUITE = {task.name: task for task in PAPER_SUITE}
 # Metrics of lm-eval that are shares, from 0 to 1.
@@ -28,6 +26,8 @@ _SHARES = frozenset(
     "acc acc_norm acc_bytes exact_match f1 mcc em pass@1 pass_at_1 math_verify inst_level_strict_acc".split()
 )
 _MISSING = "lm-eval is not installed; pip install 'grinmoe[eval]'"
+# Tokens of an answer to tasks that name no other length; lm-eval's own default.
+_LONGEST_ANSWER = 256
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ class EvaluateOptions:
             raise ValueError(f"--limit {self.limit} asks nothing; give 1 or more")
         if self.shots is not None and self.shots < 0:
             raise ValueError(f"--shots {self.shots} is negative; give 0 or more")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size} takes no row; give 1 or more")
+        check_dtype(self.dtype)
+
+    def shots_of(self, task: SuiteTask) -> int | None:
+        """Examples in the prompts of `task`; None for lm-eval's."""
+        return task.shots if self.shots is None else self.shots
 
 
 def find_tasks(names: Iterable[str], allow_code: bool) -> list[SuiteTask]:
@@ -122,8 +129,9 @@ def evaluate(options: EvaluateOptions, command: str, console: Console | None = N
 
     Raises:
         ImportError: no lm-eval.
-        ValueError: unknown tasks, a folder that holds something else, or an evaluation of another model or settings.
-        CheckpointError: the checkpoint is broken.
+        ValueError: unknown tasks, tasks that cannot be loaded (their data, say), a folder that holds something else or an
+            evaluation of another model or settings, or a model that cannot be used (see [`load_for_use`]).
+        OSError: there is no such model.
     """
     try:
         import lm_eval  # noqa: F401
@@ -143,8 +151,9 @@ def evaluate(options: EvaluateOptions, command: str, console: Console | None = N
                 raise ValueError(
                     f"--output {output} holds results of other questions called {task.name}; give a new folder"
                 )
-    if len(done) < len(tasks):
-        model = _model(source, options)
+    if left := [task for task in tasks if task.name not in done]:
+        longest = _rehearse(left, options)
+        model = _model(source, options, longest)
         (output / "tasks").mkdir(parents=True, exist_ok=True)
         write_beside(output / "settings.json", json.dumps(settings, indent=2) + "\n")
         for number, task in enumerate(tasks, 1):
@@ -170,9 +179,17 @@ def run_evaluate(options: EvaluateOptions, command: str) -> None:
 def _settings(options: EvaluateOptions, source: str) -> dict[str, Any]:
     """What makes results of two starts results of one evaluation."""
     shown = {name: getattr(options, name) for name in ("limit", "shots", "dtype", "chat")}
-    weights = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
-    stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
-    return {"model": source, "weights": stamp, **shown}
+    base = base_of_model(source)
+    return {"model": source, "weights": _stamp(source), "base": base, "base_weights": _stamp(base), **shown}
+
+
+def _stamp(source: str) -> str | list[list[Any]]:
+    """That of a folder's weights, or a repository's commit."""
+    if not Path(source).is_dir():
+        # The cache keeps a commit's files in a folder of its name.
+        return Path(snapshot_download(source, allow_patterns="config.json")).name
+    files = sorted(Path(source).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _check_folder(output: Path, settings: dict[str, Any]) -> None:
@@ -190,18 +207,76 @@ def _check_folder(output: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _model(source: str, options: EvaluateOptions) -> Any:
+def _rehearse(tasks: list[SuiteTask], options: EvaluateOptions) -> dict[str, int]:
+    """
+    Load every task and its data once, so that what is not to be had is said before the model is loaded and hours of
+    questions are asked.
+
+    Returns:
+        Tokens of the longest answer that each task generates; 0 where answers are only compared.
+
+    Raises:
+        ValueError: some tasks cannot be loaded. Names all of them.
+    """
+    from lm_eval.tasks import get_task_dict
+
+    longest, failed = {}, {}
+    for task in tasks:
+        task.check_shots(options.shots_of(task))
+        try:
+            loaded = get_task_dict([task.task], _manager(task))
+        # A task is somebody's code, which reaches for data and packages: anything can be raised.
+        except Exception as error:
+            failed[task.name] = " ".join(f"{type(error).__name__}: {error}".split())
+            continue
+        longest[task.name] = max(map(functools.partial(_answer_tokens, task), _leaves(loaded)))
+    if failed:
+        raise ValueError(
+            f"--tasks: {len(failed)} of {len(tasks)} cannot be loaded; leave them out, or mend this: "
+            + "; ".join(f"{name}: {message[:300]}" for name, message in failed.items())
+        )
+    return longest
+
+
+def _manager(task: SuiteTask) -> Any:
+    if task.runs_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked by the metric, which has no other switch
+    return _index(isinstance(task.task, str))
+
+
+def _leaves(loaded: dict[Any, Any]) -> list[Any]:
+    """Tasks of lm-eval's tree of groups."""
+    return [leaf for value in loaded.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
+
+
+def _answer_tokens(task: SuiteTask, loaded: Any) -> int:
+    config = loaded.config
+    if config.output_type != "generate_until":
+        return 0
+    return task.longest_answer or (config.generation_kwargs or {}).get("max_gen_toks") or _LONGEST_ANSWER
+
+
+def _model(source: str, options: EvaluateOptions, longest: dict[str, int]) -> Any:
+    """
+    Raises:
+        ValueError: it has no chat template for `--chat`, or no room for an answer.
+    """
     from lm_eval.models.huggingface import HFLM
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = GrinMoeForCausalLM.from_pretrained(source, dtype=dtype).eval().to(device)
-    tokenizer = load_tokenizer(source)
+    model, tokenizer = load_for_use(source, options.dtype, options.device)
+    if options.chat and not tokenizer.chat_template:
+        raise ValueError("--chat needs a tokenizer with a chat template, and this checkpoint's has none; leave it out")
+    room = model.config.max_position_embeddings
+    if too_long := [name for name, tokens in longest.items() if tokens >= room]:
+        raise ValueError(
+            f"--tasks {' '.join(too_long)}: answers of up to {max(longest.values())} tokens are asked for, and this model "
+            f"was made for {room} with the question; leave them out"
+        )
     return HFLM(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=options.batch_size,
-        max_length=model.config.max_position_embeddings,
+        max_length=room,
         # A prompt begins with no token of its own (docs/tokenization.md); lm-eval needs one before an empty context.
         prefix_token_id=tokenizer.eos_token_id,
     )
@@ -210,14 +285,13 @@ def _model(source: str, options: EvaluateOptions) -> Any:
 def _run(model: Any, task: SuiteTask, options: EvaluateOptions) -> dict[str, Any]:
     import lm_eval
 
-    if task.runs_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked by the metric, which has no other switch
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=[task.task],
-        task_manager=_index(isinstance(task.task, str)),
-        num_fewshot=task.shots if options.shots is None else options.shots,
+        task_manager=_manager(task),
+        num_fewshot=options.shots_of(task),
         limit=options.limit,
+        gen_kwargs=None if task.longest_answer is None else {"max_gen_toks": task.longest_answer},
         log_samples=False,
         bootstrap_iters=0,
         apply_chat_template=options.chat,
@@ -281,7 +355,7 @@ def _write(output: Path, rows: list[tuple[SuiteTask, dict[str, Any]]], options: 
         [
             task.label,
             "-" if score["shots"] is None else score["shots"],
-            score["metric"].removesuffix(",none"),
+            metric_name(score["metric"]),
             score["questions"],
             f"{score['value']:.1f}",
             "-" if task.paper is None else f"{task.paper:.1f}",
@@ -317,7 +391,7 @@ def card_entries(rows: Iterable[tuple[SuiteTask, dict[str, Any]]]) -> list[Evalu
         entry = Evaluation(
             dataset_name=task.label,
             dataset_type=config["dataset_path"] if on_hub else task.name,
-            metric_name=score["metric"].removesuffix(",none"),
+            metric_name=metric_name(score["metric"]),
             metric_type=score["metric"].split(",")[0],
             value=round(score["value"], 2),
             shots=score["shots"],

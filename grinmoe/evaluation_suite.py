@@ -1,9 +1,8 @@
 """The tasks of GRIN's Table 2 (arXiv:2409.12136), as lm-eval runs them, and tasks of local files.
 
-Scores are those of the released model card. The paper's prompts are not published; shots are those of the Phi-3 report of
-the same group (arXiv:2404.14219), MATH zero-shot with a chain of thought. Scores on multiple choice such as 92.0 on ARC-C
-are those of a prompt that shows the options and asks for a letter, which lm-eval's own tasks of these names are not; so
-they are made here of the same datasets.
+Scores and shots are the paper's (`model_card.md` tells where each is from); its prompts are not published. Scores on
+multiple choice such as 92.0 on ARC-C are those of a prompt that shows the options and asks for a letter, which lm-eval's own
+tasks of these names are not; so they are made here of the same datasets.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ class SuiteTask:
         shots: examples in the prompt; None where the task brings its own.
         paper: score in percent.
         runs_code: whether generated programs are run.
+        longest_answer: tokens; None for lm-eval's. Where a task names no length, that is 256, which cuts chains of thought.
     """
 
     name: str
@@ -49,6 +49,7 @@ class SuiteTask:
     shots: int | None
     paper: float | None
     runs_code: bool = False
+    longest_answer: int | None = None
 
     @property
     def is_local(self) -> bool:
@@ -61,13 +62,27 @@ class SuiteTask:
             return None
         return hashlib.sha256(Path(self.task["dataset_kwargs"]["data_files"]["test"]).read_bytes()).hexdigest()
 
+    def check_shots(self, shots: int | None) -> None:
+        """Raise ValueError if a user's file has too few questions for that many examples beside each."""
+        if not isinstance(self.task, dict) or not self.is_local or not shots:
+            return
+        questions = self.task["metadata"]["questions"]
+        if shots >= questions:
+            raise ValueError(
+                f"--shots {shots}: {self.name}.jsonl has {questions} questions, and the examples are others of them; give "
+                f"{questions - 1} or less"
+            )
 
-def letter_choice(name: str, choice_of: Callable[[dict], Choice], **dataset: Any) -> dict[str, Any]:
+
+def letter_choice(
+    name: str, choice_of: Callable[[dict], Choice], questions: int | None = None, **dataset: Any
+) -> dict[str, Any]:
     """
     A task of lm-eval that shows lettered options and asks for the letter.
 
     Args:
         choice_of: a row of the dataset to its question.
+        questions: how many it has, if that is known.
         dataset: fields of lm-eval's configuration that say where it is and what its splits are.
     """
 
@@ -83,7 +98,7 @@ def letter_choice(name: str, choice_of: Callable[[dict], Choice], **dataset: Any
         "doc_to_choice": lambda doc: list(_LETTERS[: len(choice_of(doc).options)]),
         "doc_to_target": lambda doc: choice_of(doc).answer,
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
+        "metadata": {"version": 1.0} | ({} if questions is None else {"questions": questions}),
         **dataset,
     }
 
@@ -114,8 +129,8 @@ def _of_winogrande(doc: dict) -> Choice:
     return Choice(doc["sentence"], [doc["option1"], doc["option2"]], int(doc["answer"]) - 1)
 
 
-_TRAIN_AND_TEST = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
-_TRAIN_AND_VALIDATION = {"training_split": "train", "validation_split": "validation"}
+_TRAIN_AND_TEST: dict[str, Any] = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
+_TRAIN_AND_VALIDATION: dict[str, Any] = {"training_split": "train", "validation_split": "validation"}
 
 
 def _letters(
@@ -136,8 +151,8 @@ PAPER_SUITE = (
         83.7,
     ),
     SuiteTask("anli", "ANLI", "anli", "acc,none", 7, 60.6),
-    SuiteTask("gsm8k", "GSM-8K", "gsm8k_cot", "exact_match,flexible-extract", 8, 90.4),
-    SuiteTask("math", "MATH", "minerva_math", "math_verify,none", 0, 58.9),
+    SuiteTask("gsm8k", "GSM-8K", "gsm8k_cot", "exact_match,flexible-extract", 8, 90.4, longest_answer=512),
+    SuiteTask("math", "MATH", "minerva_math", "math_verify,none", 0, 58.9, longest_answer=2048),
     SuiteTask("medqa", "MedQA", "medqa_4options", "acc,none", 2, 70.4),
     SuiteTask("agieval", "AGIEval", "agieval_en", "acc,none", 0, 48.2),
     SuiteTask("triviaqa", "TriviaQA", "triviaqa", "exact_match,remove_whitespace", 5, 73.9),
@@ -168,7 +183,7 @@ PAPER_SUITE = (
     SuiteTask("commonsenseqa", "CommonSenseQA", "commonsense_qa", "acc,none", 10, 81.8),
     SuiteTask("truthfulqa", "TruthfulQA", "truthfulqa_mc2", "acc,none", None, 74.5),
     SuiteTask("humaneval", "HumanEval", "humaneval", "pass@1,create_test", 0, 74.4, runs_code=True),
-    SuiteTask("mbpp", "MBPP", "mbpp", "pass_at_1,none", 3, 80.3, runs_code=True),
+    SuiteTask("mbpp", "MBPP", "mbpp", "pass_at_1,none", 3, 80.3, runs_code=True, longest_answer=512),
 )
 
 
@@ -197,7 +212,7 @@ def local_task(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} mixes lines with choices and lines without; make two files of it")
     dataset = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}, "test_split": "test"}
     if kinds.pop():
-        return letter_choice(path.stem, _of_local, **dataset)
+        return letter_choice(path.stem, _of_local, questions=len(docs), **dataset)
     return {
         "task": path.stem,
         "output_type": "generate_until",
@@ -213,7 +228,7 @@ def local_task(path: Path) -> dict[str, Any]:
                 "ignore_punctuation": True,
             }
         ],
-        "metadata": {"version": 1.0},
+        "metadata": {"version": 1.0, "questions": len(docs)},
         **dataset,
     }
 

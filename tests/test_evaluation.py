@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import grinmoe_cli
 from grinmoe import GrinMoeForCausalLM
@@ -16,6 +16,7 @@ from grinmoe.data import load_corpus
 from grinmoe.evaluation import EvaluateOptions, card_entries, evaluate, find_tasks, score_of
 from grinmoe.evaluation_suite import PAPER_SUITE, SuiteTask, local_task
 from grinmoe.tokenization import load_tokenizer
+from tests.release_folders import REPO, push_quick, run_cli, save_adapter
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -109,6 +110,42 @@ def test_other_questions_of_the_same_name_are_no_results_of_these(model_folder, 
         evaluate(EvaluateOptions(str(model_folder), (str(changed),), str(finished)), "X")
 
 
+def test_scores_go_onto_the_hub_with_the_model(model_folder, finished, hub, capsys):
+    """`--evaluations` of a push takes the file as it is; and a repository's scores are those of one commit of it."""
+    code, _, error = run_cli(
+        capsys,
+        *("push", "--model", str(model_folder), "--repo", REPO, "--no-load-check", "--private"),
+        *("--evaluations", str(finished / "evaluations.json")),
+    )
+    assert code == 0, error
+    entry = read_evaluations(finished / "evaluations.json")[0]
+    card = hub.files(REPO)["README.md"].decode()
+    assert f"| trivia | acc | 0 | {entry.value:g} |" in card and "model-index:" in card
+
+
+def test_scores_of_a_repository_are_those_of_one_commit(model_folder, letters, hub, tmp_path):
+    push_quick(model_folder)
+    options = EvaluateOptions(REPO, (str(letters),), str(tmp_path / "out"), limit=1)
+    evaluate(options, "X")
+    (commit, *_) = hub.commits(REPO)
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["weights"] == commit.sha
+    evaluate(options, "X")
+    hub.add_commit(REPO, {"notes.md": b"changed"})
+    with pytest.raises(ValueError, match="another weights, base_weights"):
+        evaluate(options, "X")
+
+
+def test_an_adapter_is_asked_with_its_base(model_folder, letters, finished, tmp_path):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    options = EvaluateOptions(str(adapter), (str(letters),), str(tmp_path / "out"))
+    report = evaluate(options, "X").read_text()
+    assert "| trivia | 0 | acc | 6 |" in report
+    GrinMoeForCausalLM.from_pretrained(base).save_pretrained(base)
+    with pytest.raises(ValueError, match="another base_weights"):
+        evaluate(options, "X")
+
+
 def test_two_tasks_of_one_name_are_refused(tmp_path):
     (tmp_path / "other").mkdir()
     files = [tmp_path / "mine.jsonl", tmp_path / "other" / "mine.jsonl", tmp_path / "mmlu.jsonl"]
@@ -128,68 +165,18 @@ def test_what_is_no_share_is_no_percentage():
     assert card_entries([(task, score_of(task, said))]) == []
 
 
-class TestSuite:
-    def test_its_tasks_are_lm_eval_s(self):
-        found = find_tasks(["paper"], allow_code=True)
-        assert [task.label for task in found] == [task.label for task in PAPER_SUITE] and len(found) == 20
-        assert not any(task.runs_code for task in find_tasks(["paper"], allow_code=False))
-        from lm_eval.tasks import TaskManager
-
-        known = set(TaskManager().all_tasks)
-        assert {task.task for task in PAPER_SUITE if isinstance(task.task, str)} <= known
-
-    def test_letter_tasks_take_the_datasets_of_lm_eval_s_own(self):
-        """Where lm-eval moves to another copy of a dataset, this fails."""
-        root = Path(lm_eval.__file__).parent / "tasks"
-        own = {
-            "hellaswag": "hellaswag/hellaswag.yaml",
-            "arc_e": "arc/arc_easy.yaml",
-            "piqa": "piqa/piqa.yaml",
-            "siqa": "siqa/siqa.yaml",
-            "winogrande": "winogrande/default.yaml",
-            "openbookqa": "openbookqa/openbookqa.yaml",
-        }
-
-        class Loader(yaml.SafeLoader):
-            pass
-
-        Loader.add_constructor("!function", lambda loader, node: node.value)
-        for task in PAPER_SUITE:
-            if task.name in own:
-                theirs = yaml.load((root / own[task.name]).read_text(), Loader)
-                for name in ("dataset_path", "dataset_name", "training_split", "validation_split"):
-                    assert task.task.get(name) == theirs.get(name), (task.name, name)
-
-    # A row of each dataset, as the Hub has it.
-    ROWS = {
-        "arc_c": {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
-        "openbookqa": {"question_stem": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B "},
-        "piqa": {"goal": "Q?", "sol1": "x", "sol2": "y", "label": 1},
-        "siqa": {"context": "Q", "question": "?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "2"},
-        "hellaswag": {"activity_label": "Q", "ctx": "?", "endings": ["x", "y"], "label": "1"},
-        "winogrande": {"sentence": "Q _?", "option1": "x", "option2": "y", "answer": "2"},
+def test_a_group_without_a_score_gets_the_mean_over_its_questions():
+    anli = next(task for task in PAPER_SUITE if task.name == "anli")
+    said = {
+        "results": {"anli_r1": {"acc,none": 0.5}, "anli_r2": {"acc,none": 0.8}},
+        "n-samples": {"anli_r1": {"effective": 10}, "anli_r2": {"effective": 30}},
+        "n-shot": {"anli_r1": 7, "anli_r2": 7},
     }
-
-    @pytest.mark.parametrize("name", ROWS)
-    def test_rows_become_lettered_questions(self, name):
-        task = next(task for task in PAPER_SUITE if task.name == name).task
-        row = self.ROWS[name]
-        text = task["doc_to_text"](row)
-        assert "A. x\nB. y\n" in text and text.endswith("Answer:") and text.startswith("Q")
-        assert task["doc_to_target"](row) == 1 and task["doc_to_choice"](row)[:2] == ["A", "B"]
-
-    def test_a_group_without_a_score_gets_the_mean_over_its_questions(self):
-        anli = next(task for task in PAPER_SUITE if task.name == "anli")
-        said = {
-            "results": {"anli_r1": {"acc,none": 0.5}, "anli_r2": {"acc,none": 0.8}},
-            "n-samples": {"anli_r1": {"effective": 10}, "anli_r2": {"effective": 30}},
-            "n-shot": {"anli_r1": 7, "anli_r2": 7},
-        }
-        score = score_of(anli, said)
-        assert score == {"value": pytest.approx(72.5), "metric": "acc,none", "shots": 7, "questions": 40}
-        said["results"] = {"anli_r1": {"f1,none": 0.5}}
-        with pytest.raises(ValueError, match="gives no acc,none for anli, but f1,none"):
-            score_of(anli, said)
+    score = score_of(anli, said)
+    assert score == {"value": pytest.approx(72.5), "metric": "acc,none", "shots": 7, "questions": 40}
+    said["results"] = {"anli_r1": {"f1,none": 0.5}}
+    with pytest.raises(ValueError, match="gives no acc,none for anli, but f1,none"):
+        score_of(anli, said)
 
 
 class TestBadInput:
@@ -226,6 +213,26 @@ class TestBadInput:
         file.write_bytes(content)
         said = self.run(capsys, "--model", model_folder, "--tasks", file, "--output", tmp_path / "out")
         assert message in said and not (tmp_path / "out").exists()
+
+    def test_more_examples_than_other_questions(self, model_folder, letters, tmp_path, capsys):
+        arguments = ("--model", model_folder, "--tasks", letters, "--output", tmp_path / "out")
+        said = self.run(capsys, *arguments, "--shots", 6)
+        assert "trivia.jsonl has 6 questions" in said and "give 5 or less" in said and not (tmp_path / "out").exists()
+
+    def test_a_chat_without_template(self, model_folder, letters, tmp_path, capsys):
+        folder = shutil.copytree(model_folder, tmp_path / "model")
+        (folder / "chat_template.jinja").unlink()
+        said = self.run(capsys, "--model", folder, "--tasks", letters, "--output", tmp_path / "out", "--chat")
+        assert "--chat needs a tokenizer with a chat template" in said and not (tmp_path / "out").exists()
+
+    def test_answers_longer_than_the_model_s_text(self, model_folder, tmp_path, capsys):
+        folder = tmp_path / "short"
+        GrinMoeForCausalLM.from_pretrained(model_folder, max_position_embeddings=64).save_pretrained(folder)
+        load_tokenizer(model_folder).save_pretrained(folder)
+        file = tmp_path / "spelling.jsonl"
+        file.write_text('{"prompt": "Say yes:", "answer": "yes"}\n')
+        said = self.run(capsys, "--model", folder, "--tasks", file, "--output", tmp_path / "out")
+        assert "--tasks spelling: answers of up to 64 tokens are asked for" in said and not (tmp_path / "out").exists()
 
     def test_half_a_checkpoint(self, model_folder, letters, tmp_path, capsys):
         folder = tmp_path / "half"
