@@ -190,6 +190,7 @@ def steps() -> dict[str, Step]:
         "full, autocast": replace(plain, precision=CUDA),
         "full, autocast, checkpointing": replace(plain, **on_gpu),
         "full, one long row": replace(plain, batch=1, sequence=500, gradient_checkpointing=True),
+        "full, RMSNorm, wide heads": replace(plain, config=config_of(norm_type="rms_norm", head_dim=16)),
         "full, beyond the window": replace(plain, config=config_of(sliding_window=63), masked=True),
         "lora": lora,
         "lora, checkpointing": replace(lora, gradient_checkpointing=True),
