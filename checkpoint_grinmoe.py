@@ -233,7 +233,7 @@ def replaced_when_whole(folder: str | os.PathLike) -> Iterator[Path]:
         raise ValueError(f"save_directory={os.fspath(folder)!r} is a file; give a folder")
     if folder.is_symlink() and not folder.exists():
         raise ValueError(f"save_directory={os.fspath(folder)!r} is a link that leads nowhere; give a folder")
-    is_new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=folder))
     staging, previous = workspace / "new", workspace / "previous"
@@ -250,8 +250,8 @@ def replaced_when_whole(folder: str | os.PathLike) -> Iterator[Path]:
         # A move that could not be undone either has left the only copy of an old file here.
         if replaced or not any(path.is_file() for path in previous.rglob("*")):
             shutil.rmtree(workspace, ignore_errors=True)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # up to the first one that holds something
+            list(map(Path.rmdir, made))
 
 
 def _move_in(staging: Path, folder: Path, previous: Path) -> None:

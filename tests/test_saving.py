@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import grinmoe.checkpoint_grinmoe as checkpoint
 from grinmoe import GrinMoeForCausalLM
-from grinmoe.checkpoint_grinmoe import CheckpointFileError
+from grinmoe.checkpoint_grinmoe import CheckpointFileError, replaced_when_whole
 from tests.test_checkpoint import weights_of
 
 
@@ -46,6 +46,13 @@ class TestSafeSaving:
         assert len(written) == failing_shard
         assert self.content(saved) == before
         GrinMoeForCausalLM.from_pretrained(saved)
+
+    def test_folders_that_were_made_for_it_go_again(self, tmp_path):
+        """And no others."""
+        (tmp_path / "mine").mkdir()
+        with pytest.raises(KeyboardInterrupt), replaced_when_whole(tmp_path / "mine" / "new" / "model"):
+            raise KeyboardInterrupt
+        assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
 
     @pytest.mark.parametrize("failing_move", [0, 1, 5, 9, 14, 22])
     @pytest.mark.parametrize("max_shard_size", ["20KB", "5GB"])
