@@ -360,8 +360,8 @@ def _of_this_model(config_dict: dict[str, Any]) -> dict[str, Any]:
 def _from_phimoe_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
     rope = config_dict.get("rope_parameters") or {}
     defaults = {**_PHIMOE_DEFAULTS, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
-    # An export of ours: its window is spelled for phimoe, and its own fields are beside.
-    extras = config_dict.get(PHIMOE_EXTRAS) or {}
+    # An export of ours: its window is spelled for phimoe, and its own fields are beside (but `written_out` is no field).
+    extras = {k: v for k, v in (config_dict.get(PHIMOE_EXTRAS) or {}).items() if k != "written_out"}
     converted = {**defaults, **config_dict, **extras, "model_type": GrinMoeConfig.model_type}
     converted.pop(PHIMOE_EXTRAS, None)
     # They name phimoe's own classes and files, unless somebody has put our code beside the weights.

@@ -11,7 +11,6 @@ Tensors are read, converted and written shard by shard, and the folder appears w
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -26,18 +25,27 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
-from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, PhimoeForCausalLM
+from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, PhimoeConfig, PhimoeForCausalLM
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .checkpoint_grinmoe import add_remote_code, check_weights, refuse_checkout, replaced_when_whole
 from .configuration_grinmoe import PHIMOE_EXTRAS, GrinMoeConfig
+from .conversion_check import compare_logits, warn_of_difference, why_not_compared
 from .experts_grinmoe import ON_DISK
 from .foreign_configs import ConversionError, from_mixtral, to_phimoe
-from .gguf_export import check_gguf, find_converter, routing_difference, write_gguf
+from .gguf_export import check_gguf, find_converter, write_gguf
 from .layout_grinmoe import fused_name, official_shapes
 from .merge import TOKENIZER_FILES
 from .model_source import folder_or_repository
 from .modeling_grinmoe import GrinMoeForCausalLM
+from .phimoe_engines import (
+    as_it_was,
+    complete,
+    engine_causes,
+    engine_difference,
+    has_spare_head,
+    routing_difference,
+)
 from .provenance import markdown_table, write_beside
 from .quantized_experts_grinmoe import FUSED, dense_shape, quantize_rows
 from .weight_stream import Entry, WeightSource, write_shards
@@ -48,8 +56,6 @@ _RECORD = "export.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 # bitsandbytes would convert them too, and they are 4 % of the weights.
 _NOT_IN_8_BITS = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
-# Of texts that are compared; the released window and some more.
-_LONGEST_TEXT = 2304
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
@@ -98,6 +104,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
     check_weights(source.shapes, config, folder, head_keys=("score.",))
     converter = find_converter(options.converter) if options.to == "gguf" else None
     record: dict[str, Any] = {"source": options.model, "to": options.to, "dtype": options.dtype, "notes": []}
+    if model_type_of(folder) == PhimoeConfig.model_type:
+        config = as_it_was(config, _content(folder), source)
     with replaced_when_whole(options.output) as staging:
         dtype = "auto" if options.to == "gguf" else options.dtype  # there the converter casts
         entries = list(official_entries(source, config, dtype))
@@ -106,12 +114,14 @@ def export(options: ExportOptions) -> dict[str, Any]:
             file = write_gguf(entries, config, folder, staging, converter, options.dtype, options.max_shard_size)
             record["bytes"] = file.stat().st_size
         else:
+            if options.to == "phimoe":
+                entries = complete(entries)
             if options.dtype == "int8":
                 entries = _in_8_bits(entries, config)
             _write_config(options, config, entries, staging)
             copy_companions(folder, staging)
             record["bytes"] = write_shards(entries, staging, options.max_shard_size, f"writing {options.to}")
-        _compare(options, folder, config, parameters, _speaks(source, config), staging, record)
+        _compare(options, source, config, parameters, staging, record)
         if options.to == "safetensors" and _reads_one_key_more(folder, config):
             record["notes"].append(
                 f"sliding_window={config.sliding_window} is taken as in the released models, which see "
@@ -133,11 +143,12 @@ def run_export(options: ExportOptions) -> None:
         ]
         header = ["tokens", "keys that a token sees", "largest difference of logits", "largest logit"]
         console.print(markdown_table(header, rows), markup=False)
-    if routing := record.get("routing"):
-        console.print(
-            f"with llama.cpp's routing, on {routing['tokens']} tokens ({routing['text']}): another likeliest next token at "
-            f"{routing['next_token_differs']:.1%} of them, mean divergence {routing['kl']:.3g} nats"
-        )
+    for key, whose in {"routing": "with llama.cpp's routing", "engines": "as vLLM and SGLang compute it"}.items():
+        if difference := record.get(key):
+            console.print(
+                f"{whose}, on {difference['tokens']} tokens ({difference['text']}): another likeliest next token at "
+                f"{difference['next_token_differs']:.1%} of them, mean divergence {difference['kl']:.3g} nats"
+            )
     for note in record["notes"]:
         console.print(f"note: {note}", markup=False)
 
@@ -202,11 +213,18 @@ def read_config(folder: Path) -> GrinMoeConfig:
 
 def model_type_of(folder: Path) -> str | None:
     """Of a folder's config.json; ConversionError where that is no JSON object."""
+    return _content(folder).get("model_type")
+
+
+def _content(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_NAME
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConversionError(f"{file} cannot be read ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file} cannot be read (it is no JSON object); download it again")
+    return content
 
 
 def _speaks(source: WeightSource, config: GrinMoeConfig) -> bool:
@@ -215,8 +233,7 @@ def _speaks(source: WeightSource, config: GrinMoeConfig) -> bool:
 
 
 def _check_target(options: ExportOptions, config: GrinMoeConfig, source: WeightSource) -> None:
-    content = json.loads((source.folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    if content.get("quantization_config") is not None:
+    if _content(source.folder).get("quantization_config") is not None:
         raise ConversionError(
             f"{source.folder} is quantised, and its packed weights have no other layout; export the checkpoint that it was "
             "made of"
@@ -235,6 +252,8 @@ def _check_target(options: ExportOptions, config: GrinMoeConfig, source: WeightS
 def official_entries(source: WeightSource, config: GrinMoeConfig, dtype: str = "auto") -> Iterator[Entry]:
     """A checkpoint's tensors under their official keys, cast; fused experts are taken apart as they are read."""
     for name, shape in official_shapes(config).items():
+        if name == "lm_head.weight" and config.tie_word_embeddings and has_spare_head(source):
+            continue
         key = name if name in source else name.removeprefix("model.")
         if key in source:
             yield _entry(name, shape, source, key, (), dtype)
@@ -313,7 +332,7 @@ class _Packed:
 
 def _reads_one_key_more(folder: Path, config: GrinMoeConfig) -> bool:
     """Whether it is a phimoe that may have been trained with a window of W keys, not W + 1."""
-    content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    content = _content(folder)
     is_foreign = content.get("model_type") == "phimoe" and PHIMOE_EXTRAS not in content
     return is_foreign and (config.visible_keys or math.inf) < config.max_position_embeddings
 
@@ -346,14 +365,17 @@ def copy_companions(folder: Path, staging: Path) -> None:
 
 def _compare(
     options: ExportOptions,
-    folder: Path,
+    source: WeightSource,
     config: GrinMoeConfig,
     parameters: int,
-    has_head: bool,
     staging: Path,
     record: dict[str, Any],
 ) -> None:
-    classes = _classes(options, folder, has_head)
+    folder = source.folder
+    classes = _classes(options, folder, _speaks(source, config))
+    causes = engine_causes(config, source) if options.to == "phimoe" else []
+    if causes:
+        record["notes"].append(f"vLLM and SGLang give other logits: {', and '.join(causes)}")
     if options.to == "gguf":
         record["notes"] += _notes_of_gguf(config)
     elif classes is None:
@@ -366,6 +388,8 @@ def _compare(
         record["logits"] = compare_logits((classes[0], folder), (classes[1], staging), config)
         if options.dtype in ("auto", "float32"):
             warn_of_difference(record)
+        if causes:
+            record["engines"] = engine_difference(folder, config)
     rope = config.rope_parameters or {}
     if options.to == "phimoe" and rope["rope_type"] == "longrope":
         original = rope["original_max_position_embeddings"]
@@ -398,78 +422,11 @@ def _classes(options: ExportOptions, folder: Path, has_head: bool) -> tuple[type
     return None
 
 
-def text_lengths(config: GrinMoeConfig) -> list[int]:
-    """Of a text within the window (and LongRoPE's short factors), and one beyond, where that is not too long to try."""
-    most = config.max_position_embeddings
-    window = config.visible_keys or most
-    original = (config.rope_parameters or {}).get("original_max_position_embeddings", most)
-    short, long = min(64, max(2, window // 2), original - 1), min(window + 64, most)
-    return sorted({short, long if long <= _LONGEST_TEXT else short})
-
-
-def comparison_bytes(config: GrinMoeConfig, parameters: int) -> int:
-    """What comparing takes: one model in float32, and the logits of all texts from both."""
-    return 4 * (parameters + 3 * sum(text_lengths(config)) * config.vocab_size)
-
-
-def why_not_compared(config: GrinMoeConfig, parameters: int, asked: bool) -> str | None:
-    """A note, or None where memory has room."""
-    if not asked:
-        return "logits were not compared, as asked"
-    needed = comparison_bytes(config, parameters)
-    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
-        return f"logits were not compared: that takes {needed / 1e9:.0f} GB, more than half of this machine's memory"
-    return None
-
-
-def warn_of_difference(record: dict[str, Any]) -> None:
-    """A note where models that should be equal are not."""
-    for one in record["logits"]:
-        if not one["difference"] <= 1e-3 * one["largest"]:
-            record["notes"].append(
-                f"on a text of {one['tokens']} tokens the logits differ by {one['difference']:.2g} of {one['largest']:.3g}: "
-                "the result does not compute what its source does"
-            )
-
-
-def compare_logits(source: tuple[Any, Path], result: tuple[Any, Path], config: GrinMoeConfig) -> list[dict[str, Any]]:
-    """
-    Largest difference of logits on random tokens, in float32: of a text that fits into the window, and of a longer one.
-
-    Args:
-        source, result: the class of a model, and the folder that it loads.
-        config: of both, as ours.
-    """
-    window = config.visible_keys or config.max_position_embeddings
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(config.vocab_size, (1, length), generator=generator) for length in text_lengths(config)]
-    expected, found = _logits(*source, texts), _logits(*result, texts)
-    return [
-        {
-            "tokens": text.shape[1],
-            "window": window,
-            "difference": (a - b).abs().max().item(),
-            "largest": a.abs().max().item(),
-        }
-        for text, a, b in zip(texts, expected, found, strict=True)
-    ]
-
-
-def _logits(model_class: Any, folder: Path, texts: list[torch.Tensor]) -> list[torch.Tensor]:
-    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = [model(text, use_cache=False).logits for text in texts]
-    del model
-    gc.collect()
-    return logits
-
-
 __all__ = [
     "DTYPES",
     "TARGETS",
     "ExportOptions",
     "check_output",
-    "compare_logits",
     "copy_companions",
     "export",
     "local_folder",
@@ -477,7 +434,4 @@ __all__ = [
     "official_entries",
     "read_config",
     "run_export",
-    "text_lengths",
-    "warn_of_difference",
-    "why_not_compared",
 ]

@@ -34,6 +34,8 @@ _EXTRAS = (
     "sliding_window router_estimator router_aux_loss_scope router_z_loss_coef router_capacity_factor hidden_dropout "
     "expert_dropout"
 ).split()
+# Under it, how a checkpoint was before tensors were written out for engines that insist on them.
+WRITTEN_OUT = "written_out"
 
 
 class ConversionError(ValueError):
@@ -103,12 +105,18 @@ def to_phimoe(config: GrinMoeConfig) -> dict[str, Any]:
 
 
 def phimoe_fields(config: GrinMoeConfig) -> dict[str, Any]:
-    """As `to_phimoe`, whatever the config says: for programs whose PhiMoE is another one (llama.cpp)."""
+    """As `to_phimoe`, whatever the config says: for programs whose PhiMoE is another one (llama.cpp).
+
+    It is the config of all tensors that `phimoe_engines.complete` writes out.
+    """
+    whole = {"attention_bias": True, "lm_head_bias": True, "tie_word_embeddings": False}
+    before = {name: getattr(config, name) for name, value in whole.items() if getattr(config, name) != value}
     content: dict[str, Any] = {
         # As in the released Phi-3.5-MoE: vLLM, SGLang and llama.cpp look for it. Transformers goes by model_type.
         "architectures": ["PhiMoEForCausalLM"],
         "model_type": PhimoeConfig.model_type,
         **{name: getattr(config, name) for name in _SHARED},
+        **whole,
         "sliding_window": config.visible_keys,
         "dtype": _spelled(config.dtype),
         "rope_theta": config.rope_theta,
@@ -116,6 +124,8 @@ def phimoe_fields(config: GrinMoeConfig) -> dict[str, Any]:
         "rope_parameters": dict(config.rope_parameters or {}),
         PHIMOE_EXTRAS: {name: getattr(config, name) for name in _EXTRAS},
     }
+    if before:
+        content[PHIMOE_EXTRAS][WRITTEN_OUT] = before
     if config.head_size * config.num_attention_heads != config.hidden_size:
         content["head_dim"] = config.head_size
     if content["rope_parameters"]["rope_type"] == "longrope":
@@ -165,4 +175,4 @@ def _spelled(dtype: Any) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-__all__ = ["ConversionError", "from_mixtral", "phimoe_fields", "to_phimoe"]
+__all__ = ["WRITTEN_OUT", "ConversionError", "from_mixtral", "phimoe_fields", "to_phimoe"]

@@ -9,14 +9,12 @@ mean is 0, and there both norms are the same. What cannot be mended is routing: 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils import CONFIG_NAME
@@ -24,8 +22,7 @@ from transformers.utils import CONFIG_NAME
 from .configuration_grinmoe import GrinMoeConfig
 from .foreign_configs import ConversionError, phimoe_fields
 from .merge import TOKENIZER_FILES
-from .modeling_grinmoe import GrinMoeForCausalLM
-from .tokenization import load_tokenizer
+from .phimoe_engines import complete
 from .weight_stream import Entry, write_shards
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -33,7 +30,6 @@ CONVERTER = "convert_hf_to_gguf.py"
 OUTTYPES = {"auto": "auto", "bfloat16": "bf16", "float16": "f16", "float32": "f32", "int8": "q8_0"}
 # llama.cpp turns Phi-3's special tokens on by the model's name.
 _NAME = "Phi-3-MoE"
-_TOKENS_COMPARED = 256
 
 
 def find_converter(path: str | None) -> Path:
@@ -88,19 +84,11 @@ def centred(entries: Iterable[Entry], config: GrinMoeConfig) -> list[Entry]:
 
     A tied head is written apart, as it was. Where the norm is RMSNorm already, nothing is subtracted.
     """
-    by_name = {entry.name: entry for entry in entries}
-    result = {}
-    for name, entry in by_name.items():
-        result[name] = entry
-        if config.norm_type != "rms_norm" and (dim := _mean_of(name)) is not None:
-            result[name] = _without_mean(entry, dim)
-    if "lm_head.weight" not in result:
-        result["lm_head.weight"] = dataclasses.replace(by_name["model.embed_tokens.weight"], name="lm_head.weight")
-    for name in [name for name in result if _may_have_bias(name)]:
-        bias = name.removesuffix("weight") + "bias"
-        if bias not in result:
-            result[bias] = _zeros(bias, result[name])
-    return list(result.values())
+    result = []
+    for entry in complete(entries):
+        dim = None if config.norm_type == "rms_norm" else _mean_of(entry.name)
+        result.append(entry if dim is None else _without_mean(entry, dim))
+    return result
 
 
 def _mean_of(name: str) -> int | None:
@@ -116,15 +104,6 @@ def _without_mean(entry: Entry, dim: int) -> Entry:
         return (tensor - tensor.mean(dim=dim, keepdim=True)).to(entry.dtype)
 
     return dataclasses.replace(entry, make=make)
-
-
-def _may_have_bias(name: str) -> bool:
-    return name == "lm_head.weight" or (name.endswith(".weight") and ("_proj." in name or "norm." in name))
-
-
-def _zeros(name: str, weight: Entry) -> Entry:
-    shape = weight.shape[:1]
-    return Entry(name, shape, weight.dtype, lambda: torch.zeros(shape, dtype=weight.dtype))
 
 
 def write_gguf(
@@ -155,9 +134,8 @@ def write_gguf(
     between.mkdir()
     content = phimoe_fields(config)
     original = content.get("original_max_position_embeddings", config.max_position_embeddings)
-    content |= {"original_max_position_embeddings": original, "tie_word_embeddings": False}
+    content["original_max_position_embeddings"] = original
     content["rope_parameters"] = {**content["rope_parameters"], "original_max_position_embeddings": original}
-    content |= {"attention_bias": True, "lm_head_bias": True}
     (between / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
@@ -173,40 +151,4 @@ def write_gguf(
     return file
 
 
-def routing_difference(folder: Path, config: GrinMoeConfig) -> dict[str, Any]:
-    """
-    How far PhiMoE's routing moves the model's outputs: both routings by our own code in float32, on one text.
-
-    Returns:
-        tokens; text, what they are of; next_token_differs, the share of positions where the likeliest next token is
-        another; kl, the mean divergence of the next token's distribution in nats.
-    """
-    model = GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids, text = _tokens(folder, config)
-    with torch.no_grad():
-        own = model(ids, use_cache=False).logits[0].log_softmax(-1)
-        for layer in model.model.layers:
-            layer.block_sparse_moe.gate.estimator = "topk_renormalized"
-        other = model(ids, use_cache=False).logits[0].log_softmax(-1)
-    del model
-    gc.collect()
-    return {
-        "tokens": ids.shape[1],
-        "text": text,
-        "next_token_differs": (own.argmax(-1) != other.argmax(-1)).double().mean().item(),
-        "kl": (own.exp() * (own - other)).sum(-1).mean().item(),
-    }
-
-
-def _tokens(folder: Path, config: GrinMoeConfig) -> tuple[torch.Tensor, str]:
-    length = min(_TOKENS_COMPARED, config.max_position_embeddings)
-    if (folder / "tokenizer.json").is_file():
-        from pydoc_data.topics import topics
-
-        ids = load_tokenizer(folder)("\n\n".join(topics.values())[: 20 * length])["input_ids"][:length]
-        return torch.tensor([ids]), "Python's documentation"
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab_size, (1, length), generator=generator), "random tokens"
-
-
-__all__ = ["CONVERTER", "OUTTYPES", "centred", "check_gguf", "find_converter", "routing_difference", "write_gguf"]
+__all__ = ["CONVERTER", "OUTTYPES", "centred", "check_gguf", "find_converter", "write_gguf"]

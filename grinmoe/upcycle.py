@@ -26,7 +26,8 @@ from transformers.utils import CONFIG_NAME
 
 from .checkpoint_grinmoe import CheckpointError, add_remote_code, replaced_when_whole
 from .configuration_grinmoe import GrinMoeConfig
-from .export import check_output, compare_logits, copy_companions, local_folder, model_type_of, why_not_compared
+from .conversion_check import compare_logits, why_not_compared
+from .export import check_output, copy_companions, local_folder, model_type_of
 from .foreign_configs import ConversionError
 from .layout_grinmoe import official_shapes
 from .modeling_grinmoe import GrinMoeForCausalLM

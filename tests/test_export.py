@@ -21,7 +21,8 @@ from transformers import (
 
 import grinmoe_cli
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification
-from grinmoe.export import ExportOptions, export, official_entries, read_config, text_lengths, warn_of_difference
+from grinmoe.conversion_check import text_lengths, warn_of_difference
+from grinmoe.export import ExportOptions, export, official_entries, read_config
 from grinmoe.foreign_configs import ConversionError, to_phimoe
 from grinmoe.weight_stream import WeightSource, write_shards
 

@@ -20,7 +20,8 @@ from transformers import PhimoeConfig
 import grinmoe_cli
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.export import ExportOptions, export, official_entries, read_config
-from grinmoe.gguf_export import CONVERTER, centred, find_converter, routing_difference
+from grinmoe.gguf_export import CONVERTER, centred, find_converter
+from grinmoe.phimoe_engines import routing_difference
 from grinmoe.weight_stream import WeightSource
 from tests.test_export import EQUAL, WINDOW, logits_of, model_of
 from tests.tokenizer_files import train
