@@ -65,8 +65,8 @@ _PHIMOE_DEFAULTS: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-# Where an export to phimoe keeps our fields that phimoe has not.
-PHIMOE_EXTRAS = "grinmoe"
+# Where an export (to phimoe, to Mixtral) keeps our fields that the other model has not.
+FOREIGN_EXTRAS = "grinmoe"
 
 # Auto class -> "file.Class" for checkpoints that carry the flat remote-code files.
 AUTO_MAP = {
@@ -361,9 +361,9 @@ def _from_phimoe_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
     rope = config_dict.get("rope_parameters") or {}
     defaults = {**_PHIMOE_DEFAULTS, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
     # An export of ours: its window is spelled for phimoe, and its own fields are beside (but `written_out` is no field).
-    extras = {k: v for k, v in (config_dict.get(PHIMOE_EXTRAS) or {}).items() if k != "written_out"}
+    extras = {k: v for k, v in (config_dict.get(FOREIGN_EXTRAS) or {}).items() if k != "written_out"}
     converted = {**defaults, **config_dict, **extras, "model_type": GrinMoeConfig.model_type}
-    converted.pop(PHIMOE_EXTRAS, None)
+    converted.pop(FOREIGN_EXTRAS, None)
     # They name phimoe's own classes and files, unless somebody has put our code beside the weights.
     if not _is_our_auto_map(converted.get("auto_map")):
         converted.pop("auto_map", None)

@@ -4,6 +4,7 @@
 |---|---|
 | `safetensors` | a GRIN-MoE checkpoint of another dtype or shard size; also from a phimoe or a Mixtral |
 | `phimoe` | a checkpoint that Transformers' own class, vLLM and SGLang load without code |
+| `mixtral` | the same, of a model with RMSNorm and renormalised top-k gating |
 | `gguf` | a file for llama.cpp, whose routing is another (`gguf_export.py`) |
 
 Tensors are read, converted and written shard by shard, and the folder appears when it is whole.
@@ -29,10 +30,10 @@ from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, 
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .checkpoint_grinmoe import add_remote_code, check_weights, refuse_checkout, replaced_when_whole
-from .configuration_grinmoe import PHIMOE_EXTRAS, GrinMoeConfig
+from .configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig
 from .conversion_check import compare_logits, warn_of_difference, why_not_compared
 from .experts_grinmoe import ON_DISK
-from .foreign_configs import ConversionError, from_mixtral, to_phimoe
+from .foreign_configs import ConversionError, from_mixtral, to_mixtral, to_phimoe
 from .gguf_export import check_gguf, find_converter, write_gguf
 from .layout_grinmoe import fused_name, official_shapes
 from .merge import TOKENIZER_FILES
@@ -50,7 +51,7 @@ from .provenance import markdown_table, write_beside
 from .quantized_experts_grinmoe import FUSED, dense_shape, quantize_rows
 from .weight_stream import Entry, WeightSource, write_shards
 
-TARGETS = ("safetensors", "phimoe", "gguf")
+TARGETS = ("safetensors", "phimoe", "mixtral", "gguf")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
 _RECORD = "export.json"
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -161,8 +162,8 @@ def _check_options(options: ExportOptions) -> None:
         raise ValueError(f"--to {options.to!r} is unknown; choose one of {', '.join(TARGETS)}")
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype {options.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    if options.dtype == "int8" and options.to == "phimoe":
-        raise ConversionError("--dtype int8 is for safetensors and gguf; choose bfloat16 or float16 for phimoe")
+    if options.dtype == "int8" and options.to in ("phimoe", "mixtral"):
+        raise ConversionError(f"--dtype int8 is for safetensors and gguf; choose bfloat16 or float16 for {options.to}")
     check_output(options.output, options.max_shard_size)
 
 
@@ -240,9 +241,11 @@ def _check_target(options: ExportOptions, config: GrinMoeConfig, source: WeightS
         )
     if options.to == "phimoe":
         to_phimoe(config)  # refuses
+    if options.to == "mixtral":
+        to_mixtral(config)
     if options.to == "gguf":
         check_gguf(source.folder, config)
-    if options.to in ("phimoe", "gguf") and not _speaks(source, config):
+    if options.to != "safetensors" and not _speaks(source, config):
         raise ConversionError(f"{source.folder} has no language head; {options.to} is a language model")
 
 
@@ -333,7 +336,7 @@ class _Packed:
 def _reads_one_key_more(folder: Path, config: GrinMoeConfig) -> bool:
     """Whether it is a phimoe that may have been trained with a window of W keys, not W + 1."""
     content = _content(folder)
-    is_foreign = content.get("model_type") == "phimoe" and PHIMOE_EXTRAS not in content
+    is_foreign = content.get("model_type") == "phimoe" and FOREIGN_EXTRAS not in content
     return is_foreign and (config.visible_keys or math.inf) < config.max_position_embeddings
 
 
@@ -343,6 +346,9 @@ def _write_config(options: ExportOptions, config: GrinMoeConfig, entries: list[E
     if options.to == "phimoe":
         text = json.dumps(to_phimoe(config), indent=2, sort_keys=True) + "\n"
         (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
+        return
+    if options.to == "mixtral":
+        to_mixtral(config).save_pretrained(staging)
         return
     names = {entry.name for entry in entries}
     architecture = "GrinMoeForCausalLM" if "lm_head.weight" in names or config.tie_word_embeddings else "GrinMoeModel"
@@ -417,6 +423,8 @@ def _classes(options: ExportOptions, folder: Path, has_head: bool) -> tuple[type
     """Of the source and of the result, where they are two models that should compute the same."""
     if options.to == "phimoe":
         return GrinMoeForCausalLM, PhimoeForCausalLM
+    if options.to == "mixtral":
+        return GrinMoeForCausalLM, MixtralForCausalLM
     if model_type_of(folder) == MixtralConfig.model_type and has_head and options.dtype != "int8":
         return MixtralForCausalLM, GrinMoeForCausalLM
     return None

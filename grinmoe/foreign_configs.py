@@ -1,4 +1,4 @@
-"""Configs of related models: Mixtral's and phimoe's into ours, and ours into phimoe's.
+"""Configs of related models: Mixtral's and phimoe's into ours, and ours into theirs.
 
 All three have the same keys on disk (`layout_grinmoe.official_shapes`), so that what a conversion has to decide is in
 config.json: norm, biases, window, gating.
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import MixtralConfig, PhimoeConfig
 
-from .configuration_grinmoe import PHIMOE_EXTRAS, GrinMoeConfig
+from .configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig
 
 # They route as SparseMixer does in evaluation, so that a phimoe that is not trained on gives the same.
 _ROUTED_ALIKE = (
@@ -29,7 +29,13 @@ _SHARED = (
     "tie_word_embeddings attention_dropout num_experts_per_tok num_local_experts output_router_logits "
     "router_aux_loss_coef router_jitter_noise input_jitter_noise attention_bias lm_head_bias"
 ).split()
-# What phimoe has no field for. They are kept beside its fields, where nothing else reads them, for the way back.
+_SHARED_WITH_MIXTRAL = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
+    "tie_word_embeddings attention_dropout num_experts_per_tok num_local_experts output_router_logits "
+    "router_aux_loss_coef id2label label2id problem_type dtype"
+).split()
+# What others have no field for. They are kept beside its fields, where nothing else reads them, for the way back.
 _EXTRAS = (
     "sliding_window router_estimator router_aux_loss_scope router_z_loss_coef router_capacity_factor hidden_dropout "
     "expert_dropout"
@@ -52,42 +58,52 @@ def from_mixtral(config: MixtralConfig) -> GrinMoeConfig:
     """
     window = config.sliding_window
     fields: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "hidden_act": config.hidden_act,
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
+        **{name: getattr(config, name) for name in _SHARED_WITH_MIXTRAL},
         "norm_type": "rms_norm",
-        "rms_norm_eps": config.rms_norm_eps,
-        "use_cache": config.use_cache,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "rope_parameters": dict(config.rope_parameters or {}),
         "sliding_window": None if window is None else window - 1,
         "attention_bias": False,
         "lm_head_bias": False,
-        "attention_dropout": config.attention_dropout,
-        "num_local_experts": config.num_local_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
         "router_estimator": "topk_renormalized",
         "input_jitter_noise": config.router_jitter_noise,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
-        "output_router_logits": config.output_router_logits,
-        "id2label": config.id2label,
-        "label2id": config.label2id,
-        "problem_type": config.problem_type,
-        "dtype": config.dtype,
+        **(getattr(config, FOREIGN_EXTRAS, None) or {}),
     }
     head_dim = getattr(config, "head_dim", None)
     if head_dim is not None and head_dim * config.num_attention_heads != config.hidden_size:
         fields["head_dim"] = head_dim
     return GrinMoeConfig(**fields)
+
+
+def to_mixtral(config: GrinMoeConfig) -> MixtralConfig:
+    """
+    The Mixtral that computes what this model does in evaluation; what it has no field for is kept as in `to_phimoe`.
+
+    Raises:
+        ConversionError: a norm, gating or bias that Mixtral does not have.
+    """
+    wanted = {
+        "norm_type": "rms_norm",
+        "router_estimator": "topk_renormalized",
+        "attention_bias": False,
+        "lm_head_bias": False,
+    }
+    for name, value in wanted.items():
+        if (own := getattr(config, name)) != value:
+            raise ConversionError(
+                f"{name}={own!r}: Mixtral has {value!r} alone; serve this checkpoint with `grinmoe serve`, or by "
+                "trust_remote_code"
+            )
+    extras = (name for name in ("router_jitter_noise", *_EXTRAS) if name not in ("router_estimator", "sliding_window"))
+    fields: dict[str, Any] = {
+        **{name: getattr(config, name) for name in _SHARED_WITH_MIXTRAL},
+        "architectures": ["MixtralForCausalLM"],
+        "rope_parameters": dict(config.rope_parameters or {}),
+        "sliding_window": config.visible_keys,
+        "head_dim": config.head_size,
+        "router_jitter_noise": config.input_jitter_noise,
+        FOREIGN_EXTRAS: {name: getattr(config, name) for name in extras},
+    }
+    return MixtralConfig(**fields)
 
 
 def to_phimoe(config: GrinMoeConfig) -> dict[str, Any]:
@@ -122,10 +138,10 @@ def phimoe_fields(config: GrinMoeConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
         "rope_parameters": dict(config.rope_parameters or {}),
-        PHIMOE_EXTRAS: {name: getattr(config, name) for name in _EXTRAS},
+        FOREIGN_EXTRAS: {name: getattr(config, name) for name in _EXTRAS},
     }
     if before:
-        content[PHIMOE_EXTRAS][WRITTEN_OUT] = before
+        content[FOREIGN_EXTRAS][WRITTEN_OUT] = before
     if config.head_size * config.num_attention_heads != config.hidden_size:
         content["head_dim"] = config.head_size
     if content["rope_parameters"]["rope_type"] == "longrope":
@@ -175,4 +191,4 @@ def _spelled(dtype: Any) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-__all__ = ["WRITTEN_OUT", "ConversionError", "from_mixtral", "phimoe_fields", "to_phimoe"]
+__all__ = ["WRITTEN_OUT", "ConversionError", "from_mixtral", "phimoe_fields", "to_mixtral", "to_phimoe"]

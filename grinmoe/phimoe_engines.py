@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .configuration_grinmoe import PHIMOE_EXTRAS, GrinMoeConfig
+from .configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig
 from .conversion_check import distribution_difference
 from .foreign_configs import WRITTEN_OUT
 from .weight_stream import Entry, WeightSource
@@ -56,7 +56,7 @@ def as_it_was(config: GrinMoeConfig, content: dict[str, Any], source: WeightSour
         content: its config.json.
         source: its tensors. What was trained since (a bias that is not zero) stays.
     """
-    before = (content.get(PHIMOE_EXTRAS) or {}).get(WRITTEN_OUT) or {}
+    before = (content.get(FOREIGN_EXTRAS) or {}).get(WRITTEN_OUT) or {}
     biases = [name for name in source.shapes if name.endswith("_proj.bias")]
     unchanged = {
         "attention_bias": lambda: all(not source.read(name).any() for name in biases),

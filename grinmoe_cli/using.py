@@ -126,13 +126,15 @@ def _add_export(commands) -> None:
         "export",
         help="write a checkpoint for other programs, or of another model, dtype or shard size",
         description="Convert a checkpoint, shard by shard: to phimoe, which Transformers' own class, vLLM and SGLang load "
-        "without code; or to safetensors, a GRIN-MoE of another dtype or shard size, also from a phimoe (Phi-3.5-MoE, "
-        "Phi-mini-MoE, Phi-tiny-MoE) or a Mixtral; or to gguf, by llama.cpp's converter. The folder appears when "
-        "it is complete.",
+        "without code (a model with RMSNorm and top-k gating: to mixtral); to safetensors, a GRIN-MoE of another dtype or "
+        "shard size, also from a phimoe (Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE) or a Mixtral; or to gguf, by "
+        "llama.cpp's converter. The folder appears when it is complete.",
         epilog="example: grinmoe export --model demo-output/model --to phimoe --output demo-phimoe",
     )
     export.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="folder, or a repository of the Hub")
-    export.add_argument("--to", required=True, choices=["safetensors", "phimoe", "gguf"], help="what is written")
+    export.add_argument(
+        "--to", required=True, choices=["safetensors", "phimoe", "mixtral", "gguf"], help="what is written"
+    )
     export.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
     export.add_argument(
         "--dtype",

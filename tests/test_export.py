@@ -188,6 +188,32 @@ class TestMixtral:
         assert_same_logits(mixtral, ours)
         assert all(one["difference"] <= EQUAL for one in record["logits"])
         assert ours.config.router_estimator == "topk_renormalized"
+        back = export(ExportOptions(str(tmp_path / "ours"), "mixtral", str(tmp_path / "back")))
+        assert all(one["difference"] <= EQUAL for one in back["logits"])
+        assert_same_logits(mixtral, AutoModelForCausalLM.from_pretrained(tmp_path / "back"))
+        first, last = WeightSource(tmp_path / "mixtral"), WeightSource(tmp_path / "back")
+        assert first.shapes == last.shapes
+        assert all(torch.equal(first.read(name), last.read(name)) for name in first.shapes)
+        configs = [MixtralConfig.from_pretrained(tmp_path / name).to_dict() for name in ("mixtral", "back")]
+        different = {name for name in configs[0] | configs[1] if configs[0].get(name) != configs[1].get(name)}
+        assert different <= {"grinmoe", "head_dim"}
+
+    def test_a_model_of_ours_goes_there_and_back(self, tmp_path):
+        fields = {"attention_bias": False, "lm_head_bias": False, "norm_type": "rms_norm"}
+        model = model_of(**fields, router_estimator="topk_renormalized", router_jitter_noise=0.2, expert_dropout=0.1)
+        model.save_pretrained(tmp_path / "model")
+        export(ExportOptions(str(tmp_path / "model"), "mixtral", str(tmp_path / "mixtral")))
+        assert_same_logits(model, MixtralForCausalLM.from_pretrained(tmp_path / "mixtral").eval())
+        export(ExportOptions(str(tmp_path / "mixtral"), "safetensors", str(tmp_path / "back")))
+        configs = [GrinMoeConfig.from_pretrained(tmp_path / name).to_dict() for name in ("model", "back")]
+        assert configs[0] == configs[1]
+
+    @pytest.mark.parametrize("name, value", [("norm_type", "layer_norm"), ("router_estimator", "sparsemixer_v2")])
+    def test_what_mixtral_has_not_is_refused(self, name, value, tmp_path):
+        fields = {"attention_bias": False, "lm_head_bias": False, "norm_type": "rms_norm"}
+        model_of(**{**fields, "router_estimator": "topk_renormalized", name: value}).save_pretrained(tmp_path / "model")
+        with pytest.raises(ConversionError, match=f"{name}='{value}': Mixtral has"):
+            export(ExportOptions(str(tmp_path / "model"), "mixtral", str(tmp_path / "out")))
 
     def test_it_is_no_phimoe(self, tmp_path):
         sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
