@@ -44,7 +44,7 @@ test: $(VENV)/.stamp  ## the whole CPU test suite
 test-oldest: $(OLDEST)/.stamp  ## the model's tests on the oldest supported Transformers
 	@$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)", transformers.__version__'
 	@$(OLDEST)/bin/python $(PYTEST) tests/goldens tests/remote_code tests/distributed tests/test_balance.py tests/test_block.py \
-		tests/test_checkpoint.py tests/test_configuration.py tests/test_estimators.py tests/test_experts.py \
+		tests/test_checkpoint.py tests/test_configuration.py tests/test_estimators.py tests/test_estimator_forwards.py tests/test_experts.py \
 		tests/test_generate.py tests/test_mask_schedule.py tests/test_modeling.py tests/test_monitoring.py tests/test_monitoring_alarms.py \
 		tests/test_routing.py tests/test_routing_record.py tests/test_saving.py tests/test_tokenization.py tests/test_training.py \
 		tests/test_chat_template.py tests/test_hub_server.py tests/test_tokenizer_build.py tests/test_tokenizer_loading.py \
