@@ -30,6 +30,7 @@ from .conversion_check import compare_logits, why_not_compared
 from .export import check_output, copy_companions, local_folder, model_type_of
 from .foreign_configs import ConversionError
 from .layout_grinmoe import official_shapes
+from .model_source import check_dtype
 from .modeling_grinmoe import GrinMoeForCausalLM
 from .provenance import markdown_table, write_beside
 from .routing_grinmoe import masked_softmax, mix_seed, routing_generator
@@ -85,8 +86,7 @@ class UpcycleOptions:
         for name in ("noise", "reinit"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is not between 0 and 1")
-        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
-            raise ValueError(f"--dtype {self.dtype!r}; choose auto, bfloat16, float16 or float32")
+        check_dtype(self.dtype)
 
 
 def upcycle(options: UpcycleOptions) -> dict[str, Any]:
