@@ -36,7 +36,6 @@ from .experts_grinmoe import ON_DISK
 from .foreign_configs import ConversionError, from_mixtral, to_mixtral, to_phimoe
 from .gguf_export import check_gguf, find_converter, write_gguf
 from .layout_grinmoe import fused_name, official_shapes
-from .merge import TOKENIZER_FILES
 from .model_source import folder_or_repository
 from .modeling_grinmoe import GrinMoeForCausalLM
 from .phimoe_engines import (
@@ -49,6 +48,7 @@ from .phimoe_engines import (
 )
 from .provenance import markdown_table, write_beside
 from .quantized_experts_grinmoe import FUSED, dense_shape, quantize_rows
+from .tokenization import TOKENIZER_FILES
 from .weight_stream import Entry, WeightSource, write_shards
 
 TARGETS = ("safetensors", "phimoe", "mixtral", "gguf")

@@ -21,8 +21,8 @@ from transformers.utils import CONFIG_NAME
 
 from .configuration_grinmoe import GrinMoeConfig
 from .foreign_configs import ConversionError, phimoe_fields
-from .merge import TOKENIZER_FILES
 from .phimoe_engines import complete
+from .tokenization import TOKENIZER_FILES
 from .weight_stream import Entry, write_shards
 
 CONVERTER = "convert_hf_to_gguf.py"

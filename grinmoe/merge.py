@@ -24,16 +24,9 @@ from .configuration_grinmoe import GrinMoeConfig
 from .lora import AdapterError, base_of, check_adapter, load_adapter, may_be_there, read_lora_config, stored_shapes
 from .modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
 from .quantized_base import quantization_config
+from .tokenization import TOKENIZER_FILES
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 def merge_adapter(

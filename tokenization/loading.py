@@ -16,6 +16,15 @@ from transformers import PreTrainedConfig, TokenizersBackend
 
 from .template import with_marks
 
+# What a tokenizer may consist of, for who copies one.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 # What opens and closes messages, and what ends the text.
 _ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _END_OF_TEXT = "<|endoftext|>"
