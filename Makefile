@@ -55,7 +55,7 @@ test-oldest: $(OLDEST)/.stamp  ## the model's tests on the oldest supported Tran
 		tests/test_router_kernels.py tests/test_experts_kernels.py tests/test_decode_kernels.py tests/test_static_cache.py \
 		tests/test_analyze.py tests/test_data.py tests/test_export.py tests/test_gguf_export.py tests/test_phimoe_engines.py tests/test_upcycle.py tests/test_evaluation.py tests/test_evaluation_suite.py tests/test_guide.py tests/test_expert_lora.py tests/test_finetuning.py tests/test_interruption.py tests/test_lora.py \
 		tests/test_merge.py tests/test_packing.py tests/test_plan.py tests/test_preference.py tests/test_quantization.py \
-		tests/test_quantized_experts.py tests/test_recipe.py tests/test_routing_analysis.py tests/test_scripts.py tests/test_serve.py tests/test_serve_inside.py tests/test_training_data.py
+		tests/test_quantized_experts.py tests/test_recipe.py tests/test_routing_analysis.py tests/test_scripts.py tests/test_serve.py tests/test_serve_inside.py tests/test_text_stream.py tests/test_training_data.py
 
 check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 	@$(BIN)/ruff check .

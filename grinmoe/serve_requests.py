@@ -44,6 +44,12 @@ class Message(_Strict):
     role: Literal["system", "user", "assistant"]
     content: Text | list[TextPart]
     name: str | None = None
+    # An answer that a client sends back as it got it has these, empty.
+    refusal: None = None
+    annotations: NoItems = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: NoItems = None
 
 
 class PlainText(_Strict):
@@ -79,7 +85,10 @@ class _Common(_Strict):
     frequency_penalty: NoPenalty = None
     presence_penalty: NoPenalty = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    # For OpenAI's records and caches; they change no answer.
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
 
 class ChatRequest(_Common):

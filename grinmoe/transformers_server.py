@@ -8,6 +8,7 @@ batching are given a model that is loaded already. What differs from `transforme
 - one model, which no request unloads, exchanges or downloads another beside;
 - with continuous batching, each request has its own temperature, top_p and top_k; there the first request's hold for all;
 - requests are checked before they reach the model, which a single bad one could stop for all;
+- bytes that are no UTF-8 do not end a stream, as they do in the library's decoder;
 - errors have the form that OpenAI's clients read.
 """
 
@@ -52,6 +53,7 @@ from .serve_requests import (
     error_response,
     refusal,
 )
+from .text_stream import TextStream
 
 # The routes of Transformers that are served. The others are for other kinds of models, or change which model is loaded.
 SERVED_ROUTES = {"/v1/chat/completions", "/v1/completions", "/health"}
@@ -146,23 +148,44 @@ class OneAtATime(_Limited, GenerateManager):
         super().__init__()
         self.served = served
         self._stopping = threading.Event()
+        self._held: list[tuple[Any, ...]] | None = None
 
     def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
         self.limit(inputs, gen_config)
         # Transformers hands on whatever is among the inputs.
         inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([_Unless(self._stopping.is_set)])}
-        return super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        # The other thread must not begin before the streamer is as it should be.
+        held: list[tuple[Any, ...]] = []
+        self._held = held
+        try:
+            queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        finally:
+            self._held = None
+        streamer._decode_stream = TextStream()  # type: ignore[assignment]
+        for work in held:
+            self.submit(*work)
+        return queue, streamer
+
+    def submit(self, fn, *args, **kwargs):
+        if self._held is None:
+            return super().submit(fn, *args, **kwargs)
+        self._held.append((fn, *args))
+        return None
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
         self.limit(inputs, gen_config)
         left = threading.Event()
         inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([_Unless(self._stopping.is_set, left.is_set)])}
-        answer = super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        answer = asyncio.ensure_future(
+            super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        )
         try:
             # The thread that generates must find a future that is not cancelled.
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
             left.set()
+            # Whom nobody waits for any more: asyncio would print how that ended.
+            answer.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             raise
 
     def stop(self) -> None:
@@ -223,7 +246,10 @@ class Batches(_Limited, CBGenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         self.limit(inputs, gen_config)
         request_id = self._own_id(request_id, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+        # Nothing has come yet: results reach the streamer by the event loop, which is here.
+        streamer._decode_stream = TextStream()  # type: ignore[assignment]
+        return queue, streamer
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         self.limit(inputs, gen_config)
@@ -322,6 +348,12 @@ class _Checked:
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         check_body(self.body, body)
+        if self.body is ChatRequest:
+            # Fields that are there and empty are looked into by Transformers 5.17.
+            body["messages"] = [
+                {k: v for k, v in message.items() if v} | {"content": message["content"]}
+                for message in body["messages"]
+            ]
         if body.get("model") not in (None, self.served.name):
             self.model_manager.process_model_name(body["model"])  # type: ignore[attr-defined]
         if self.body is ChatRequest and not self.served.tokenizer.chat_template:

@@ -148,6 +148,14 @@ class TestAnswers:
             found = list(pool.map(asked, QUESTIONS[:8]))
         assert found == [by_generate[question][0] for question in QUESTIONS[:8]]
 
+    def test_an_answer_can_be_sent_back_as_it_came(self, client):
+        """As an object of the client, or as its dict with all that is empty."""
+        first = ask(client, QUESTIONS[0]).choices[0].message
+        for answered in (first, first.model_dump()):
+            messages = [*chat(QUESTIONS[0]), answered, *chat(QUESTIONS[1])]
+            found = client.chat.completions.create(model="tiny-chat", messages=messages, max_tokens=2, temperature=0)
+            assert found.usage.completion_tokens == 2
+
     def test_an_answer_ends_where_the_model_s_length_ends(self, client):
         # -1: an end that never comes.
         endless = {"generation_config": json.dumps({"eos_token_id": -1})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import inspect
 import json
 import shutil
@@ -15,7 +16,9 @@ import openai
 import pytest
 import torch
 from fastapi import HTTPException
+from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig
+from transformers.cli.serving import utils as serving_utils
 
 import grinmoe.serve as serve
 import grinmoe.transformers_server as inside
@@ -34,8 +37,8 @@ def until(condition, seconds: float = 20) -> bool:
     return True
 
 
-class TestWhoLeaves:
-    """In this process, to see what becomes of requests whose client is gone."""
+class TestInThisProcess:
+    """To see what becomes of requests whose client is gone, and to make the model say what it should."""
 
     @pytest.fixture(scope="class", params=[True, False], ids=["batch", "one at a time"])
     def here(self, request, served_folder):
@@ -85,6 +88,30 @@ class TestWhoLeaves:
         with pytest.raises(openai.APITimeoutError):
             ask(client.with_options(timeout=0.5), "Hi", **self.endless)
         assert until(lambda: self.under_way(manager) == 0)
+
+    def test_that_is_no_news(self, here, caplog):
+        """asyncio tells of errors that nobody waited for, when it forgets them."""
+        client, manager, _ = here
+        with pytest.raises(openai.APITimeoutError):
+            ask(client.with_options(timeout=0.2), "Hi", **self.endless)
+        assert until(lambda: self.under_way(manager) == 0)
+        gc.collect()
+        assert [record.message for record in caplog.records if "never retrieved" in record.message] == []
+
+    def test_bytes_that_are_no_text_end_no_stream(self, here):
+        """A model may begin a character and go on with something else; 3 to 258 are single bytes."""
+        client, manager, _ = here
+        bias = manager.served.model.lm_head.bias.data
+        before = bias.clone()
+        bias[3 : 3 + 256] = 3.0
+        bias[manager.served.tokenizer.eos_token_id] = -1e4
+        try:
+            chunks = list(ask(client, "Hi", stream=True, temperature=1.5, max_tokens=200))
+        finally:
+            bias.copy_(before)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert "\ufffd" in text and len(text) > 100
 
     def test_a_server_that_is_told_to_end_ends_what_is_under_way_with_an_error(self, here, monkeypatch):
         client, manager, running = here
@@ -233,6 +260,17 @@ class TestInsideTransformers:
     )
     def test_methods_that_are_overridden_or_called(self, owner, names):
         assert [name for name in names.split() if not callable(getattr(owner, name, None))] == []
+
+    def test_the_decoder_of_a_stream(self):
+        """It is exchanged after a streamer was made, and has one method."""
+        streamers = [
+            serving_utils.DirectStreamer(None, None, None),
+            serving_utils.CBStreamer(None, "", None, None, None),
+        ]
+        assert all(isinstance(one._decode_stream, DecodeStream) for one in streamers)
+        assert all(
+            "self._decode_stream.step(self._tokenizer, token_id)" in inspect.getsource(type(one)) for one in streamers
+        )
 
     def test_the_tokens_of_a_block(self):
         config = inside.ContinuousBatchingConfig()
