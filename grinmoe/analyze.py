@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .domain_text import first_piece, first_sentence, rendered, token_rows
-from .generate import ChatOptions, load_chat
+from .model_source import check_dtype, load_for_use
 from .provenance import environment
 from .routing_analysis import RoutingAnalysis, RoutingCounts, SentenceRouting, count_routing, route_sentence
 from .routing_report import PAGE, SUMMARY, write_report
@@ -45,7 +45,7 @@ class AnalyzeOptions:
         sentence: to be shown token by token; None: the first one of the first text.
         max_tokens: of each domain, from its beginning.
         max_length: tokens of a row; None: 512, or what the model was made for if that is less.
-        dtype, device: as in [`ChatOptions`].
+        dtype, device: as in [`load_for_use`].
         command: as typed, for the report.
     """
 
@@ -71,7 +71,7 @@ class AnalyzeOptions:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"--text: several files are named {name}, and domains go by that name; rename one")
-        ChatOptions(dtype=self.dtype)
+        check_dtype(self.dtype)
 
 
 def run_analyze(options: AnalyzeOptions) -> RoutingAnalysis:
@@ -106,8 +106,8 @@ def analyze(options: AnalyzeOptions, files: list[Path], console: Console) -> Rou
         return both[0].tokens + both[1].tokens
 
     start = time.perf_counter()
-    chat = load_chat(options.model, ChatOptions(dtype=options.dtype, device=options.device))
-    model, tokenizer, config = chat.model, chat.tokenizer, chat.model.config
+    model, tokenizer = load_for_use(options.model, options.dtype, options.device)
+    config = model.config
     max_length = _row_length(options.max_length, config.max_position_embeddings)
     sentence = _sentence_of(options, files[0], model, tokenizer)
     loaded = time.perf_counter()

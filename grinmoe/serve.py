@@ -16,8 +16,7 @@ from transformers import ContinuousBatchingConfig
 from transformers.utils import logging
 from transformers.utils.import_utils import is_psutil_available, is_serve_available
 
-from .generate import ChatOptions, load_chat
-from .model_source import folder_or_repository
+from .model_source import check_dtype, folder_or_repository, load_for_use
 
 if TYPE_CHECKING:
     from .transformers_server import Batches, OneAtATime, ServedModel
@@ -58,11 +57,7 @@ class ServeOptions:
             )
         if self.name is not None and not self.name.strip():
             raise ValueError("--name is empty; give the name that requests call the model by, or leave it out")
-        # The same rules as for a chat.
-        self.chat_options()
-
-    def chat_options(self) -> ChatOptions:
-        return ChatOptions(dtype=self.dtype, device=self.device)
+        check_dtype(self.dtype)
 
 
 def run_serve(options: ServeOptions) -> None:
@@ -159,10 +154,15 @@ def _load(source: str, options: ServeOptions) -> tuple[ServedModel, OneAtATime |
     """The model with its limits, and how it generates."""
     from .transformers_server import Batches, OneAtATime, ServedModel, start_batching
 
-    chat = load_chat(source, options.chat_options())
+    model, tokenizer = load_for_use(source, options.dtype, options.device)
     # An adapter's weights are in the layers of its base, which is what can be batched.
-    model = chat.model.get_base_model() if hasattr(chat.model, "get_base_model") else chat.model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     max_length = _max_length(model, options)
+    if options.continuous_batching and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ValueError(
+            f"--device {options.device} has spread this model over several devices, which continuous batching does not do; "
+            "add --no-continuous-batching, or serve a quantised checkpoint on one"
+        )
     batch = None
     if options.continuous_batching:
         try:
@@ -172,7 +172,7 @@ def _load(source: str, options: ServeOptions) -> tuple[ServedModel, OneAtATime |
         max_length = min(max_length, capacity)
     served = ServedModel(
         model=model,
-        tokenizer=chat.tokenizer,
+        tokenizer=tokenizer,
         name=options.name or (Path(source).resolve().name if Path(source).is_dir() else source),
         max_length=max_length,
         max_new_tokens=min(options.max_new_tokens or max_length, max_length - 1),

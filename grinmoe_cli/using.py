@@ -81,7 +81,7 @@ def _add_serve(commands) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (default: 8000)")
     serve.add_argument("--dtype", default="auto", help="auto (the checkpoint's, default), bfloat16, float16, float32")
-    serve.add_argument("--device", default=None, help="cpu, cuda, ... (default: an accelerator if there is one)")
+    serve.add_argument("--device", default=None, help=_DEVICE)
     serve.add_argument(
         "--no-continuous-batching", action="store_true", help="one request after the other, with generate()"
     )

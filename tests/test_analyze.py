@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import grinmoe.analyze
 import grinmoe.routing_report
 from grinmoe.analyze import AnalyzeOptions, run_analyze
+from grinmoe.model_source import load_for_use
 from tests.small_chat import chats, write_rows
 from tests.test_cli import run_main
 
@@ -126,10 +126,10 @@ def test_json_and_parquet_hold_the_same_counts(report):
 def test_the_sentence_is_routed_token_by_token(report, chat_model):
     sentence = json.loads((report / "routing.json").read_text(encoding="utf-8"))["sentence"]
     assert "".join(sentence["tokens"]) == SENTENCE == sentence["text"]
-    chat = grinmoe.analyze.load_chat(str(chat_model), grinmoe.analyze.ChatOptions(device="cpu"))
-    ids = chat.tokenizer(SENTENCE, return_tensors="pt").input_ids
+    model, tokenizer = load_for_use(str(chat_model), device="cpu")
+    ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
     with torch.no_grad():
-        output = chat.model(ids, output_router_logits=True)
+        output = model(ids, output_router_logits=True)
     assert sentence["experts"] == [layer.tolist() for layer in output.selected_experts]
     probs = torch.stack(output.router_logits).softmax(-1)
     torch.testing.assert_close(torch.tensor(sentence["probabilities"]), probs, atol=1e-4, rtol=0)

@@ -24,6 +24,7 @@ import grinmoe.serve as serve
 import grinmoe.transformers_server as inside
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.http_server import EndWithClient, Server
+from grinmoe.model_source import load_for_use
 from grinmoe.serve import ServeOptions
 from tests.served_model import ask, chat
 
@@ -222,6 +223,17 @@ def test_longrope_is_served_up_to_its_switch_with_continuous_batching(golden_mod
     assert (
         serve._max_length(model, ServeOptions("m", continuous_batching=False)) == model.config.max_position_embeddings
     )
+
+
+def test_a_model_on_several_devices_is_no_batch(served_folder, monkeypatch):
+    """The batch's cache is on one."""
+    model, tokenizer = load_for_use(str(served_folder), device="cpu")
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    monkeypatch.setattr(serve, "load_for_use", lambda *_: (model, tokenizer))
+    with pytest.raises(ValueError, match="--device auto has spread .* add --no-continuous-batching"):
+        serve._load(str(served_folder), ServeOptions("m", device="auto"))
+    served, _ = serve._load(str(served_folder), ServeOptions("m", device="auto", continuous_batching=False))
+    assert served.model is model
 
 
 def test_a_request_is_bounded_by_the_cache(served_folder, monkeypatch):
