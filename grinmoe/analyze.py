@@ -6,6 +6,7 @@ Shapes: B rows of a batch, S sequence, T = B * S tokens, L layers, E experts, K 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .domain_text import first_piece, first_sentence, rendered, token_rows
+from .layout_grinmoe import official_shapes
 from .model_source import check_dtype, load_for_use
 from .provenance import environment
 from .routing_analysis import RoutingAnalysis, RoutingCounts, SentenceRouting, count_routing, route_sentence
@@ -87,7 +89,7 @@ def run_analyze(options: AnalyzeOptions) -> RoutingAnalysis:
     missing = [name for name in ("matplotlib", "pyarrow") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} not installed; pip install 'grinmoe[analysis]'")
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     files = [Path(file).expanduser() for file in options.text]
     for file in files:
         first_piece(file)
@@ -112,7 +114,7 @@ def analyze(options: AnalyzeOptions, files: list[Path], console: Console) -> Rou
     sentence = _sentence_of(options, files[0], model, tokenizer)
     loaded = time.perf_counter()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("tokens"),
@@ -121,7 +123,7 @@ def analyze(options: AnalyzeOptions, files: list[Path], console: Console) -> Rou
     halves = []
     with Progress(*columns, console=console) as progress:
         for file in files:
-            task = progress.add_task(file.stem, total=options.max_tokens)
+            task = progress.add_task(_as_text(file.stem), total=options.max_tokens)
             rows = token_rows(file, tokenizer, max_length, options.max_tokens)
             both = _no_counts(config), _no_counts(config)
             for batch in _batches(rows):
@@ -247,7 +249,10 @@ def _shown_tokens(text: str, names: list[str], spans: list[tuple[int, int]]) -> 
 
 def _shape(model: Any) -> str:
     config = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # Of the checkpoint: quantised weights are packed, and an adapter has some of its own.
+    shapes = official_shapes(config)
+    tied = math.prod(shapes["lm_head.weight"]) if config.tie_word_embeddings else 0
+    parameters = sum(map(math.prod, shapes.values())) - tied
     return (
         f"{config.num_hidden_layers} layers of {config.num_local_experts} experts, top-{config.num_experts_per_tok}; "
         f"{parameters:,} parameters"

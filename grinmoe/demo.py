@@ -356,8 +356,8 @@ def _print_summary(result: DemoResult, output: Path, console: Console) -> None:
         table.add_row(f"time, {stage}", f"{seconds:.1f} s")
     table.add_row("peak memory", f"{result.peak_gib:.2f} GiB in the larger of two processes")
     console.print(table)
-    console.print(f"picture   {output / _PICTURE}")
-    console.print(f"chat      {_own_command()} generate --model {shlex.quote(str(output / _MODEL))}")
+    console.print(f"picture   {output / _PICTURE}", markup=False)
+    console.print(f"chat      {_own_command()} generate --model {shlex.quote(str(output / _MODEL))}", markup=False)
 
 
 def _own_command() -> str:

@@ -137,7 +137,7 @@ def evaluate(options: EvaluateOptions, command: str, console: Console | None = N
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise ImportError(_MISSING) from error
-    console = console or Console(soft_wrap=True)
+    console = console or Console(soft_wrap=True, markup=False)
     source = folder_or_repository(options.model, "--model")
     tasks = find_tasks(options.tasks, options.allow_code)
     output = Path(options.output)
@@ -158,7 +158,7 @@ def evaluate(options: EvaluateOptions, command: str, console: Console | None = N
         write_beside(output / "settings.json", json.dumps(settings, indent=2) + "\n")
         for number, task in enumerate(tasks, 1):
             if task.name not in done:
-                console.print(f"{number}/{len(tasks)} {task.label}", markup=False)
+                console.print(f"{number}/{len(tasks)} {task.label}")
                 done[task.name] = _run(model, task, options)
                 write_beside(_file(output, task), json.dumps(done[task.name], indent=1, default=str) + "\n")
     rows = [(task, score_of(task, done[task.name])) for task in tasks]
@@ -167,9 +167,9 @@ def evaluate(options: EvaluateOptions, command: str, console: Console | None = N
 
 def run_evaluate(options: EvaluateOptions, command: str) -> None:
     """`grinmoe evaluate`."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     report = evaluate(options, command, console)
-    console.print(report.read_text(encoding="utf-8").split("## Measured on")[0].strip(), markup=False)
+    console.print(report.read_text(encoding="utf-8").split("## Measured on")[0].strip())
     console.print(f"written: {report}")
 
 

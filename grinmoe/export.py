@@ -135,7 +135,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
 
 def run_export(options: ExportOptions) -> None:
     """`grinmoe export`."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     record = export(options)
     console.print(f"{options.to}: {options.output} ({record['bytes'] / 1e9:.3g} GB)")
     if differences := record.get("logits"):
@@ -143,7 +143,7 @@ def run_export(options: ExportOptions) -> None:
             [one["tokens"], one["window"], f"{one['difference']:.2g}", f"{one['largest']:.3g}"] for one in differences
         ]
         header = ["tokens", "keys that a token sees", "largest difference of logits", "largest logit"]
-        console.print(markdown_table(header, rows), markup=False)
+        console.print(markdown_table(header, rows))
     for key, whose in {"routing": "with llama.cpp's routing", "engines": "as vLLM and SGLang compute it"}.items():
         if difference := record.get(key):
             console.print(
@@ -151,7 +151,7 @@ def run_export(options: ExportOptions) -> None:
                 f"{difference['next_token_differs']:.1%} of them, mean divergence {difference['kl']:.3g} nats"
             )
     for note in record["notes"]:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 # --- what is asked for -------------------------------------------------------------------------------------------------

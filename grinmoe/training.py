@@ -70,7 +70,7 @@ def train(recipe: Recipe, command: str) -> RunResult:
     arguments = recipe.training
     check_installation(recipe)
     is_main = arguments.process_index == 0
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
+    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not is_main)
     with arguments.main_process_first(local=False, desc="run folder"):
         folder = RunFolder.open(recipe, _batch_size(recipe), may_write=is_main)
     if folder.is_complete:
@@ -290,7 +290,8 @@ def _batch_size(recipe: Recipe) -> int:
 
 
 def _tell_start(console: Console, recipe: Recipe, folder: RunFolder, data: PreparedData) -> None:
-    console.print(f"[bold]{recipe.task}[/bold] {recipe.run.method} of {recipe.run.model or recipe.run.model_config}")
+    console.print(recipe.task, style="bold", end=" ")
+    console.print(f"{recipe.run.method} of {recipe.run.model or recipe.run.model_config}")
     console.print(data.report.summary())
     for name in folder.removed:
         console.print(f"{name} was cut off while it was written; removed")
@@ -320,7 +321,8 @@ def _finish(recipe, folder, trainer, monitor, interruption, console, seconds: fl
     final = save_trained(recipe, trainer, folder.result, metrics)
     if state.is_world_process_zero:
         folder.end(COMPLETE, state.log_history, step=state.global_step, metrics=metrics)
-    console.print(f"[bold]Done[/bold]: {final}" + _told(metrics))
+    console.print("Done", style="bold", end=": ")
+    console.print(f"{final}{_told(metrics)}")
     return RunResult(COMPLETE, state.global_step, final, metrics)
 
 

@@ -122,15 +122,15 @@ def upcycle(options: UpcycleOptions) -> dict[str, Any]:
 
 def run_upcycle(options: UpcycleOptions) -> None:
     """`grinmoe upcycle`."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     record = upcycle(options)
     console.print(f"upcycled: {options.output} ({record['bytes'] / 1e9:.3g} GB)")
     if differences := record.get("logits"):
         rows = [[one["tokens"], f"{one['difference']:.2g}", f"{one['largest']:.3g}"] for one in differences]
-        console.print(markdown_table(["tokens", "largest difference of logits", "largest logit"], rows), markup=False)
+        console.print(markdown_table(["tokens", "largest difference of logits", "largest logit"], rows))
         console.print(f"draws with one candidate: {record['single_candidate_share']:.1%}; equal where all have one")
     for note in record["notes"]:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 # --- config ------------------------------------------------------------------------------------------------------------

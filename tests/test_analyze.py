@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium")
 def texts(tmp_path_factory) -> list[Path]:
     """Two domains: chats, and a text under a name that is markup."""
     folder = tmp_path_factory.mktemp("texts")
-    plain = folder / "a <b> & $c$ $d$.txt"
+    plain = folder / "a <b> & $c$ $d$ [e].txt"
     plain.write_text("The river is blue, and the house is white. " * 120, encoding="utf-8")
     return [write_rows(folder / "chats.jsonl", chats()), plain]
 
@@ -38,7 +38,7 @@ def texts(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def report(chat_model, texts, tmp_path_factory) -> Path:
     """The folder that the command makes."""
-    folder = tmp_path_factory.mktemp("reports") / "deep" / "report"
+    folder = tmp_path_factory.mktemp("reports") / "deep [" / "x] [" / "report"
     arguments = ["--model", str(chat_model), "--text", *map(str, texts), "--output", str(folder)]
     options = ["--sentence", SENTENCE, "--max-tokens", "600", "--device", "cpu"]
     assert run_main("analyze", *arguments, *options) == 0
@@ -82,7 +82,7 @@ def test_the_page_needs_nothing_from_outside_and_obeys_no_text(report):
     assert page.tags.count("script") == 2 and "b" not in page.tags
     content = (report / "report.html").read_text(encoding="utf-8")
     assert "://" not in content and "@import" not in content and "url(" not in content
-    assert "a <b> & $c$ $d$" in "".join(page.texts)
+    assert "a <b> & $c$ $d$ [e]" in "".join(page.texts)
     for fact in ("2 layers of 4 experts, top-2", "torch", "transformers", "grinmoe"):
         assert fact in "".join(page.texts)
 
@@ -99,7 +99,7 @@ def test_json_and_parquet_hold_the_same_counts(report):
     experts, kept, pairs = (
         pyarrow.parquet.read_table(report / f"{name}.parquet").to_pylist() for name in ("experts", "kept", "pairs")
     )
-    assert list(summary["domains"]) == ["chats", "a <b> & $c$ $d$"]
+    assert list(summary["domains"]) == ["chats", "a <b> & $c$ $d$ [e]"]
     assert len(experts) == 2 * 2 * 2 * 4 and len(kept) == 2 * 2 * 2 * 4 and len(pairs) == 2 * 2 * 6
     for name, domain in summary["domains"].items():
         assert domain["tokens"] == 600
