@@ -210,7 +210,7 @@ def refuse_checkout(folder: str | os.PathLike) -> None:
 # Without one of these a folder does not load. So they leave first and come last, and a process that is killed in between
 # leaves no mixture of two checkpoints that would load.
 _KEYSTONES = (CONFIG_NAME, "adapter_config.json")
-_WORKSPACE = ".saving-"
+WORKSPACE = ".saving-"
 
 
 @contextlib.contextmanager
@@ -235,7 +235,7 @@ def replaced_when_whole(folder: str | os.PathLike) -> Iterator[Path]:
         raise ValueError(f"save_directory={os.fspath(folder)!r} is a link that leads nowhere; give a folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=folder))
+    workspace = Path(tempfile.mkdtemp(prefix=WORKSPACE, dir=folder))
     staging, previous = workspace / "new", workspace / "previous"
     staging.mkdir()
     previous.mkdir()
@@ -244,7 +244,7 @@ def replaced_when_whole(folder: str | os.PathLike) -> Iterator[Path]:
         yield staging
         _move_in(staging, folder, previous)
         replaced = True
-        for leftover in folder.glob(f"{_WORKSPACE}*"):
+        for leftover in folder.glob(f"{WORKSPACE}*"):
             shutil.rmtree(leftover, ignore_errors=True)
     finally:
         # A move that could not be undone either has left the only copy of an old file here.
@@ -370,7 +370,7 @@ class OfficialCheckpointMixin:
         """Raise CheckpointError unless the shards in `folder` are whole and, if asked, those of its config."""
         if kwargs.get("config") is None and not any((folder / name).is_file() for name in _KEYSTONES):
             # The library would go on with the default config, that of the released model.
-            interrupted = next(folder.glob(f"{_WORKSPACE}*"), None)
+            interrupted = next(folder.glob(f"{WORKSPACE}*"), None)
             remedy = (
                 f"a save was interrupted, and its files are in {interrupted}" if interrupted else "give a checkpoint"
             )

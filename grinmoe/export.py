@@ -29,7 +29,7 @@ from rich.console import Console
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, PhimoeConfig, PhimoeForCausalLM
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from .checkpoint_grinmoe import add_remote_code, check_weights, refuse_checkout, replaced_when_whole
+from .checkpoint_grinmoe import WORKSPACE, add_remote_code, check_weights, refuse_checkout, replaced_when_whole
 from .configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig
 from .conversion_check import compare_logits, warn_of_difference, why_not_compared
 from .experts_grinmoe import ON_DISK
@@ -177,7 +177,8 @@ def check_output(output: str, max_shard_size: int | str) -> None:
     refuse_checkout(output)
     if Path(output).is_file():
         raise ValueError(f"--output {output} is a file; give a new folder")
-    if Path(output).is_dir() and any(Path(output).iterdir()):
+    # Of a process that was killed there is a hidden folder, which the next one that succeeds removes.
+    if Path(output).is_dir() and not all(path.name.startswith(WORKSPACE) for path in Path(output).iterdir()):
         raise ValueError(f"--output {output} is not empty; give a new folder")
 
 

@@ -7,6 +7,7 @@ and `grinmoe --help` should not. Each command imports what it needs when it runs
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
+    if getattr(arguments, "output", None) is not None:
+        arguments.output = os.path.expanduser(arguments.output)  # a shell leaves it in --output=~/model
     # Of the libraries among themselves; nothing that a user of a command could change.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:

@@ -463,6 +463,18 @@ class TestCommand:
         assert code == 2 and message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
+    def test_what_a_killed_export_left_is_in_nobody_s_way(self, checkpoint, tmp_path, capsys):
+        out = tmp_path / "out"
+        (out / ".saving-abc" / "new").mkdir(parents=True)
+        (out / ".saving-abc" / "new" / "config.json").write_text("{")
+        code, _, _ = self.run("--model", checkpoint, "--to", "safetensors", "--output", out, capsys=capsys)
+        assert code == 0 and not list(out.glob(".saving-*"))
+
+    def test_a_home_folder_that_the_shell_left_is_found(self, checkpoint, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        code, _, _ = self.run("--model", checkpoint, "--to", "safetensors", "--output=~/out", capsys=capsys)
+        assert code == 0 and (tmp_path / "out" / "config.json").is_file()
+
     def test_a_folder_with_something_in_it_is_left_alone(self, checkpoint, tmp_path, capsys):
         (tmp_path / "notes.txt").write_text("mine")
         code, _, said = self.run("--model", checkpoint, "--to", "phimoe", "--output", tmp_path, capsys=capsys)
