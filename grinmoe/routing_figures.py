@@ -213,16 +213,22 @@ def _decisions(analysis: RoutingAnalysis, folder: Path) -> Picture:
     _draw_kept_histogram(histogram, 100 * total.kept_share.mean(0))
     _title(ties, "Tokens at a near tie")
     _by_layer(ties, num_layers, "% of the tokens")
-    ties.set_ylim(0, 1.05 * max(ties.get_ylim()[1], 0.1))
-    _title(kept, "Experts kept by the mask, by layer")
+    ties.set_ylim(0, max(ties.get_ylim()[1], 0.1))
+    _title(kept, "Experts kept, by layer")
     _by_layer(kept, num_layers, "experts, mean over tokens")
     _title(weights, "Routing weight")
     _by_layer(weights, num_layers, "weight, mean over tokens")
     for axes in (kept, weights):
         axes.ticklabel_format(useOffset=False)
-    for axes in (ties, histogram, kept, weights):
-        if len(axes.get_legend_handles_labels()[0]) <= _MOST_LINES_IN_LEGEND:
-            axes.legend(frameon=False, fontsize=9, ncols=4 if axes is histogram else 1)
+    # Bars reach the top: their legend stands beside the title.
+    beside = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    histogram.legend(frameon=False, fontsize=9, ncols=4, **beside)
+    for axes in (ties, kept, weights):
+        lines = len(axes.get_legend_handles_labels()[0])
+        if lines <= _MOST_LINES_IN_LEGEND:
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, high + (high - low) * (0.05 + 0.08 * math.ceil(lines / 2)))  # room for it
+            axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
     return Picture(
         _save(figure, folder, "decisions.png"),
         "How close the decisions are",
@@ -244,15 +250,14 @@ def _draw_kept_histogram(axes, percent: torch.Tensor) -> None:
         places = [kept + 1 + (choice - (top_k - 1) / 2) * width for kept in range(most)]
         axes.bar(places, shares, width, label=f"choice {choice + 1}")
     axes.set_yscale("log")
-    low = axes.get_ylim()[0]
-    axes.set_ylim(low, 100 * (100 / low) ** 0.25)  # room for the legend
+    axes.set_ylim(top=100)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     axes.set_xlim(0.4, max(2, most) + 0.6)
     axes.set(xlabel="experts kept", ylabel="% of the tokens (log scale)")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
-    _title(axes, "Experts kept by the mask, all layers")
+    _title(axes, "Experts kept, all layers")
 
 
 def _pairs(analysis: RoutingAnalysis, folder: Path) -> Picture:

@@ -119,7 +119,7 @@ def _add_upcycle(commands) -> None:
         description="Make a GRIN-MoE of a dense checkpoint (Llama, Mistral or Phi-3 layout): every expert copies its "
         "feed-forward, w2 is scaled so that the result begins where the dense model is, and the router is new. Train it "
         "then (grinmoe pretrain, sft). Shard by shard; the folder appears when it is complete.",
-        epilog="example: grinmoe upcycle --model TinyLlama/TinyLlama_v1.1 --experts 8 --top-k 2 --output tiny-moe",
+        epilog="example: grinmoe upcycle --model HuggingFaceTB/SmolLM2-360M --experts 8 --top-k 2 --output smol-moe",
     )
     upcycle.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="folder, or a repository of the Hub")
     upcycle.add_argument("--experts", required=True, type=int, metavar="E", help="experts of a layer")
