@@ -11,6 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # What answers under way get when the server is told to end.
 GRACE_S = 10
+# Bytes of a request's body, which is kept in memory; far more text than a model takes.
+MAX_BODY = 64 * 2**20
 
 
 class Server(uvicorn.Server):
@@ -42,13 +44,19 @@ class Server(uvicorn.Server):
 
 
 class EndWithClient:
-    """ASGI middleware: a request whose client leaves before the answer begins is ended, which frees its place in the batch.
+    """ASGI middleware: a request whose client leaves before the answer begins is ended, which frees its place in the batch;
+    and one whose body is too large.
 
     Once an answer is streamed, Starlette sees to it.
     """
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, too_large: ASGIApp):
+        """
+        Args:
+            app: what answers.
+            too_large: what answers where a body has more than `MAX_BODY` bytes.
+        """
+        self.app, self.too_large = app, too_large
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,6 +64,7 @@ class EndWithClient:
             return
         messages: asyncio.Queue[Message] = asyncio.Queue()
         begun = left = False
+        size = 0
 
         async def send_and_note(message: Message) -> None:
             nonlocal begun
@@ -65,10 +74,11 @@ class EndWithClient:
         answering = asyncio.ensure_future(self.app(scope, messages.get, send_and_note))
 
         async def listen() -> None:
-            nonlocal left
-            while not left:
+            nonlocal left, size
+            while not left and size <= MAX_BODY:
                 message = await receive()
                 left = message["type"] == "http.disconnect"
+                size += len(message.get("body", b""))
                 messages.put_nowait(message)
             if not begun:
                 answering.cancel()
@@ -77,7 +87,9 @@ class EndWithClient:
         try:
             await answering
         except asyncio.CancelledError:
-            if not left:
+            if size > MAX_BODY:
+                await self.too_large(scope, receive, send)
+            elif not left:
                 raise
         finally:
             listening.cancel()

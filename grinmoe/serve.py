@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_psutil_available, is_serve_availa
 from .model_source import check_dtype, folder_or_repository, load_for_use
 
 if TYPE_CHECKING:
-    from .transformers_server import Batches, OneAtATime, ServedModel
+    from .transformers_generation import Batches, OneAtATime, ServedModel
 
 # Of a CPU's memory the library would plan with most; that is for a machine which does nothing else.
 CPU_CACHE_TOKENS = 16384
@@ -118,10 +118,8 @@ def _bound_socket(host: str, port: int) -> socket.socket:
     """A socket that has the port and does not listen yet: until the model is loaded, connections are refused."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise ValueError(
-            f"--host {host} is no address ({error.strerror}); give a name or number of this machine"
-        ) from error
+    except (socket.gaierror, UnicodeError) as error:
+        raise ValueError(f"--host {host} is no address ({error}); give a name or number of this machine") from error
     listener = socket.socket(family, kind, protocol)
     try:
         # A port whose last connections are still closing may be used again.
@@ -152,7 +150,7 @@ def _no_port(error: OSError, host: str, port: int) -> ValueError:
 
 def _load(source: str, options: ServeOptions) -> tuple[ServedModel, OneAtATime | Batches]:
     """The model with its limits, and how it generates."""
-    from .transformers_server import Batches, OneAtATime, ServedModel, start_batching
+    from .transformers_generation import Batches, OneAtATime, ServedModel, start_batching
 
     model, tokenizer = load_for_use(source, options.dtype, options.device)
     # An adapter's weights are in the layers of its base, which is what can be batched.
@@ -196,7 +194,7 @@ def _max_length(model: Any, options: ServeOptions) -> int:
 
 
 def _batching(model: Any, options: ServeOptions) -> ContinuousBatchingConfig:
-    from .transformers_server import BLOCK_TOKENS
+    from .transformers_generation import BLOCK_TOKENS
 
     on_cpu = model.device.type == "cpu"
     cache_tokens = options.cache_tokens or (CPU_CACHE_TOKENS if on_cpu else None)

@@ -9,7 +9,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 
@@ -24,6 +24,7 @@ def _encodable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_encodable)]
 SomeText = Annotated[Text, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=-1, lt=2**31)]
 # What has no effect when it is so; anything else would be ignored by the server.
 NoPenalty = Literal[0] | None
 NoItems = Annotated[list[Any], Field(max_length=0)] | None
@@ -64,9 +65,9 @@ class GenerationSettings(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
+    bos_token_id: TokenId | None = None
     transformers_version: str | None = None
     from_model_config: Annotated[bool | None, Field(alias="_from_model_config")] = None
 
@@ -167,9 +168,14 @@ def _refused(error: ValidationError, inside: str | None = None) -> HTTPException
     return refusal(message, param=where or None)
 
 
-def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> Response:
     """An error as OpenAI's API and clients have it."""
+    return Response(error_body(status, message, param, code), status, media_type="application/json")
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> str:
+    """Its JSON."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     # A message may quote what is no text (half of a surrogate pair), which no answer can hold.
     text = message.encode("utf-8", "replace").decode()
-    return JSONResponse({"error": {"message": text, "type": kind, "param": param, "code": code}}, status)
+    return json.dumps({"error": {"message": text, "type": kind, "param": param, "code": code}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -51,4 +52,51 @@ class TextStream:
         return text or None
 
 
-__all__ = ["TextStream"]
+class TextUntil(TextStream):
+    """
+    The text before the first of some others. What may be the beginning of one is held back until it is known.
+
+    Attributes:
+        ids: of all tokens so far.
+    """
+
+    def __init__(self, stops: Sequence[str], when_found: Callable[[], object]):
+        """
+        Args:
+            stops: where to stop; none of them empty. Without any, nothing is held back.
+            when_found: called once.
+        """
+        super().__init__()
+        self.ids: list[int] = []
+        self._stops, self._when_found = stops, when_found
+        self._held, self._found = "", False
+
+    def step(self, tokenizer: Tokenizer, token_id: int) -> str | None:
+        self.ids.append(token_id)
+        text = None if self._found else super().step(tokenizer, token_id)
+        if text is None:
+            return None
+        self._held += text
+        whole = text_until(self._held, self._stops)
+        if len(whole) < len(self._held):
+            self._held, self._found = "", True
+            self._when_found()
+            return whole or None
+        beginnings = {stop[:length] for stop in self._stops for length in range(1, len(stop))}
+        kept = max((len(one) for one in beginnings if whole.endswith(one)), default=0)
+        known = len(whole) - kept
+        self._held = whole[known:]
+        return whole[:known] or None
+
+    def rest(self) -> str:
+        """What was held back and has not become a stop, at the end."""
+        held, self._held = self._held, ""
+        return held
+
+
+def text_until(text: str, stops: Sequence[str]) -> str:
+    """What is before the first of `stops`; all of it where there is none."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+__all__ = ["TextStream", "TextUntil", "text_until"]

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import torch
 import grinmoe.serve as serve
 from grinmoe import GrinMoeForCausalLM, load_tokenizer
 from grinmoe.serve import ServeOptions, run_serve
+from grinmoe.text_stream import text_until
 from tests.served_model import MAX_LENGTH, QUESTIONS, ask, chat, start
 from tests.test_cli import run_main
 
@@ -51,6 +53,9 @@ def by_generate(served_folder):
             ids = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
         answers[question] = tokenizer.decode(ids, skip_special_tokens=True), len(ids)
     return answers
+
+
+JSON = {"Content-Type": "application/json"}
 
 
 def answer(client: openai.OpenAI, question: str, **options) -> str:
@@ -97,6 +102,13 @@ class TestAnswers:
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == by_generate[QUESTIONS[0]][0]
         assert chunks[-1].usage.completion_tokens == by_generate[QUESTIONS[0]][1]
         assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+
+    def test_a_stream_ends_as_openai_s_do(self, server):
+        body = {"messages": chat(QUESTIONS[0]), "max_tokens": 3, "stream": True}
+        request = urllib.request.Request(f"{server.url}/chat/completions", json.dumps(body).encode(), JSON)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            events = response.read().decode().strip().split("\n\n")
+        assert events[-1] == "data: [DONE]" and len(events) > 3
 
     def test_a_text_is_continued(self, client, served_folder):
         model, tokenizer = GrinMoeForCausalLM.from_pretrained(served_folder).eval(), load_tokenizer(str(served_folder))
@@ -147,6 +159,16 @@ class TestAnswers:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(asked, QUESTIONS[:8]))
         assert found == [by_generate[question][0] for question in QUESTIONS[:8]]
+
+    def test_a_text_ends_before_a_stop(self, client, by_generate):
+        """Also one over several tokens, and the first of several; what only begins like one is given."""
+        text = by_generate[QUESTIONS[0]][0]
+        for stop in (text[5:9], [text[8:11], text[4:6]], [text[-3:] + "never"], ["never", text[-2:] + "\u00e9"]):
+            before = text_until(text, [stop] if isinstance(stop, str) else stop)
+            assert answer(client, QUESTIONS[0], stop=stop) == before
+            assert streamed(client, QUESTIONS[0], stop=stop) == before
+            found = client.completions.create(model="tiny-chat", prompt="What", stop=stop, max_tokens=4, temperature=0)
+            assert found.choices[0].finish_reason == "length"
 
     def test_an_answer_can_be_sent_back_as_it_came(self, client):
         """As an object of the client, or as its dict with all that is empty."""
@@ -200,6 +222,12 @@ class TestWhatIsRefused:
         with pytest.raises(openai.BadRequestError, match=f"shorten it to {MAX_LENGTH - 1} or fewer"):
             client.completions.create(model="tiny-chat", prompt="red " * 500)
 
+    def test_a_prompt_of_megabytes_holds_up_nobody(self, client):
+        start = time.monotonic()
+        with pytest.raises(openai.BadRequestError, match="tokens or more, and this server takes up to"):
+            ask(client, "What is a red stone? " * 500_000)
+        assert time.monotonic() - start < 3, "tokenising it takes 8 s"
+
     def test_another_model_is_not_found_and_not_looked_for(self, client, server):
         for asked in ("gpt-4", "microsoft/GRIN-MoE", "tiny-chat@main", ""):
             with pytest.raises(openai.NotFoundError, match="this server has 'tiny-chat'") as refused:
@@ -248,10 +276,10 @@ class TestWhatIsRefused:
             ({"frequency_penalty": 0.5}, "frequency_penalty"),
             ({"logprobs": True}, "logprobs"),
             ({"seed": 2**80}, "seed"),
+            ({"generation_config": json.dumps({"eos_token_id": 2**70})}, "generation_config.eos_token_id"),
             ({"seed": 1, "temperature": 1}, "seed is not supported with continuous batching"),
             ({"stop": 5}, "stop: Input should be a valid string"),
             ({"stop": [""]}, "stop.0"),
-            ({"stop": ["."]}, "stop is not supported with continuous batching"),
             ({"best_guess": 1}, "best_guess is not supported by this server"),
             ({"half \ud800": 1}, ""),
             ({"generation_config": "{"}, "generation_config is no JSON"),
@@ -302,10 +330,16 @@ class TestOneAtATime:
         assert found == [text] * 4
         assert client.models.retrieve("my/model").id == "my/model"
         stop = text[4:6]
-        assert answer(client, QUESTIONS[0], model="my/model", stop=[stop]).startswith(text[: text.index(stop)])
-        assert len(answer(client, QUESTIONS[0], model="my/model", stop=[stop])) < len(text)
+        assert answer(client, QUESTIONS[0], model="my/model", stop=[stop]) == text[: text.index(stop)]
+        assert streamed(client, QUESTIONS[0], model="my/model", stop=[stop]) == text[: text.index(stop)]
         sampled = [answer(client, QUESTIONS[0], model="my/model", temperature=1.5, seed=3) for _ in range(2)]
         assert sampled[0] == sampled[1] != text
+        with ThreadPoolExecutor(6) as pool:
+            seeds = [3, 4, 3, 5, 3, 4]
+            together = list(
+                pool.map(lambda seed: answer(client, QUESTIONS[0], model="my/model", temperature=1.5, seed=seed), seeds)
+            )
+        assert [found for found, seed in zip(together, seeds) if seed == 3] == [sampled[0]] * 3
 
     def test_limits(self, one):
         client = one.client()
@@ -338,6 +372,9 @@ class TestWhatTheUserCanMend:
         assert "not an address of this machine" in self.refused(
             capsys, "--model", str(served_folder), "--host", "203.0.113.1"
         )
+
+    def test_a_host_that_is_no_name(self, served_folder, capsys):
+        assert "--host ä..b is no address" in self.refused(capsys, "--model", str(served_folder), "--host", "ä..b")
 
     def test_a_checkpoint_that_is_half_downloaded(self, goldens, tiny_tokenizer_folder, tmp_path, capsys):
         shutil.copytree(tiny_tokenizer_folder, tmp_path, dirs_exist_ok=True)

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from transformers.cli.serving import utils as serving_utils
 
 import grinmoe.serve as serve
+import grinmoe.transformers_generation as generation
 import grinmoe.transformers_server as inside
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.http_server import EndWithClient, Server
@@ -65,7 +66,7 @@ class TestInThisProcess:
 
     def under_way(self, manager) -> int:
         """Requests that are computed or wait."""
-        if isinstance(manager, inside.Batches):
+        if isinstance(manager, generation.Batches):
             scheduler = manager._cb.batch_processor.scheduler
             # The listeners go with their requests.
             return max(len(scheduler.active_requests), len(manager._cb.output_router.result_handlers))
@@ -114,6 +115,39 @@ class TestInThisProcess:
         assert chunks[-1].choices[0].finish_reason == "length"
         assert "\ufffd" in text and len(text) > 100
 
+    def test_a_stop_ends_the_work_too(self, here):
+        """And not only the text."""
+        client, manager, _ = here
+        text = ask(client, "Hi", max_tokens=12).choices[0].message.content
+        options = {
+            **self.endless,
+            "extra_body": {"generation_config": json.dumps({"eos_token_id": -1, "do_sample": False})},
+        }
+        for stream in (False, True):
+            found = ask(client, "Hi", stop=[text[6:9]], stream=stream, **options)
+            if stream:
+                found = "".join(chunk.choices[0].delta.content or "" for chunk in found)
+            else:
+                found = found.choices[0].message.content
+            assert found == text[: text.index(text[6:9])]
+            assert until(lambda: self.under_way(manager) == 0)
+
+    def test_an_answer_that_ends_by_itself_was_not_cut(self, here):
+        """Though its last token is the last one that it may have."""
+        client, manager, _ = here
+        ids = manager.served.tokenizer(ask(client, "Hi", max_tokens=6).choices[0].message.content)["input_ids"]
+        options = {
+            **self.endless,
+            "extra_body": {"generation_config": json.dumps({"do_sample": False, "eos_token_id": ids[-1]})},
+        }
+        whole = ask(client, "Hi", **options)
+        assert whole.choices[0].finish_reason == "stop"
+        options["max_tokens"] = whole.usage.completion_tokens
+        assert ask(client, "Hi", **options).choices[0].finish_reason == "stop"
+        assert list(ask(client, "Hi", stream=True, **options))[-1].choices[0].finish_reason == "stop"
+        options["max_tokens"] -= 1
+        assert ask(client, "Hi", **options).choices[0].finish_reason == "length"
+
     def test_a_server_that_is_told_to_end_ends_what_is_under_way_with_an_error(self, here, monkeypatch):
         client, manager, running = here
         monkeypatch.setattr("grinmoe.http_server.GRACE_S", 0.2)
@@ -148,7 +182,7 @@ class TestInThisProcess:
             def register_result_handler(self, request_id, callback):
                 calls.append(request_id)
 
-        submission = inside._Submission(Manager())
+        submission = generation._Submission(Manager())
         submission.sampling["x"] = {"temperature": 1.0}
         submission.add_request([1], request_id="x", streaming=True)
         assert calls == []
@@ -168,8 +202,40 @@ class TestInThisProcess:
         async def receive():
             return {"type": "http.disconnect"}
 
-        asyncio.run(EndWithClient(application)({"type": "http"}, receive, None))
+        asyncio.run(EndWithClient(application, None)({"type": "http"}, receive, None))
         assert ended == [True]
+
+    def test_a_body_that_is_too_large_is_not_kept(self, monkeypatch):
+        monkeypatch.setattr("grinmoe.http_server.MAX_BODY", 100)
+        sent, received = [], []
+
+        async def application(scope, receive, send):
+            while True:
+                await receive()
+
+        async def receive():
+            received.append(60)
+            return {"type": "http.request", "body": bytes(60), "more_body": True}
+
+        async def send(message):
+            sent.append(message)
+
+        too_large = inside.error_response(413, "too large")
+        asyncio.run(EndWithClient(application, too_large)({"type": "http"}, receive, send))
+        assert sent[0]["status"] == 413 and len(received) == 2
+
+    def test_errors_in_a_stream_are_json(self):
+        """Transformers puts a message between quotes as it is."""
+
+        async def chunks():
+            yield 'data: {"choices": []}\n\ndata: {"error": "no "room" \n here"}\n\n'
+
+        async def collected() -> list[str]:
+            return [event async for event in inside._as_openai_streams(chunks())]
+
+        *events, last = "".join(asyncio.run(collected())).strip().split("\n\n")
+        assert last == "data: [DONE]"
+        assert json.loads(events[1].removeprefix("data: "))["error"]["message"] == 'no "room" \n here'
 
 
 def test_a_tokenizer_without_a_chat_template_is_for_completions(served_folder, tmp_path):
@@ -187,7 +253,7 @@ def test_a_checkpoint_s_setting_that_a_batch_would_leave_out_is_named(served_fol
     model = GrinMoeForCausalLM.from_pretrained(served_folder)
     model.generation_config.min_p = 0.1
     with pytest.raises(ValueError, match="asks for MinPLogitsWarper.*choose --no-continuous-batching"):
-        inside.start_batching(model, inside.ContinuousBatchingConfig(num_blocks=1, max_batch_tokens=64))
+        generation.start_batching(model, generation.ContinuousBatchingConfig(num_blocks=1, max_batch_tokens=64))
 
 
 def test_an_adapter_answers_as_its_base_with_it(served_folder, tmp_path):
@@ -244,14 +310,14 @@ def test_a_request_is_bounded_by_the_cache(served_folder, monkeypatch):
         asked.append(config)
         return None, 64
 
-    monkeypatch.setattr(inside, "start_batching", start_batching)
+    monkeypatch.setattr(generation, "start_batching", start_batching)
     served, _ = serve._load(str(served_folder), ServeOptions("m", device="cpu", cache_tokens=300, max_new_tokens=100))
     assert (served.max_length, served.max_new_tokens) == (64, 63)
     assert asked[0].num_blocks == 2, "whole blocks, of 256 tokens"
 
 
 class TestInsideTransformers:
-    """What `grinmoe/transformers_server.py` builds on. Where one of these fails, that has moved."""
+    """What `transformers_server.py` and `transformers_generation.py` build on. Where one of these fails, that has moved."""
 
     def test_routes(self):
         handlers = [name for name in inspect.signature(inside.build_server).parameters if name.endswith("_handler")]
@@ -264,8 +330,8 @@ class TestInsideTransformers:
             (inside.ModelManager, "process_model_name load_model_and_processor load_model_streaming"),
             (inside.ChatCompletionHandler, "_validate_request _build_generation_config _resolve_model"),
             (inside.CompletionHandler, "_validate_request _build_generation_config _resolve_model"),
-            (inside.CBGenerateManager, "init_cb generate_streaming generate_non_streaming is_alive stop"),
-            (inside.GenerateManager, "generate_streaming generate_non_streaming stop"),
+            (generation.CBGenerateManager, "init_cb generate_streaming generate_non_streaming is_alive stop"),
+            (generation.GenerateManager, "generate_streaming generate_non_streaming stop"),
             (inside.GenerationState, "get_manager is_cb_alive use_continuous_batching"),
         ],
         ids=lambda value: value.__name__ if isinstance(value, type) else "",
@@ -285,5 +351,5 @@ class TestInsideTransformers:
         )
 
     def test_the_tokens_of_a_block(self):
-        config = inside.ContinuousBatchingConfig()
-        assert (config.page_size if hasattr(config, "page_size") else config.block_size) == inside.BLOCK_TOKENS
+        config = generation.ContinuousBatchingConfig()
+        assert (config.page_size if hasattr(config, "page_size") else config.block_size) == generation.BLOCK_TOKENS
