@@ -126,8 +126,10 @@ def analyze(options: AnalyzeOptions, files: list[Path], console: Console) -> Rou
             task = progress.add_task(_as_text(file.stem), total=options.max_tokens)
             rows = token_rows(file, tokenizer, max_length, options.max_tokens)
             both = _no_counts(config), _no_counts(config)
+            before = 0
             for batch in _batches(rows):
-                counted = _count_batch(model, batch)
+                counted = _count_batch(model, batch, before)
+                before += len(batch)
                 both = both[0] + counted[0], both[1] + counted[1]
                 progress.advance(task, sum(map(len, batch)))
             if tokens_of(both) == 0:
@@ -195,14 +197,14 @@ def _routing(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) 
     )  # type: ignore[return-value]
 
 
-def _count_batch(model: Any, batch: list[list[int]]) -> tuple[RoutingCounts, RoutingCounts]:
-    """Counts of the batch's even rows and of its odd ones."""
+def _count_batch(model: Any, batch: list[list[int]], before: int) -> tuple[RoutingCounts, RoutingCounts]:
+    """Counts of the batch's even rows and of its odd ones; `before` is how many rows the batches before it had."""
     longest = max(map(len, batch))
     # What stands in the padding does not matter: nothing sees it, and it is not counted.
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
     logits, experts = _routing(model, ids, mask)
-    is_odd = (torch.arange(len(batch)) % 2 == 1)[:, None]
+    is_odd = (torch.arange(before, before + len(batch)) % 2 == 1)[:, None]
     config = model.config
     of_half = [
         count_routing(
@@ -225,9 +227,13 @@ def _sentence_of(options: AnalyzeOptions, file: Path, model: Any, tokenizer: Any
     encoded = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True, verbose=False)
     ids, spans = encoded.input_ids, encoded.offset_mapping
     most = _LONGEST_SENTENCE if options.sentence is not None else _LONGEST_DEFAULT_SENTENCE
+    most = min(most, model.config.max_position_embeddings)
     if options.sentence is not None and len(ids) > most:
         raise ValueError(f"--sentence has {len(ids)} tokens, more than can be shown; give {most} or fewer")
-    most = min(most, model.config.max_position_embeddings)
+    if not ids:
+        raise ValueError(
+            "the sentence to be shown gives this checkpoint's tokenizer no token; give another with --sentence"
+        )
     if len(ids) > most:
         text = text[: spans[most - 1][1]]
     ids, spans = ids[:most], spans[:most]
@@ -241,9 +247,11 @@ def _sentence_of(options: AnalyzeOptions, file: Path, model: Any, tokenizer: Any
 
 def _shown_tokens(text: str, names: list[str], spans: list[tuple[int, int]]) -> list[str]:
     """Each token's own text; the vocabulary's name where it has none (special) or shares a letter with another (bytes)."""
+    before = [(0, 0), *spans[:-1]]
+    after = [*spans[1:], (len(text), len(text))]
     return [
-        text[begin:end] if begin < end and spans.count((begin, end)) == 1 else name
-        for name, (begin, end) in zip(names, spans)
+        text[begin:end] if begin < end and begin >= left[1] and (right[0] >= end or right[0] == right[1]) else name
+        for name, left, (begin, end), right in zip(names, before, spans, after)
     ]
 
 

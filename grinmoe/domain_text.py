@@ -63,21 +63,27 @@ def first_piece(path: Path) -> Content:
 def token_rows(path: Path, tokenizer: Any, max_length: int, max_tokens: int) -> Iterator[list[int]]:
     """Token ids of a domain: rows of `max_length`, the last one of a document shorter; `max_tokens` in all."""
     left, row = max_tokens, list[int]()
+    longest = max(map(len, tokenizer.get_vocab()))
     for begins, content in read_pieces(path):
         if begins and row:
             yield row[:left]
             left -= len(row[:left])
             row = []
+            if left <= 0:
+                return
         # What a tokenizer adds at the beginning belongs at a document's; a chat template has written it already.
         special = begins and isinstance(content, str)
         text = rendered(content, tokenizer, path)
+        # No more of a long document than could be asked for: a token more, for the word that is cut.
+        text = text[: (left + 1) * longest]
         row = row + tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-        while len(row) >= max_length and left > 0:
-            yield row[: min(max_length, left)]
+        whole = len(row) // max_length * max_length
+        for start in range(0, whole, max_length):
+            yield row[start : start + min(max_length, left)]
             left -= min(max_length, left)
-            row = row[max_length:]
-        if left <= 0:
-            return
+            if left <= 0:
+                return
+        row = row[whole:]
     if row:
         yield row[:left]
 

@@ -16,6 +16,7 @@ from .routing_grinmoe import masked_softmax, sparsemixer
 from .routing_record import routing_sums
 
 _ENTROPY = 1  # the column of `routing_sums`
+_FITTING_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,22 @@ class RoutingCounts:
     @property
     def pair_lift(self) -> torch.Tensor:
         """
-        (L, E, E) float64: tokens that went to both experts, over those that the two loads alone would give.
+        (L, E, E) float64: tokens that went to both experts, over those that the loads alone would give.
 
-        Expected is N p_e p_f / sum_(a != b) p_a p_b with p the load shares and N the layer's pairs: 1 where the choices
-        know nothing of each other. NaN on the diagonal, where an expert has no token, and everywhere for K = 1.
+        Expected is w_e w_f, with w such that every expert is in as many pairs as it was seen in (quasi-independence, by
+        iterative proportional fitting): 1 where choices know nothing of each other but that they differ. NaN on the
+        diagonal, where less than half a token is expected, and everywhere for K = 1.
         """
-        off_diagonal = ~torch.eye(self.pairs.shape[-1], dtype=torch.bool)
-        products = self.load_share[:, :, None] * self.load_share[:, None, :] * off_diagonal
+        off_diagonal = (~torch.eye(self.pairs.shape[-1], dtype=torch.bool)).double()
         observed = self.pairs * off_diagonal
-        expected = observed.sum((1, 2), keepdim=True) * products / products.sum((1, 2), keepdim=True)
-        return observed / expected
+        in_pairs = observed.sum(2)
+        weights = in_pairs / in_pairs.sum(1, keepdim=True).sqrt().clamp(min=1)
+        for _ in range(_FITTING_STEPS):
+            fitted = weights * (weights[:, None] * off_diagonal).sum(2)
+            # The root, since a pair has both weights.
+            weights = torch.where(in_pairs > 0, weights * (in_pairs / fitted).sqrt(), 0.0)
+        expected = weights[:, :, None] * weights[:, None, :] * off_diagonal
+        return torch.where(expected >= 0.5, observed / expected, torch.nan)
 
 
 def choices_in_detail(
@@ -203,14 +210,17 @@ class Similarity:
             `whole` is near 1 whatever the domains; this one is 0 for unrelated preferences and -1 for opposite ones.
             NaN where a load is exactly even.
         per_layer: (L, D, D), of each layer's load shares.
-        halves: (D,) `deviation` between two halves of a domain's text, row by row in turn: what chance leaves of 1. Two
-            domains are no more different than chance makes them if their `deviation` reaches it. NaN for a single row.
+        within: (D,) `deviation` that two texts of a domain's own kind and this length would have, from that of two halves of
+            its text, row by row in turn (r of halves is 2 r / (1 + r) of wholes, by Spearman and Brown): what chance
+            leaves of 1. Two domains are no more different than chance makes them if their `deviation` reaches it. Rows of
+            one document are more alike than documents are, so for a domain of one document it is at most that. NaN for
+            a single row.
     """
 
     whole: torch.Tensor
     deviation: torch.Tensor
     per_layer: torch.Tensor
-    halves: torch.Tensor
+    within: torch.Tensor
 
 
 def similarity_of(halves: list[tuple[RoutingCounts, RoutingCounts]]) -> Similarity:
@@ -227,7 +237,7 @@ def similarity_of(halves: list[tuple[RoutingCounts, RoutingCounts]]) -> Similari
         _cosines(loads.flatten(1)),
         _cosines(loads.flatten(1) - even),
         torch.stack([_cosines(layer) for layer in loads.unbind(1)]),
-        torch.stack(within),
+        2 * torch.stack(within) / (1 + torch.stack(within)),
     )
 
 

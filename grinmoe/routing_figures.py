@@ -130,15 +130,15 @@ def _similarity(analysis: RoutingAnalysis, folder: Path) -> Picture:
     _draw_cosines(figure, left, similarity.whole, names, "Cosine of the loads", "viridis")
     deviation = similarity.deviation.clone()
     # Of a domain with itself it is 1 by definition; its two halves say what chance leaves of that.
-    deviation.diagonal().copy_(similarity.halves)
+    deviation.diagonal().copy_(similarity.within)
     _draw_cosines(figure, right, deviation, names, "Cosine of the deviations from even load", "RdBu_r")
     return Picture(
         _save(figure, folder, "similarity.png"),
         "Similarity of domains",
         "Left: cosine between the domains' load shares, all layers in one vector. Balanced loads are all nearly even, so it "
         "is near 1. Right: the same less the even share, which compares what the domains prefer: 1 the same experts, 0 "
-        "unrelated, -1 opposite. Its diagonal compares two halves of a domain's own text: two domains that are as alike "
-        "as that differ by no more than chance.",
+        "unrelated, -1 opposite. Its diagonal is what another text of the same kind and length would have, by two halves of "
+        "the domain's own: two domains that are as alike as that differ by no more than chance.",
     )
 
 

@@ -44,7 +44,7 @@ def summary_of(analysis: RoutingAnalysis) -> dict[str, Any]:
     similarity = None
     if len(counts) > 1:
         found = similarity_of(analysis.halves)
-        similarity = {name: _numbers(getattr(found, name)) for name in ("whole", "deviation", "per_layer", "halves")}
+        similarity = {name: _numbers(getattr(found, name)) for name in ("whole", "deviation", "per_layer", "within")}
     sentence = analysis.sentence
     return {
         "facts": analysis.facts,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grinmoe.analyze
-from grinmoe.analyze import _batches, _count_batch, _routing
+from grinmoe.analyze import _batches, _count_batch, _routing, _shown_tokens
 from grinmoe.domain_text import first_piece, first_sentence, read_pieces, token_rows
 from grinmoe.routing_analysis import RoutingAnalysis, RoutingCounts, count_routing, route_sentence, similarity_of
 from grinmoe.routing_report import write_report
@@ -135,8 +135,8 @@ def test_counts_of_parts_add_up_to_those_of_the_whole(routed):
 def test_other_rows_and_their_padding_change_nothing(tiny_model):
     model = tiny_model(initializer_range=0.3, router_jitter_noise=EPS)
     rows = [[5, 9, 2, 44, 17, 3, 8], [7, 7], [80, 2, 33]]
-    even, odd = _count_batch(model, rows)
-    alone = [_count_batch(model, [row])[0] for row in rows]
+    even, odd = _count_batch(model, rows, 0)
+    alone = [_count_batch(model, [row], 0)[0] for row in rows]
     for half, expected in ((even, alone[0] + alone[2]), (odd, alone[1])):
         assert half.tokens == expected.tokens
         assert torch.equal(half.choices, expected.choices) and torch.equal(half.kept, expected.kept)
@@ -174,10 +174,29 @@ def test_the_lift_of_a_pair_is_1_where_choices_are_as_the_loads_have_it():
     off_diagonal = ~torch.eye(3, dtype=torch.bool)
     torch.testing.assert_close(even.pair_lift[0][off_diagonal], torch.ones(6, dtype=torch.float64))
     assert even.pair_lift[0].diagonal().isnan().all()
-    # Loads 3, 2, 1 of 6: products 6, 3, 2 of 11 for three pairs; seen are 2, 1 and 0.
-    uneven = with_choices((0, 1), (1, 0), (2, 0))
-    expected = torch.tensor([2 / (3 * 6 / 11), 1 / (3 * 3 / 11), 0.0], dtype=torch.float64)
-    torch.testing.assert_close(uneven.pair_lift[0][[0, 0, 1], [1, 2, 2]], expected)
+    # Expert 0 is in every pair, so that the loads leave no choice.
+    uneven = with_choices((0, 1), (1, 0), (2, 0)).pair_lift[0][[0, 0, 1], [1, 2, 2]]
+    torch.testing.assert_close(uneven[:2], torch.ones(2, dtype=torch.float64), atol=0.01, rtol=0)
+    assert uneven[2].isnan(), "no token is expected"
+
+
+def test_choices_that_know_nothing_of_each_other_have_a_lift_of_1():
+    """Drawn by weights 8, 4, 2, 1 as a pair w_e w_f; and twice as many of one pair are seen as such."""
+    weights = [8, 4, 2, 1]
+    pairs = [(e, f) for e in range(4) for f in range(e) for _ in range(2 * weights[e] * weights[f])]
+    lift = with_choices(*pairs, num_experts=4).pair_lift[0]
+    off_diagonal = ~torch.eye(4, dtype=torch.bool)
+    torch.testing.assert_close(lift[off_diagonal], torch.ones(12, dtype=torch.float64), atol=1e-4, rtol=0)
+    more = with_choices(*pairs, *[(3, 2)] * 12, num_experts=4).pair_lift[0]
+    assert more[2, 3] == more[3, 2] > 1.5 > 1 > more[0, 3]
+
+
+def test_tokens_that_share_a_letter_are_shown_by_name():
+    """A byte-level token of a space and a letter's first bytes, and the one with the others."""
+    spans, names = [(0, 1), (1, 3), (2, 3), (3, 5), (5, 5)], ["a", "Ġx", "yz", "bc", "<s>"]
+    assert _shown_tokens("a ébc", names, spans) == ["a", "Ġx", "yz", "bc", "<s>"]
+    assert _shown_tokens("ab cd", ["A", "B"], [(0, 2), (2, 5)]) == ["ab", " cd"]
+    assert _shown_tokens("éa", ["<0xC3>", "<0xA9>", "a"], [(0, 1), (0, 1), (1, 2)]) == ["<0xC3>", "<0xA9>", "a"]
 
 
 def test_top_1_has_no_pairs():
@@ -194,8 +213,11 @@ def test_similarity_compares_directions_of_loads_and_of_what_is_preferred():
     torch.testing.assert_close(found.whole[0], torch.tensor([1, 1, 4 / math.sqrt(6 * 8)], dtype=torch.float64))
     torch.testing.assert_close(found.deviation[0], torch.tensor([1, 1, -1], dtype=torch.float64))
     torch.testing.assert_close(found.per_layer[0], found.whole)
-    assert found.halves[0].item() == pytest.approx(1)
-    assert found.halves[1:].isnan().all(), "a domain of one row has no halves"
+    assert found.within[0].item() == pytest.approx(1)
+    assert found.within[1:].isnan().all(), "a domain of one row has no halves"
+    two = with_choices((0,), (0,), (1,), num_experts=3)  # deviations 1, 0, -1 of 3 beside the first's 2, -1, -1 of 12
+    (r,) = similarity_of([(first, nothing), (two, nothing)]).deviation[0, 1:].tolist()
+    assert similarity_of([(first, two)]).within.item() == pytest.approx(2 * r / (1 + r))
     even = with_choices((0,), (1,), (2,))
     assert similarity_of([(even, even), (first, first)]).deviation[0].isnan().all()
 
