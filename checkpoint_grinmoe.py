@@ -1,6 +1,9 @@
-"""Reading and writing GRIN-MoE checkpoints: checked before they are read, replaced only when they are whole.
+"""GRIN-MoE checkpoints: the released layout, checks before reading, and saving that replaces only what is whole.
 
-The format is sharded safetensors in the official layout (`layout_grinmoe.py`) with the flat code beside it.
+On disk every expert has its own w1, w3 and w2, in sharded safetensors; in memory the experts of a layer are fused, and
+Transformers' weight conversion fuses them while it loads. docs/checkpoint.md has the whole list of keys.
+
+Shapes: E experts, H hidden size, I expert width.
 """
 
 from __future__ import annotations
@@ -8,23 +11,248 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import CommitInfo, try_to_load_from_cache
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    try_to_load_from_cache,
+)
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from .configuration_grinmoe import AUTO_MAP, GrinMoeConfig
-from .layout_grinmoe import can_alias, fused_name, fused_shapes, official_shapes, official_state_dict, stale_weights
 from .quantization_grinmoe import experts_are_quantized, is_bitsandbytes, packed_layout
-from .upload_grinmoe import upload_checkpoint
+
+# On-disk name -> (fused parameter, position of its rows in there).
+ON_DISK = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
+
+
+class FuseExperts(MergeModulelist):
+    """w1 and w3 of E experts, each (I, H), to gate_up_proj (E, 2I, H).
+
+    Transformers' own MergeModulelist and Concatenate copy every byte twice. This is a MergeModulelist for them too: up to
+    transformers 5.17, a loader that reads only the rank's own experts looks for one among the operations.
+    """
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):  # type: ignore[override]
+        # What an operation before this one has consumed is not there. Popped, so that matrices are freed with this call.
+        halves = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
+        matrices = [matrix for expert in zip(*halves, strict=True) for matrix in expert]
+        return {target_patterns[0]: torch.cat(matrices).unflatten(0, (len(halves[0]), -1))}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitExperts()
+
+
+class SplitExperts(ConversionOps):
+    """The inverse of `FuseExperts`: what `save_pretrained` does where `official_state_dict` cannot."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        (fused,) = input_dict.values()
+        fused = fused[0] if isinstance(fused, list) else fused
+        split = {}
+        for pattern, half in zip(target_patterns, fused.chunk(len(target_patterns), dim=1)):
+            # One storage for each half, as down_proj has one: sharding by size goes by storages.
+            for expert, matrix in enumerate(half.contiguous().unbind(0)):
+                split[pattern.replace("*", str(expert))] = matrix
+        return split
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FuseExperts()
+
+
+def register_weight_conversion() -> None:
+    """Teach Transformers' loader the official layout. Idempotent: this module may be imported under several names."""
+    gate, up, down = (f".experts.*.{name}.weight" for name in ("w1", "w3", "w2"))
+    register_checkpoint_conversion_mapping(
+        GrinMoeConfig.model_type,
+        [
+            WeightConverter([gate, up], ".experts.gate_up_proj", [FuseExperts()]),
+            WeightConverter([down], ".experts.down_proj", [MergeModulelist(dim=0)]),
+        ],
+        overwrite=True,
+    )
+
+
+def official_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict in the official layout, without a copy: every expert matrix is an alias of its fused weight.
+
+    (Transformers' own reverse conversion copies all experts at once: peak memory 1.6x of the model.)
+
+    Args:
+        state_dict: fused weights, as `model.state_dict()` gives them; other entries pass through.
+
+    Returns:
+        A new dict, in the official order of keys.
+    """
+    official = {}
+    for key, tensor in state_dict.items():
+        prefix, _, name = key.rpartition(".")
+        if not prefix.endswith(".experts") or name not in ("gate_up_proj", "down_proj"):
+            official[key] = tensor
+            continue
+        matrices = [on_disk for on_disk in ON_DISK if ON_DISK[on_disk][0] == name]
+        for expert, fused in enumerate(tensor.detach().unbind(0)):
+            for on_disk, matrix in zip(matrices, fused.chunk(len(matrices))):
+                # Through DLPack the alias gets a storage of its own, which is what sharding by size goes by.
+                official[f"{prefix}.{expert}.{on_disk}.weight"] = torch.from_dlpack(matrix)
+    return official
+
+
+def can_alias(state_dict: dict[str, torch.Tensor]) -> bool:
+    """Whether `official_state_dict` applies: not to sharded (DTensor), offloaded (meta) or quantized weights."""
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return all(type(tensor) in plain and not tensor.is_meta for tensor in state_dict.values())
+
+
+def official_shapes(config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of an official checkpoint, by its key."""
+    hidden, width, head = config.hidden_size, config.intermediate_size, config.head_size
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        base = f"model.layers.{layer}"
+        for name, count in heads.items():
+            shapes[f"{base}.self_attn.{name}_proj.weight"] = (count * head, hidden)
+            if config.attention_bias:
+                shapes[f"{base}.self_attn.{name}_proj.bias"] = (count * head,)
+        shapes[f"{base}.self_attn.o_proj.weight"] = (hidden, config.num_attention_heads * head)
+        if config.attention_bias:
+            shapes[f"{base}.self_attn.o_proj.bias"] = (hidden,)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= _norm_shapes(f"{base}.{norm}", config)
+        shapes[f"{base}.block_sparse_moe.gate.weight"] = (config.num_local_experts, hidden)
+        for expert in range(config.num_local_experts):
+            experts = f"{base}.block_sparse_moe.experts.{expert}"
+            shapes |= {f"{experts}.w1.weight": (width, hidden), f"{experts}.w3.weight": (width, hidden)}
+            shapes[f"{experts}.w2.weight"] = (hidden, width)
+    shapes |= _norm_shapes("model.norm", config)
+    shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    if config.lm_head_bias:
+        shapes["lm_head.bias"] = (config.vocab_size,)
+    return shapes
+
+
+def _norm_shapes(name: str, config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:
+    parts = ("weight",) if config.norm_type == "rms_norm" else ("weight", "bias")
+    return {f"{name}.{part}": (config.hidden_size,) for part in parts}
+
+
+def fused_shapes(config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:
+    """Our own names of the experts' weights, which load as well (save_pretrained(save_original_format=False))."""
+    num_experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(config.num_hidden_layers):
+        experts = f"model.layers.{layer}.block_sparse_moe.experts"
+        shapes[f"{experts}.gate_up_proj"] = (num_experts, 2 * width, hidden)
+        shapes[f"{experts}.down_proj"] = (num_experts, hidden, width)
+    return shapes
+
+
+def fused_name(key: str) -> str:
+    """The fused weight that an official expert key is a part of; other keys as they are."""
+    prefix, separator, rest = key.partition(".experts.")
+    on_disk = rest.split(".")[1] if separator and "." in rest else ""
+    return f"{prefix}.experts.{ON_DISK[on_disk][0]}" if on_disk in ON_DISK else key
+
+
+def stale_weights(present: Iterable[str], entering: Collection[str]) -> list[str]:
+    """
+    Weight files of a checkpoint that a new one leaves behind, because it has another number of shards.
+
+    Left where they are, they may be loaded in place of the new ones: Transformers prefers model.safetensors to an index.
+
+    Args:
+        present: names of the files that are there, in a folder or a repository.
+        entering: names of the new checkpoint's files.
+
+    Returns:
+        Those of `present` that are weights of the same variant and not among `entering`; none if no weights enter.
+    """
+    weights = next((name for name in entering if name.endswith(".safetensors")), None)
+    if weights is None:
+        return []
+    # "model", or "model.fp16" for a variant; the index of that is model.safetensors.index.fp16.json.
+    stem = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", weights)
+    name, _, variant = stem.partition(".")
+    index = f"{name}.safetensors.index{'.' + variant if variant else ''}.json"
+    ours = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(index)}")
+    return sorted(file for file in present if ours.fullmatch(file) and file not in entering)
+
+
+def load_per_expert_weights(
+    module: nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    prefix: str,
+    local_metadata: dict,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """`load_state_dict` pre-hook: take per-expert (w1, w3, w2) keys, also when they are spread over several calls.
+
+    The Trainer resumes and reloads its best model by plain `load_state_dict(strict=False)`, shard by shard, on the keys
+    that `save_pretrained` wrote. Without this the trained experts would be dropped there without an error.
+    """
+    matrices_per_expert = {"gate_up_proj": 2, "down_proj": 1}
+    rows_per_matrix = {"gate_up_proj": module.intermediate_dim, "down_proj": module.hidden_dim}
+    fused: dict[str, torch.Tensor] = {}
+    loaded = dict.fromkeys(matrices_per_expert, 0)
+    for expert in range(module.num_experts):
+        for on_disk, (name, position) in ON_DISK.items():
+            key = f"{prefix}{expert}.{on_disk}.weight"
+            if key not in state_dict:
+                continue
+            weight = state_dict.pop(key)
+            if name not in fused:
+                parameter = getattr(module, name).detach()
+                # A meta parameter has no memory to fill; load_state_dict(assign=True) puts this tensor in its place.
+                fused[name] = torch.zeros_like(parameter, device=weight.device) if parameter.is_meta else parameter
+            rows = rows_per_matrix[name]
+            target = fused[name][expert, position * rows : (position + 1) * rows]
+            if not target.is_floating_point():
+                error_msgs.append(
+                    f"{key} is full precision, and these experts are quantised; load it by from_pretrained(..., "
+                    "quantization_config=...)"
+                )
+                continue
+            if weight.shape != target.shape:
+                error_msgs.append(
+                    f"size mismatch for {key}: the checkpoint has {tuple(weight.shape)}, the model {tuple(target.shape)}"
+                )
+                continue
+            target.copy_(weight)
+            loaded[name] += 1
+    for name, tensor in fused.items():
+        expected = module.num_experts * matrices_per_expert[name]
+        if loaded[name] == expected:
+            state_dict[prefix + name] = tensor
+        elif getattr(module, name).is_meta:
+            error_msgs.append(
+                f"{prefix}{name}: {loaded[name]} of {expected} expert matrices cannot fill a parameter on the meta device; "
+                "give all of them at once, or materialise the model first (model.to_empty)"
+            )
 
 
 class CheckpointError(ValueError, RuntimeError):
@@ -182,9 +410,17 @@ def gather_sharded_weights(model: Any) -> dict[str, Any] | None:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
+# The remote code of every checkpoint. A list, because the folder that this file is in may hold more: Transformers' cache of
+# remote code keeps the files of a former version.
+CODE_FILES = tuple(
+    f"{name}_grinmoe.py"
+    for name in ("balance", "checkpoint", "configuration", "generation", "modeling", "quantization", "routing")
+)
+
+
 def code_files() -> list[Path]:
     """The flat remote-code files beside this one, which travel with every checkpoint."""
-    return sorted(Path(__file__).parent.glob("*_grinmoe.py"))
+    return [Path(__file__).parent / name for name in CODE_FILES]
 
 
 def add_remote_code(folder: str | os.PathLike) -> None:
@@ -300,6 +536,34 @@ def safetensors_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "use_safetensors": True}
 
 
+class _Source(NamedTuple):
+    """What `from_pretrained` was given, and which of our checks apply to it.
+
+    Attributes:
+        needs_safetensors: weights come from a checkpoint of Transformers' (not a GGUF, and not no checkpoint at all).
+        is_local: `folder` is to be checked before loading.
+        folder: of the weights, if `is_local`.
+        repo_id: of a Hub repository whose files are to be checked when they have been downloaded, or None.
+        subfolder: of the weights in the repository.
+    """
+
+    needs_safetensors: bool
+    is_local: bool
+    folder: Path
+    repo_id: str | None
+    subfolder: str
+
+    @classmethod
+    def of(cls, name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]) -> _Source:
+        subfolder = kwargs.get("subfolder") or ""
+        folder = Path(name_or_path or "", subfolder)
+        needs_safetensors = name_or_path is not None and kwargs.get("gguf_file") is None
+        checked = needs_safetensors and not kwargs.get("variant")  # files of a variant have names that are not checked
+        is_local = checked and folder.is_dir()
+        repo_id = str(name_or_path) if checked and not is_local else None
+        return cls(needs_safetensors, is_local, folder, repo_id, subfolder)
+
+
 class OfficialCheckpointMixin:
     """`from_pretrained` and `save_pretrained` of the GRIN-MoE models; goes before `PreTrainedModel`."""
 
@@ -334,15 +598,12 @@ class OfficialCheckpointMixin:
                 that does not fit the config.
             ValueError: config of another model_type.
         """
-        checked = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
-        if checked:
+        source = _Source.of(pretrained_model_name_or_path, kwargs)
+        if source.needs_safetensors:
             kwargs = safetensors_only(kwargs)
-        checked = checked and not kwargs.get("variant")
-        tensors_checked = not (output_loading_info or ignore_mismatched_sizes)
-        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
-        is_local = folder.is_dir()
-        if checked and is_local:
-            cls._check_folder(folder, kwargs, tensors_checked)
+        check_tensors = not (output_loading_info or ignore_mismatched_sizes)
+        if source.is_local:
+            cls._check_files(source.folder, kwargs, check_tensors)
         try:
             with experts_are_quantized():
                 model, loading_info = super().from_pretrained(
@@ -353,20 +614,18 @@ class OfficialCheckpointMixin:
                     **kwargs,
                 )
         except (SafetensorError, RuntimeError):
-            if checked and not is_local:
-                # What the library says names neither file nor remedy; if the checkpoint is at fault, this does.
-                cls._check_download(str(pretrained_model_name_or_path), kwargs, tensors_checked)
+            # What the library says names neither file nor remedy; if the checkpoint is at fault, this does.
+            cls._check_download(source, kwargs, check_tensors)
             raise
         if output_loading_info:
             return model, loading_info
-        if checked and not is_local:
-            cls._check_download(str(pretrained_model_name_or_path), kwargs, tensors_checked)
+        cls._check_download(source, kwargs, check_tensors)
         if message := describe_missing(loading_info["missing_keys"], cls._head_prefixes):
             raise CheckpointError(f"{pretrained_model_name_or_path}: {message}")
         return model
 
     @classmethod
-    def _check_folder(cls, folder: Path, kwargs: dict[str, Any], tensors_checked: bool) -> None:
+    def _check_files(cls, folder: Path, kwargs: dict[str, Any], check_tensors: bool) -> None:
         """Raise CheckpointError unless the shards in `folder` are whole and, if asked, those of its config."""
         if kwargs.get("config") is None and not any((folder / name).is_file() for name in _KEYSTONES):
             # The library would go on with the default config, that of the released model.
@@ -376,19 +635,21 @@ class OfficialCheckpointMixin:
             )
             raise CheckpointFileError(f"{folder} holds no {CONFIG_NAME}; {remedy}")
         shapes = read_shapes(folder)
-        if not shapes or not tensors_checked:
+        if not shapes or not check_tensors:
             return
         config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
         check_weights(shapes, config, folder, head_keys=("score.",))
 
     @classmethod
-    def _check_download(cls, repo_id: str, kwargs: dict[str, Any], tensors_checked: bool) -> None:
-        """The same for what has been downloaded of a Hub repository."""
+    def _check_download(cls, source: _Source, kwargs: dict[str, Any], check_tensors: bool) -> None:
+        """`_check_files` for what the library has downloaded of a Hub repository; nothing to do for a folder."""
+        if source.repo_id is None:
+            return
         where = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
         for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
-            file = try_to_load_from_cache(repo_id, os.path.join(kwargs.get("subfolder") or "", name), **where)
+            file = try_to_load_from_cache(source.repo_id, os.path.join(source.subfolder, name), **where)
             if isinstance(file, str):
-                cls._check_folder(Path(file).parent, kwargs, tensors_checked)
+                cls._check_files(Path(file).parent, kwargs, check_tensors)
                 return
 
     def save_pretrained(
@@ -418,68 +679,101 @@ class OfficialCheckpointMixin:
         refuse_checkout(save_directory)
         if state_dict is None and not kwargs.get("distributed_checkpoint"):
             state_dict = gather_sharded_weights(self)
-        kwargs |= {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
+        kwargs |= {"is_main_process": is_main_process, "max_shard_size": max_shard_size}
         if not is_main_process or kwargs.get("distributed_checkpoint"):
-            kwargs |= {"state_dict": state_dict, "save_original_format": save_original_format}
-            super().save_pretrained(save_directory, **kwargs)
+            kwargs |= {"push_to_hub": push_to_hub, "save_original_format": save_original_format}
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
             return
-        hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs} if push_to_hub else {}
-        kwargs["push_to_hub"] = False
-        if "token" in hub_options:
-            kwargs["token"] = hub_options["token"]
+        hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS & kwargs.keys()} if push_to_hub else {}
         adapter_only = getattr(self, "_hf_peft_config_loaded", False)
-        if getattr(self, "hf_quantizer", None) is not None:
-            save_original_format = False  # what is packed has no official layout
-        if save_original_format and not adapter_only:
-            weights = self.state_dict() if state_dict is None else state_dict
-            if can_alias(weights):
-                state_dict, save_original_format = official_state_dict(weights), False
+        if not adapter_only:
+            state_dict, save_original_format = self._weights_to_write(state_dict, save_original_format)
         with replaced_when_whole(save_directory) as staging:
             super().save_pretrained(staging, state_dict=state_dict, save_original_format=save_original_format, **kwargs)
             if not adapter_only:
                 add_remote_code(staging)
             _make_readable(staging)
-            written = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
+            written = _files_below(staging)
         if push_to_hub:
             # After the folder is whole, so that a failed upload costs no checkpoint.
-            upload_checkpoint(Path(save_directory), written, self.model_tags or (), **hub_options)
+            repo_id = hub_options.pop("repo_id", Path(save_directory).resolve().name)
+            _upload(Path(save_directory), written, repo_id, self.model_tags or (), **hub_options)
+
+    def _weights_to_write(
+        self, state_dict: dict[str, torch.Tensor] | None, save_original_format: bool
+    ) -> tuple[dict[str, torch.Tensor] | None, bool]:
+        """The state dict to hand to the library (None: the model's own), and whether the library has to convert it."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            return state_dict, False  # packed weights have no official layout
+        if save_original_format:
+            weights = self.state_dict() if state_dict is None else state_dict
+            if can_alias(weights):
+                return official_state_dict(weights), False
+        return state_dict, save_original_format
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         max_shard_size: int | str = "5GB",
         tags: list[str] | str | None = None,
+        token: str | bool | None = None,
+        **kwargs: Any,
     ) -> CommitInfo:
         """
-        Upload the model with its code, so that the repository loads on its own; arguments as in Transformers.
+        Upload the model and its code; arguments as in Transformers.
 
-        Beyond Transformers: one commit, which also removes the shards of a former checkpoint that this one does not
-        replace, and a card that is there is not written anew. (`grinmoe push` publishes a whole folder, with tokenizer and
-        card, and checks it before.)
+        Beyond Transformers: the commit also deletes the shards of a former checkpoint that this one does not replace, which
+        the library would load in place of the new ones; and a model card that is there stays as it is. `grinmoe push`
+        publishes a whole folder, with tokenizer and card, and checks it before.
         """
         tags = [tags] if isinstance(tags, str) else tags or []
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, token=token)
-            written = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
-            return upload_checkpoint(
-                Path(folder),
-                written,
-                [*(self.model_tags or ()), *tags],
-                repo_id=repo_id,
-                private=private,
-                token=token,
-                commit_message=commit_message,
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            all_tags = [*(self.model_tags or ()), *tags]
+            return _upload(Path(folder), _files_below(Path(folder)), repo_id, all_tags, token=token, **kwargs)
+
+
+def _files_below(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _upload(
+    folder: Path,
+    files: list[str],
+    repo_id: str,
+    tags: Sequence[str] = (),
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Upload `files` of `folder` in one commit, with a first model card, and delete what `stale_weights` names."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    present = api.list_repo_files(repo_id, revision=revision)
+    names = sorted(set(files) - {_CARD})
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, str(folder / name)) for name in names
+    ]
+    if _CARD not in present:
+        card = folder / _CARD
+        first = ModelCardData(tags=list(dict.fromkeys(tags)), library_name="transformers")
+        content = card.read_bytes() if card.is_file() else str(ModelCard.from_template(first)).encode()
+        operations.append(CommitOperationAdd(_CARD, content))
+    operations += [CommitOperationDelete(name) for name in stale_weights(present, names)]
+    return api.create_commit(
+        repo_id,
+        operations,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+    )
 
 
 def _make_readable(folder: Path) -> None:
@@ -489,12 +783,17 @@ def _make_readable(folder: Path) -> None:
         weights.chmod(config.stat().st_mode)
 
 
-_HUB_OPTIONS = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
+_CARD = "README.md"
+_HUB_OPTIONS = {"repo_id", "private", "token", "commit_message", "revision", "create_pr"}
 
 
 __all__ = [
+    "ON_DISK",
     "CheckpointError",
     "CheckpointFileError",
     "OfficialCheckpointMixin",
+    "official_shapes",
+    "official_state_dict",
     "read_shapes",
+    "stale_weights",
 ]

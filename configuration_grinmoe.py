@@ -14,20 +14,10 @@ from transformers import MixtralConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
+from .routing_grinmoe import ESTIMATORS
+
 logger = logging.get_logger(__name__)
 
-# What each of them does is said at its function in estimators_grinmoe.py.
-ROUTER_ESTIMATORS = (
-    "sparsemixer_v2",
-    "sparsemixer_v2_printed",
-    "sparsemixer_v2_star",
-    "sparsemixer_togo",
-    "sparsemixer_joint",
-    "sparsemixer_unscaled",
-    "sparsemixer_centred",
-    "topk",
-    "topk_renormalized",
-)
 NORM_TYPES = ("layer_norm", "rms_norm")
 ROUTER_AUX_LOSS_SCOPES = ("released", "local", "global")
 
@@ -103,8 +93,8 @@ class GrinMoeConfig(PreTrainedConfig):
             flash-attention call agree on that; see [`~GrinMoeConfig.get_text_config`]). `None` is full attention.
         num_local_experts, num_experts_per_tok (`int`): E and K, the experts and how many of them a token uses.
         router_estimator (`str`):
-            Gradient estimator of the router, one of `ROUTER_ESTIMATORS`. Evaluation is the same greedy routing for all
-            but three: `sparsemixer_v2_star` halves the logits, `topk` is GShard's gating (no mask), and
+            Gradient estimator of the router, one of `routing_grinmoe.ESTIMATORS`. Evaluation is the same greedy routing for
+            all but three: `sparsemixer_v2_star` halves the logits, `topk` is GShard's gating (no mask), and
             `topk_renormalized` Mixtral's (weights that sum to 1).
         router_jitter_noise (`float`): half-width eps of the router's mask (MaskedSoftmax), in training and evaluation.
         input_jitter_noise (`float`): in training the MoE block's input is multiplied by U(1 - eps, 1 + eps).
@@ -292,7 +282,7 @@ class GrinMoeConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a bool; give True or False")
         _require_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
         _require_choice("norm_type", self.norm_type, NORM_TYPES)
-        _require_choice("router_estimator", self.router_estimator, ROUTER_ESTIMATORS)
+        _require_choice("router_estimator", self.router_estimator, tuple(ESTIMATORS))
         _require_choice("router_aux_loss_scope", self.router_aux_loss_scope, ROUTER_AUX_LOSS_SCOPES)
         self._check_divisibility()
 

@@ -9,16 +9,29 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
-from .attention_grinmoe import CACHE, take_cache
-
 logger = logging.get_logger(__name__)
+
+
+# What the installed Transformers calls a cache, as an argument and in outputs: `cache` since 5.24. Before, that name was
+# for the paged cache of continuous batching, which goes straight to the attention function.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def take_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
+    """The cache of a call that may have it by either name; takes the newer one out of `kwargs`."""
+    cache = kwargs.pop(CACHE, None)
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    return past_key_values if cache is None else cache
 
 
 class GrinMoeGenerationMixin(GenerationMixin):

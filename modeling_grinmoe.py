@@ -1,7 +1,13 @@
-"""GRIN-MoE in PyTorch: the decoder and its heads.
+"""GRIN-MoE in PyTorch: attention, router, experts, sparse block, decoder and heads, in this order.
 
-Shapes: B batch, S sequence, T = B * S tokens, H hidden size, E experts, K experts per token, L layers, V vocabulary.
+The experts here are the reference. Transformers' experts interface picks another form by `experts_implementation`, and
+`import grinmoe` registers faster ones there (docs/performance.md); this file needs none of them.
+
+Shapes: B batch, S sequence, T = B * S tokens, H hidden size, E experts, K experts per token, I expert width, L layers,
+V vocabulary.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,31 +16,532 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
-from .attention_grinmoe import CACHE, GrinMoeAttention, GrinMoeRotaryEmbedding, packed_samples, take_cache
-from .balance_grinmoe import BalanceWindow, router_z_loss
-from .block_grinmoe import GrinMoeRouter, GrinMoeSparseMoeBlock
-from .checkpoint_grinmoe import OfficialCheckpointMixin
+from .balance_grinmoe import BalanceWindow, PendingRouterLosses
+from .checkpoint_grinmoe import OfficialCheckpointMixin, load_per_expert_weights, register_weight_conversion
 from .configuration_grinmoe import GrinMoeConfig
-from .dispatch_grinmoe import DEFAULT_EXPERTS
-from .estimators_grinmoe import RoutingNoise
-from .experts_grinmoe import GrinMoeExperts
-from .generation_grinmoe import GrinMoeGenerationMixin
-from .layout_grinmoe import register_weight_conversion
-from .quantization_grinmoe import parameters_beyond_bytes
-from .quantized_experts_grinmoe import QuantizedGrinMoeExperts
-from .routing_grinmoe import load_balancing_loss, routing_seed
+from .generation_grinmoe import CACHE, GrinMoeGenerationMixin, take_cache
+from .quantization_grinmoe import Packed4bitExperts, Packed8bitExperts, PackedExperts, parameters_beyond_bytes
+from .routing_grinmoe import (
+    ESTIMATORS,
+    ROUTERS,
+    FusedRouter,
+    RoutingNoise,
+    check_router_logits,
+    mix_seed,
+    route,
+    routing_generator,
+    routing_seed,
+    scale_gradient,
+    this_rank,
+    within_capacity,
+)
 
 register_weight_conversion()
+
+
+# Samples continue where positions go up by 1. None does so to or from this one, not even from padding to padding.
+_PADDING_POSITION = -2
+
+
+def packed_samples(
+    config: GrinMoeConfig,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    use_cache: bool | None,
+    has_borders: bool,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | int]] | None:
+    """How to keep packed samples apart, or None where there are none or the library sees to it.
+
+    The library finds packed samples by their positions, but only without a mask and without a cache, and for flash
+    attention only in a batch of one row; anywhere else it lets samples see their predecessors without a word. So where
+    positions begin again at 0 behind a token, the mask is built of positions alone, in which each token of padding is
+    a sample of its own, and flash attention is told the borders.
+
+    Args:
+        config: of the model.
+        attention_mask: (B, S) or prepared, or None.
+        position_ids: (B, S).
+        use_cache: whether a cache was asked for.
+        has_borders: the caller has given flash attention's `cu_seq_lens`.
+
+    Returns:
+        (B, S) positions to build the mask from, and flash attention's arguments.
+    """
+    needs_borders = is_flash_attention_requested(config) and not has_borders
+    if attention_mask is None and not (needs_borders or use_cache):
+        return None  # the library finds them
+    if attention_mask is not None and attention_mask.dim() != 2:
+        return None  # a prepared mask is taken as it is
+    valid = torch.ones_like(position_ids) if attention_mask is None else attention_mask
+    valid = valid.bool()
+    if torch.compiler.is_compiling():  # nothing may depend on the values
+        if needs_borders or use_cache:
+            return None
+    elif not ((position_ids[:, 1:] == 0) & valid[:, 1:] & valid[:, :-1]).any():
+        return None
+    mask_positions = torch.where(valid, position_ids, _PADDING_POSITION)
+    return mask_positions, flash_borders(mask_positions) if needs_borders else {}
+
+
+def flash_borders(mask_positions: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    """Flash attention's arguments for samples that begin wherever (B, S) positions do not go up by 1."""
+    begins = torch.diff(mask_positions, prepend=mask_positions[:, :1] - 2) != 1
+    borders = nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).to(torch.int32)
+    longest = int(borders.diff().max())
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+
+class GrinMoeRotaryEmbedding(nn.Module):
+    """Cosines and sines of RoPE; LongRoPE switches all positions of a batch at once.
+
+    LongRoPE (Phi-3.5-MoE): the length of the longest row decides for every position of the batch, and the reference
+    decides twice. The long factors hold from `original_max_position_embeddings` tokens on, `long_mscale` only above it;
+    at exactly that length the long factors go with `short_mscale`.
+    """
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        # Read by dynamic_rope_update.
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        inv_freq, self.attention_scaling = self.rope_init(config)
+        # _init_weights refills these by name after a load through the meta device.
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+        if self.rope_type == "longrope":
+            self.original_length = config.rope_parameters["original_max_position_embeddings"]
+            self.long_inv_freq = nn.Buffer(self.long_rope_init(config), persistent=False)
+            self.short_mscale = config.rope_parameters.get("short_mscale") or self.attention_scaling
+            self.long_mscale = config.rope_parameters.get("long_mscale") or self.attention_scaling
+
+    def _apply(self, fn, recurse: bool = True):
+        # Moved with the model, but kept in float32: after model.to(bfloat16) the frequencies would be off by up to 0.4 %,
+        # whole turns at late positions, where loading in bfloat16 keeps them.
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, nn.Buffer(buffer.to(moved.device), persistent=False))
+        return self
+
+    @property
+    def rope_init(self) -> Callable:
+        return (
+            self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+        )
+
+    @staticmethod
+    def compute_default_rope_parameters(config: GrinMoeConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies (head / 2,) and the scale of cos and sin (1) of plain RoPE."""
+        exponents = torch.arange(0, config.head_size, 2, dtype=torch.float) / config.head_size
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @staticmethod
+    def long_rope_init(config: GrinMoeConfig) -> torch.Tensor:
+        """Inverse frequencies (head / 2,) of LongRoPE beyond the original length."""
+        beyond = config.rope_parameters["original_max_position_embeddings"] + 1
+        return ROPE_INIT_FUNCTIONS["longrope"](config, None, seq_len=beyond)[0]
+
+    def longrope_regime(self, length):
+        """Whether the long factors and the long mscale hold, for a batch whose longest row has `length` tokens."""
+        return length >= self.original_length, length > self.original_length
+
+    def changes_regime(self, length: int, new_tokens: int) -> bool:
+        """Whether the last `new_tokens` of `length` change the frequencies of what came before them."""
+        if self.rope_type != "longrope" or length == new_tokens:
+            return False
+        return self.longrope_regime(length - new_tokens) != self.longrope_regime(length)
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S) positions to cos and sin (B, S, head), in the dtype of `hidden_states`."""
+        if self.rope_type == "longrope":
+            # Selected with tensors, not with `if`: no host sync, and it compiles.
+            long_factors, long_mscale = self.longrope_regime(position_ids.max() + 1)
+            inv_freq = torch.where(long_factors, self.long_inv_freq, self.original_inv_freq)
+            scale = torch.where(long_mscale, self.long_mscale, self.short_mscale)
+        else:
+            inv_freq, scale = self.scaled_frequencies(hidden_states, position_ids)
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            angles = position_ids[..., None].float() * inv_freq.float()  # (B, S, head / 2)
+            angles = torch.cat((angles, angles), dim=-1)
+            return (angles.cos() * scale).to(hidden_states.dtype), (angles.sin() * scale).to(hidden_states.dtype)
+
+    @dynamic_rope_update
+    def scaled_frequencies(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return self.inv_freq, self.attention_scaling
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate query and key (B, heads, S, head) by cos and sin (B, S, head)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Readable attention. Softmax in float32; returns (B, S, heads, head) and the probabilities."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probs = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probs = nn.functional.dropout(probs, p=dropout, training=module.training)
+    return (probs @ value).transpose(1, 2).contiguous(), probs
+
+
+class GrinMoeAttention(nn.Module):
+    """Grouped-query attention with biases, RoPE and a sliding window of `visible_keys` keys."""
+
+    def __init__(self, config: GrinMoeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_size
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, S, H) to the block's output (B, S, H) and, in eager, the probabilities (B, heads, S, keys)."""
+        input_shape = hidden_states.shape[:-1]
+        heads_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            # kwargs: a paged cache (continuous batching, since 5.24) puts there what its attention function reads.
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, probs = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.config.visible_keys,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), probs
+
+
+def fused_router(config: GrinMoeConfig) -> FusedRouter | None:
+    """The router that belongs to the experts implementation in use, or None for the reference."""
+    return ROUTERS.get(config._experts_implementation)
+
+
+class GrinMoeRouter(nn.Module):
+    """The gate: (T, H) to router logits, routing weights and selected experts.
+
+    Not an nn.Linear: tools that adapt or quantise every linear layer expect one tensor from it.
+    """
+
+    def __init__(self, config: GrinMoeConfig, layer_idx: int | None = None):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_experts = config.num_local_experts  # read by the library's expert parallelism
+        self.top_k = config.num_experts_per_tok
+        self.jitter_eps = config.router_jitter_noise
+        self.estimator = config.router_estimator
+        self.capacity_factor = config.router_capacity_factor
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        noise: RoutingNoise | None = None,
+        generator: torch.Generator | None = None,
+        routing_seed: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """
+        Draws in training are `noise`, or come from `generator`, or from torch's default one. A fused router, which goes with
+        some experts implementations, draws them from `routing_seed` by counting (`grinmoe.kernels`).
+
+        Returns:
+            router_logits (T, E); routing_weights (T, K), 0 for a choice beyond an expert's capacity; selected_experts
+            (T, K), what was chosen, dropped or not; the scale of the experts' own gradient (T, K), or None; and the
+            selected experts once more, to be recorded.
+        """
+        router_logits = nn.functional.linear(hidden_states, self.weight)  # (T, E)
+        options = (router_logits, self.top_k, self.jitter_eps, self.training)
+        fused = fused_router(self.config)
+        if fused is not None and ESTIMATORS[self.estimator].kernel:
+            check_router_logits(router_logits, self.top_k, self.layer_idx)
+            routing = fused.route(*options, self.estimator, noise, routing_seed, self.layer_idx or 0)
+        else:
+            routing = route(*options, noise, self.estimator, generator=generator, layer=self.layer_idx)
+        routing_weights, selected_experts, expert_gradient_scale = routing
+        if self.training and self.capacity_factor is not None:
+            fits = within_capacity(selected_experts, self.num_experts, self.capacity_factor)
+            routing_weights = routing_weights.masked_fill(~fits, 0.0)
+        # Expert parallelism of Transformers before 5.24 rewrites the third output to experts of this rank, and leaves
+        # what follows alone.
+        return router_logits, routing_weights, selected_experts, expert_gradient_scale, selected_experts
+
+
+# They do not call `_apply_gate`.
+_WITHOUT_DROPOUT = ("sonicmoe", "deepgemm_megamoe")
+
+
+@use_experts_implementation
+class GrinMoeExperts(nn.Module):
+    """E SwiGLU experts. Every token is served by all of its K experts: nothing is dropped."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = config.expert_dropout
+        self.dropout_generator: torch.Generator | None = None
+        self.register_load_state_dict_pre_hook(load_per_expert_weights)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Reference loop: sort by expert, one SwiGLU per expert, weight, sum. This is `experts_implementation="eager"`.
+
+        The loop needs the group sizes on the host, so it does not compile.
+
+        Args:
+            hidden_states: (T, H).
+            top_k_index: (T, K) expert of each choice. Under expert parallelism, E marks one that lives elsewhere.
+            top_k_weights: (T, K) weight of each choice.
+
+        Returns:
+            (T, H), in the dtype of `hidden_states`.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "experts_implementation='eager' loops over group sizes on the host and cannot be compiled; use "
+                "model.set_experts_implementation('grinmoe')"
+            )
+        return self.loop(hidden_states, top_k_index, top_k_weights)
+
+    def loop(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """The reference loop itself, which `experts_implementation` does not exchange. Contract of `forward`."""
+        top_k = top_k_index.shape[-1]
+        order, group_sizes = group_by_expert(top_k_index, self.num_experts)
+        served_elsewhere = order.numel() - sum(group_sizes)
+        *groups, elsewhere = hidden_states[order // top_k].split([*group_sizes, served_elsewhere])
+        outputs = [
+            down(self._apply_gate(gate_up(group)))
+            for group, gate_up, down in zip(groups, self.linears("gate_up_proj"), self.linears("down_proj"))
+        ]
+        outputs.append(torch.zeros_like(elsewhere))
+        weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order].unsqueeze(-1)  # (T * K, H)
+        per_choice = weighted[order.argsort()].view(-1, top_k, self.hidden_dim)
+        return per_choice.sum(dim=1).to(hidden_states.dtype)
+
+    def linears(self, name: str) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """For each expert, the product with its part of a fused weight: (n, in) to (n, out).
+
+        The loops read the weights here and nowhere else, so that they may be kept in another form. They are unbound once
+        instead of indexed per expert: the backward of `W[e]` fills a zero tensor as large as all experts for each of them.
+
+        Args:
+            name: "gate_up_proj" (H to 2I) or "down_proj" (I to H).
+        """
+        return [functools.partial(nn.functional.linear, weight=weight) for weight in getattr(self, name).unbind(0)]
+
+    def seed_dropout(self, routing_seed: int, layer_idx: int, device: torch.device) -> None:
+        """Draw the next forward's dropout from a generator of its own, not from torch's default one.
+
+        Under expert parallelism every rank drops other activations and another number of them; from the default
+        generator, what the ranks draw after that would differ too.
+
+        Raises:
+            ValueError: the experts implementation has no place for dropout.
+        """
+        if self.dropout == 0:
+            return
+        implementation = self.config._experts_implementation
+        if implementation in _WITHOUT_DROPOUT:
+            raise ValueError(
+                f"expert_dropout={self.dropout} with experts_implementation={implementation!r}, which computes the "
+                "activation inside of its kernel and would drop nothing; choose 'grouped_mm', or expert_dropout=0"
+            )
+        self.dropout_generator = routing_generator(mix_seed(routing_seed, 1 + this_rank()), layer_idx, device)
+
+    def keep_mask(self, activation: torch.Tensor) -> torch.Tensor:
+        """What dropout multiplies activations of this shape with: 0, or 1 / (1 - p)."""
+        keep = torch.empty_like(activation).bernoulli_(1 - self.dropout, generator=self.dropout_generator)
+        return keep.div_(1 - self.dropout)
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """(n, 2I) to (n, I): SwiGLU, and dropout. The library's experts functions call it by this name."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        activation = self.act_fn(gate) * up
+        return activation * self.keep_mask(activation) if self.training and self.dropout > 0 else activation
+
+
+class GrinMoeExperts4bit(Packed4bitExperts, GrinMoeExperts):
+    """The experts with 4-bit weights."""
+
+
+class GrinMoeExperts8bit(Packed8bitExperts, GrinMoeExperts):
+    """The experts with 8-bit weights."""
+
+
+GrinMoeExperts.packed_forms = (GrinMoeExperts4bit, GrinMoeExperts8bit)
+PackedExperts.dense_form = GrinMoeExperts
+
+
+def group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
+    """
+    Sort the choices of all tokens by expert.
+
+    Args:
+        top_k_index: (T, K). Under expert parallelism, `num_experts` marks an expert that lives elsewhere.
+        num_experts: E.
+
+    Returns:
+        order (T * K,): positions in the flattened `top_k_index`, those of expert 0 first, those served elsewhere last;
+        and how many there are of each of the E experts, on the host.
+    """
+    sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
+    return order, torch.bincount(sorted_experts, minlength=num_experts)[:num_experts].tolist()
+
+    # Otherwise they are in place, and load_state_dict(strict=True) reports the parameter as missing.
+
+
+class GrinMoeSparseMoeBlock(nn.Module):
+    """Route every token to K experts and sum their weighted outputs.
+
+    No token is dropped, unless the config sets `router_capacity_factor` to compare with recipes that do.
+    """
+
+    def __init__(self, config: GrinMoeConfig, layer_idx: int | None = None):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.input_jitter_noise = config.input_jitter_noise
+        self.expert_dropout = config.expert_dropout
+        self.gate = GrinMoeRouter(config, layer_idx)
+        self.experts = GrinMoeExperts(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, noise: RoutingNoise | None = None, routing_seed: int | None = None
+    ) -> torch.Tensor:
+        """(B, S, H) to (B, S, H).
+
+        In training `noise` replays recorded draws; else they come from this layer's stream of `routing_seed`, or from
+        torch's default generator where there is none.
+        """
+        shape = hidden_states.shape
+        hidden_states = hidden_states.reshape(-1, shape[-1])  # (T, H)
+        generator = None
+        if self.training:
+            if routing_seed is not None:
+                generator = routing_generator(routing_seed, self.layer_idx, hidden_states.device)
+                if self.expert_dropout > 0:  # PEFT's wrappers of the experts know no seed_dropout
+                    self.experts.seed_dropout(routing_seed, self.layer_idx, hidden_states.device)
+            hidden_states = self._jittered(hidden_states, noise, generator, routing_seed)
+        _, routing_weights, selected_experts, expert_gradient_scale, _ = self.gate(
+            hidden_states, noise, generator, routing_seed
+        )
+        if expert_gradient_scale is None:
+            output = self.experts(hidden_states, selected_experts, routing_weights)
+        else:
+            output = self._scaled_gradient_output(
+                hidden_states, selected_experts, routing_weights, expert_gradient_scale
+            )
+        return output.reshape(shape)
+
+    def _jittered(
+        self,
+        hidden_states: torch.Tensor,
+        noise: RoutingNoise | None,
+        generator: torch.Generator | None,
+        routing_seed: int | None,
+    ) -> torch.Tensor:
+        # Once, seen by the router and the experts but not by the residual stream, and never in place.
+        if noise is not None and noise.input_jitter is not None:
+            return hidden_states * noise.input_jitter.reshape(hidden_states.shape).to(hidden_states.dtype)
+        if self.input_jitter_noise == 0:
+            return hidden_states
+        fused = fused_router(self.config)
+        if fused is not None:
+            return fused.input_jitter(hidden_states, self.input_jitter_noise, routing_seed, self.layer_idx or 0)
+        low, high = 1.0 - self.input_jitter_noise, 1.0 + self.input_jitter_noise
+        return hidden_states * torch.empty_like(hidden_states).uniform_(low, high, generator=generator)
+
+    def _scaled_gradient_output(
+        self,
+        hidden_states: torch.Tensor,
+        selected_experts: torch.Tensor,
+        routing_weights: torch.Tensor,
+        expert_gradient_scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """The experts' output, where only their own gradient is scaled, choice by choice.
+
+        Each choice becomes a token of its own, so that any experts implementation serves. What the weights get is
+        scaled back.
+        """
+        top_k = selected_experts.shape[1]
+        routing_weights = scale_gradient(routing_weights, 1 / expert_gradient_scale)
+        per_choice = self.experts(
+            hidden_states.repeat_interleave(top_k, dim=0),
+            selected_experts.reshape(-1, 1),
+            routing_weights.reshape(-1, 1),
+        )  # (T * K, H)
+        per_choice = scale_gradient(per_choice, expert_gradient_scale.reshape(-1, 1))
+        return per_choice.view(-1, top_k, hidden_states.shape[1]).sum(dim=1)
 
 
 def norm_of(config: GrinMoeConfig) -> nn.Module:
@@ -139,7 +646,7 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, GrinMoeRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, QuantizedGrinMoeExperts):
+        elif isinstance(module, PackedExperts):
             module.init_missing(std)
         elif isinstance(module, GrinMoeExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
@@ -160,12 +667,19 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # The library greps the model's own file for the experts decorator; ours is applied in experts_grinmoe.py.
-        # Without this every experts_implementation would silently run as "eager".
+        # The library looks for the experts' decorator in the source file of `cls`, and after `fully_shard` that is torch's.
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        return super().get_correct_experts_implementation(requested_experts or DEFAULT_EXPERTS)
+        if requested_experts is None and "grinmoe" in ALL_EXPERTS_FUNCTIONS:
+            requested_experts = "grinmoe"
+        if (requested_experts or "").startswith("grinmoe") and requested_experts not in ALL_EXPERTS_FUNCTIONS:
+            raise ImportError(
+                f"experts_implementation={requested_experts!r} belongs to the package grinmoe, which this process has not "
+                "imported: pip install grinmoe, and import grinmoe before the model is loaded; or leave it out for "
+                "Transformers' own"
+            )
+        return super().get_correct_experts_implementation(requested_experts)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
         # The one place that every way of enabling checkpointing goes through, on all supported versions.
@@ -373,15 +887,16 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             output_selected_experts=records_routing,
             **kwargs,
         )
-        losses_of_router = None
+        router_losses = None
         if records_routing:
-            losses_of_router = self._router_losses(outputs, attention_mask, labels, kwargs.get("num_items_in_batch"))
+            num_items_in_batch = kwargs.get("num_items_in_batch")
+            router_losses = self._start_router_losses(outputs, attention_mask, labels, num_items_in_batch)
         logits = self.lm_head(_keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = aux_loss = z_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        if losses_of_router is not None:
-            aux_loss, z_loss, weighted = losses_of_router()
+        if router_losses is not None:
+            aux_loss, z_loss, weighted = router_losses.finish()
             loss = None if loss is None else loss + weighted.to(loss.device)
         return GrinMoeCausalLMOutputWithPast(
             loss=loss,
@@ -395,50 +910,33 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             **{CACHE: outputs.get(CACHE)},
         )
 
-    def _router_losses(
+    def _start_router_losses(
         self,
         outputs: GrinMoeModelOutputWithPast,
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
-    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-        """Start the router's losses; the result waits for what other ranks have to say.
-
-        It gives the unscaled balance loss, the unscaled z-loss or None, and their sum weighted by the coefficients and by
-        this micro-batch's share of the optimizer step. The Trainer adds up the losses of a step's micro-batches: the
-        language loss is divided by the step's `num_items_in_batch` and adds up to a mean, and weighted by their share of
-        those target tokens the router's losses do too, so that they do not grow with gradient accumulation.
-        """
+    ) -> PendingRouterLosses:
+        """Send this rank's counts on their way, so that the language head runs while they travel."""
         config = self.config
         if attention_mask is not None:
             # With a cache the mask also covers what is cached; a prepared 4-D mask does not tell padding.
             sequence = outputs.last_hidden_state.shape[1]
             attention_mask = attention_mask[:, -sequence:] if attention_mask.dim() == 2 else None
-        routing = outputs.router_logits, outputs.selected_experts, config.num_experts_per_tok
+        routing = outputs.router_logits, outputs.selected_experts, config.num_experts_per_tok, attention_mask
         step, share = {}, None
         if labels is not None and num_items_in_batch is not None:
             step = {"targets": (labels[..., 1:] != -100).sum(), "items": num_items_in_batch}
             share = step["targets"] / num_items_in_batch
-        pending = None
-        # Ranks evaluate and generate at their own pace: a collective there would wait for ever.
-        if config.router_aux_loss_scope == "global" and self.training:
-            ranks_per_batch = self._ranks_per_batch()
-            pending = self.balance_window.start(*routing, attention_mask, **step, ranks_per_batch=ranks_per_batch)
-
-        def finish():
-            if pending is None:
-                scope = "local" if config.router_aux_loss_scope == "global" else config.router_aux_loss_scope
-                aux_loss, aux_share = load_balancing_loss(*routing, scope, attention_mask), share
-            else:
-                aux_loss, aux_share = pending.finish()
-            weighted = config.router_aux_loss_coef * _times(aux_loss, aux_share)
-            z_loss = None
-            if config.router_z_loss_coef > 0:
-                z_loss = router_z_loss(outputs.router_logits, attention_mask)
-                weighted = weighted + config.router_z_loss_coef * _times(z_loss, share)
-            return aux_loss, z_loss, weighted
-
-        return finish
+        scope, balance = config.router_aux_loss_scope, None
+        if scope == "global" and self.training:
+            balance = self.balance_window.start(*routing, **step, ranks_per_batch=self._ranks_per_batch())
+        elif scope == "global":
+            # Ranks evaluate and generate at their own pace: a collective there would wait for ever.
+            scope = "local"
+        return PendingRouterLosses(
+            *routing, scope, config.router_aux_loss_coef, config.router_z_loss_coef, share, balance
+        )
 
 
 class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoePreTrainedModel):
@@ -466,21 +964,5 @@ def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Ten
     return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
-def _times(loss: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
-    return loss if share is None else loss * share.to(loss.device)
-
-
-# The names in the released config.json's auto_map and its file.
-GRINMoEModel = GrinMoeModel
+# The name in the released config.json's auto_map.
 GRINMoEForCausalLM = GrinMoeForCausalLM
-GRINMoEForSequenceClassification = GrinMoeForSequenceClassification
-
-__all__ = [
-    "GrinMoeForCausalLM",
-    "GrinMoeForSequenceClassification",
-    "GrinMoeModel",
-    "GrinMoePreTrainedModel",
-    "GRINMoEForCausalLM",
-    "GRINMoEForSequenceClassification",
-    "GRINMoEModel",
-]

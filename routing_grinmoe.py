@@ -1,19 +1,374 @@
-"""Routing of GRIN-MoE as functions of tensors: sparsemixer, its noise and its checks, capacity, the balance loss.
+"""Routing of GRIN-MoE as functions of tensors: the estimators of the router's gradient, their draws and their checks.
 
-Source: "GRIN: GRadient-INformed MoE", arXiv:2409.12136, sections 2 and 3, and the behaviour of the released code,
-which decides where the two differ (the differences are named at each function).
+Source: "GRIN: GRadient-INformed MoE", arXiv:2409.12136, sections 2, 3 and appendix A, and the behaviour of the released
+code, which decides where the two differ (each difference is named where it is). `togo` and `joint` are derived in
+docs/numerics.md. [`sparsemixer`] is the entry point.
 
-Shapes: T tokens, E experts, K experts per token, L layers. The estimators themselves are in estimators_grinmoe.py.
+Shapes: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
-from .estimators_grinmoe import ESTIMATORS, WITHOUT_DRAWS, Routing, RoutingNoise, masked_softmax
+
+class RoutingNoise(NamedTuple):
+    """The random draws of one routing decision, so that it can be replayed.
+
+    Attributes:
+        exponential: (K, T, E) unit exponentials; draw k samples argmax(z - log exponential[k]).
+        uniform: (K, T, 1) uniforms in [0, 1) that choose between full and Heun-scaled weight.
+        input_jitter: (T, H) factors for the MoE block's input, or None to draw them. Not used by `sparsemixer`.
+    """
+
+    exponential: torch.Tensor
+    uniform: torch.Tensor
+    input_jitter: torch.Tensor | None = None
+
+
+class Routing(NamedTuple):
+    """One routing decision.
+
+    Attributes:
+        routing_weights: (T, K), what the experts' outputs are multiplied with; its backward is the estimator.
+        selected_experts: (T, K) int64.
+        expert_gradient_scale: (T, K) by which the experts' own gradient is to be multiplied (the weights' gradient is
+            not), or None for 1.
+    """
+
+    routing_weights: torch.Tensor
+    selected_experts: torch.Tensor
+    expert_gradient_scale: torch.Tensor | None = None
+
+
+def masked_softmax(
+    router_logits: torch.Tensor, remaining: torch.Tensor, jitter_eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MaskedSoftmax over the remaining experts: those too far below the best get probability 0.
+
+    The released rule keeps expert i when (top - z_i) / max(|z_i|, top) <= 2 eps, top being the best remaining logit
+    and 0/0 counting as kept. (GRIN Eq. 2 has z* - z_i <= r (|z_i| + |z*|); 0.06 % of random rows differ.)
+
+    Args:
+        router_logits: (T, E) the raw logits, whose |z_i| the rule uses.
+        remaining: (T, E) the same with -inf for the experts already chosen.
+        jitter_eps: eps.
+
+    Returns:
+        masked_probs (T, E), summing to 1; dropped (T, E) bool, experts with probability 0.
+    """
+    top = remaining.amax(dim=-1, keepdim=True)
+    gap = (top - router_logits) / router_logits.abs().clamp(min=top)
+    # NaN (0/0) compares false: kept.
+    dropped = (gap > 2 * jitter_eps) | (remaining == float("-inf"))
+    return torch.softmax(remaining.masked_fill(dropped, float("-inf")), dim=-1), dropped
+
+
+class _Choices(NamedTuple):
+    """K choices without replacement.
+
+    Attributes:
+        probs: (K, T, E), one masked softmax per choice.
+        experts: (T, K).
+        is_argmax: (T, K) bool, whether a draw took the most probable expert; None where nothing is drawn.
+    """
+
+    probs: torch.Tensor
+    experts: torch.Tensor
+    is_argmax: torch.Tensor | None
+
+
+def _choose(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> _Choices:
+    """The choices of Algorithm 3: sampled with `noise`, the argmax without."""
+    router_logits = router_logits.detach()
+    remaining = router_logits  # (T, E), -inf where an earlier choice took the expert
+    probs: list[torch.Tensor] = []
+    experts: list[torch.Tensor] = []
+    is_argmax: list[torch.Tensor] = []
+    for k in range(top_k):
+        if k > 0:
+            remaining = remaining.scatter(-1, experts[-1], float("-inf"))
+        masked_probs, dropped = masked_softmax(router_logits, remaining, jitter_eps)
+        if noise is None:
+            choice = remaining.argmax(dim=-1, keepdim=True)  # (T, 1)
+        else:
+            # The Gumbel trick: -log of a unit exponential is Gumbel noise.
+            perturbed = remaining - noise.exponential[k].log()
+            choice = perturbed.masked_fill(dropped, float("-inf")).argmax(dim=-1, keepdim=True)
+            is_argmax.append(choice == masked_probs.argmax(dim=-1, keepdim=True))
+        probs.append(masked_probs)
+        experts.append(choice)
+    drawn = torch.cat(is_argmax, dim=-1) if is_argmax else None
+    return _Choices(torch.stack(probs), torch.cat(experts, dim=-1), drawn)
+
+
+# How the contributions c_k = p_k <g, E_k> of a token's draws (T, K) become the factors of their scores.
+_Credit = Callable[[torch.Tensor], torch.Tensor]
+
+
+def own_credit(contributions: torch.Tensor) -> torch.Tensor:
+    """Every draw answers for itself (the paper)."""
+    return contributions
+
+
+def credit_to_go(contributions: torch.Tensor) -> torch.Tensor:
+    """A draw also answers for the later ones, among which it decides who is left: c_k + ... + c_K."""
+    return contributions.flip(-1).cumsum(-1).flip(-1)
+
+
+def centred_credit_to_go(contributions: torch.Tensor) -> torch.Tensor:
+    """As `credit_to_go`, less the mean over the other tokens."""
+    credit = credit_to_go(contributions)
+    others = max(1, len(credit) - 1)
+    return credit - (credit.sum(0, keepdim=True) - credit) / others
+
+
+def joint_credit(contributions: torch.Tensor) -> torch.Tensor:
+    """Every draw answers for the whole output."""
+    return contributions.sum(-1, keepdim=True).expand_as(contributions)
+
+
+def _chosen(probs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """(K, T, E) and (T, K) to the chosen experts' probabilities (T, K)."""
+    return probs.gather(-1, experts.t().unsqueeze(-1)).squeeze(-1).t()
+
+
+class _ScoreFunctionWeights(torch.autograd.Function):
+    """Weights of the chosen experts, `scale * p_D` (T, K), whose backward ignores `scale`.
+
+    With g_k = dL/d(weight k) and c_k = g_k p_k, draw k adds credit_k (1[j = D_k] - p^(k)_j) to dL/dz_j. With each draw's
+    own credit that is Algorithm 1's router gradient, and the plain derivative of the masked softmax where there is no
+    scale. A draw with one kept expert (p_D = 1) adds zero.
+    """
+
+    @staticmethod
+    def forward(ctx, router_logits, probs, experts, scale, credit):
+        chosen_probs = _chosen(probs, experts)
+        ctx.save_for_backward(probs, experts, chosen_probs)
+        ctx.credit = credit
+        return chosen_probs.clone() if scale is None else chosen_probs * scale
+
+    @staticmethod
+    @once_differentiable  # an estimate has no derivative of its own
+    def backward(ctx, grad_weights):
+        probs, experts, chosen_probs = ctx.saved_tensors
+        credit = ctx.credit(grad_weights * chosen_probs)  # (T, K)
+        grad_logits = -(credit.t().unsqueeze(-1) * probs).sum(0)
+        return grad_logits.scatter_add(-1, experts, credit), None, None, None, None
+
+
+def _weights(
+    router_logits: torch.Tensor, choices: _Choices, scale: torch.Tensor | None, credit: _Credit = own_credit
+) -> torch.Tensor:
+    if scale is None:
+        if not (torch.is_grad_enabled() and router_logits.requires_grad):
+            return _chosen(choices.probs, choices.experts)
+        credit = own_credit  # in evaluation the derivative of what was computed
+    return _ScoreFunctionWeights.apply(router_logits, choices.probs, choices.experts, scale, credit)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, scale):
+        ctx.scale = scale if isinstance(scale, float) else None
+        ctx.save_for_backward(*([] if ctx.scale is not None else [scale]))
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (scale,) = ctx.saved_tensors or (ctx.scale,)
+        return gradient * scale, None
+
+
+def scale_gradient(tensor: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """`tensor` itself, whose gradient is multiplied by `scale` (broadcast over it)."""
+    return _ScaleGradient.apply(tensor, scale)
+
+
+def _topk(router_logits: torch.Tensor, top_k: int) -> Routing:
+    """The gating of GShard, and with K = 1 of the Switch Transformer: no mask, no sampling, the gradient of the gate.
+
+    Weights are the plain softmax over all experts, not renormalised over the chosen ones: with K = 1 they would be
+    constant.
+    """
+    experts = router_logits.detach().topk(top_k, dim=-1).indices
+    return Routing(torch.softmax(router_logits, dim=-1).gather(-1, experts), experts)
+
+
+def _topk_renormalized(router_logits: torch.Tensor, top_k: int) -> Routing:
+    """The gating of Mixtral: as `topk`, with the weights of the chosen experts renormalised to sum to 1."""
+    experts = router_logits.detach().topk(top_k, dim=-1).indices
+    # Of the chosen logits alone: the same as all experts' softmax over its own sum.
+    return Routing(torch.softmax(router_logits.gather(-1, experts), dim=-1), experts)
+
+
+@dataclass(frozen=True)
+class EstimatorSpec:
+    """
+    An estimator of the router's gradient: the one place that says what it computes, and what it can be used for.
+
+    Attributes:
+        source: where it comes from.
+        exact_for: the number of experts per token and the losses for which its gradient is exact (tests/research).
+        gating: for estimators without draws, (router_logits, top_k) to a `Routing`; None samples experts by Algorithm 3.
+        full_probability: probability that the Heun factor m of a draw other than the argmax is 1.
+        third: m otherwise. Heun's rule has 1/3; the released code has the literal 0.3333.
+        shared_scale: one m for all draws of a token, without the exception for the argmax.
+        credit: turns the contributions of a token's draws into the factors of their scores.
+        halves_logits: sample from halved logits (Algorithm 2).
+        expert_gradient: over m, the factor of the experts' own gradient; None leaves it scaled by m with the output.
+        kernel: whether `grinmoe.kernels` has a Triton kernel for it.
+        exports_to: engines' architectures that route alike in evaluation.
+        equal_experts_sum: sum of the K routing weights where the mask leaves one candidate to every draw, as a function of
+            K; None where it depends on the logits, so that a dense checkpoint cannot be upcycled to it.
+    """
+
+    source: str
+    exact_for: str
+    gating: Callable[[torch.Tensor, int], Routing] | None = None
+    full_probability: float = 1 / 4
+    third: float = 0.3333
+    shared_scale: bool = False
+    credit: _Credit = own_credit
+    halves_logits: bool = False
+    expert_gradient: float | None = None
+    kernel: bool = False
+    exports_to: tuple[str, ...] = ()
+    equal_experts_sum: Callable[[int], float] | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether training samples experts; otherwise it routes as evaluation does."""
+        return self.gating is None
+
+    def route(self, router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> Routing:
+        """One routing decision: sampled with `noise`, greedy with None. Arguments as in [`sparsemixer`], unchecked."""
+        if self.gating is not None:
+            return self.gating(router_logits, top_k)
+        if self.halves_logits:  # the mask does not depend on the scale of the logits
+            router_logits = router_logits / 2
+        choices = _choose(router_logits, top_k, jitter_eps, noise)
+        scale = None if noise is None else self._scale(choices, noise)
+        weights = _weights(router_logits, choices, scale, self.credit)
+        if scale is None:
+            return Routing(weights, choices.experts)
+        if self.halves_logits:
+            weights = scale_gradient(weights, 2.0)  # y = 2h + detach(m h - 2h) undoes the halving for the router
+        expert_gradient = None if self.expert_gradient is None else self.expert_gradient / scale
+        return Routing(weights, choices.experts, expert_gradient)
+
+    def _scale(self, choices: _Choices, noise: RoutingNoise) -> torch.Tensor:
+        """m of each draw (T, K)."""
+        dtype = choices.probs.dtype
+        if self.full_probability == 1:
+            return torch.ones_like(choices.experts, dtype=dtype)
+        if self.shared_scale:
+            full = (noise.uniform[0] > 1 - self.full_probability).expand_as(choices.experts)
+        else:
+            full = choices.is_argmax | (noise.uniform.squeeze(-1).t() > 1 - self.full_probability)
+        # Filled in the final dtype: a Python number would pass through float32 first.
+        return torch.full(full.shape, self.third, dtype=dtype, device=full.device).masked_fill(full, 1.0)
+
+
+ESTIMATORS: dict[str, EstimatorSpec] = {
+    # The experts are trained through the scaled weight m p_D.
+    "sparsemixer_v2": EstimatorSpec(
+        "released code", "top-1, linear loss", kernel=True, exports_to=("phimoe",), equal_experts_sum=float
+    ),
+    # y = h + detach(m h - h): the experts' gradient is not scaled by m.
+    "sparsemixer_v2_printed": EstimatorSpec(
+        "Algorithm 1", "top-1, linear loss", expert_gradient=1.0, kernel=True, exports_to=("phimoe",)
+    ),
+    # The probability inside of the weight is differentiated too (Eq. 4).
+    "sparsemixer_v2_star": EstimatorSpec(
+        "Algorithm 2",
+        "top-1, linear loss (Eq. 4)",
+        full_probability=5 / 8,
+        third=1 / 3,
+        halves_logits=True,
+        expert_gradient=2.0,
+        kernel=True,
+    ),
+    # The first choice decides what the later ones can be, so its score takes their contributions as well.
+    "sparsemixer_togo": EstimatorSpec(
+        "this project",
+        "any K, linear loss",
+        credit=credit_to_go,
+        kernel=True,
+        exports_to=("phimoe",),
+        equal_experts_sum=float,
+    ),
+    # The loss is integrated by Heun's rule along the ray to the token's output, and every draw's score takes all of it.
+    "sparsemixer_joint": EstimatorSpec(
+        "this project",
+        "any K, cubic loss",
+        third=1 / 3,
+        shared_scale=True,
+        credit=joint_credit,
+        kernel=True,
+        exports_to=("phimoe",),
+        equal_experts_sum=float,
+    ),
+    # As togo with m = 1: training sees unshrunk outputs, as evaluation does, and gives up Heun's correction.
+    "sparsemixer_unscaled": EstimatorSpec(
+        "this project",
+        "any K, linear loss",
+        full_probability=1,
+        credit=credit_to_go,
+        kernel=True,
+        exports_to=("phimoe",),
+        equal_experts_sum=float,
+    ),
+    # As togo with a baseline. The score's expectation is zero, so the baseline changes the variance only. (Within one block
+    # that is so; through attention of later layers the other tokens' credit depends on this token's draw a little.)
+    "sparsemixer_centred": EstimatorSpec(
+        "this project",
+        "any K, linear loss",
+        credit=centred_credit_to_go,
+        exports_to=("phimoe",),
+        equal_experts_sum=float,
+    ),
+    "topk": EstimatorSpec("GShard; top-1: Switch", "its own objective", gating=_topk),
+    "topk_renormalized": EstimatorSpec(
+        "Mixtral",
+        "its own objective",
+        gating=_topk_renormalized,
+        exports_to=("mixtral",),
+        equal_experts_sum=lambda top_k: 1.0,
+    ),
+}
+
+
+class FusedRouter(NamedTuple):
+    """A faster router, with the contract of [`route`] for the estimators whose spec says `kernel`.
+
+    Attributes:
+        route: (router_logits, top_k, jitter_eps, training, estimator, noise, routing_seed, layer) to a `Routing`.
+        input_jitter: (hidden_states (T, H), jitter_eps, routing_seed, layer) to the jittered (T, H).
+    """
+
+    route: Callable[..., Routing]
+    input_jitter: Callable[..., torch.Tensor]
+
+
+def _shared_routers() -> dict[str, FusedRouter]:
+    """The table of the copy of this file that was imported first: remote code runs in a copy of its own."""
+    for name, module in list(sys.modules.items()):
+        if name.endswith(".routing_grinmoe") and isinstance(getattr(module, "ROUTERS", None), dict):
+            return module.ROUTERS
+    return {}
+
+
+# Faster routers, by the name of the experts implementation that they belong to. `import grinmoe` fills it.
+ROUTERS: dict[str, FusedRouter] = _shared_routers()
 
 
 class NonFiniteRouterLogitsError(ValueError):
@@ -114,7 +469,7 @@ def sparsemixer(
         jitter_eps: half-width eps of the mask (the config's `router_jitter_noise`), at least 0.
         training: sample (True) or take the argmax (False).
         noise: the draws to use in training; None draws them from torch's generator. Ignored in evaluation.
-        estimator: one of `ESTIMATORS`, each described at its function.
+        estimator: one of `ESTIMATORS`, which describes each.
 
     Returns:
         routing_weights (T, K) in the logits' dtype, differentiable; selected_experts (T, K) int64. What the estimator
@@ -144,9 +499,10 @@ def route(
     """
     check_arguments(router_logits, top_k, jitter_eps, noise if training else None, estimator)
     check_router_logits(router_logits, top_k, layer)
-    if training and noise is None and estimator not in WITHOUT_DRAWS:
+    spec = ESTIMATORS[estimator]
+    if training and noise is None and spec.draws:
         noise = draw_routing_noise(router_logits, top_k, generator)
-    return ESTIMATORS[estimator](router_logits, top_k, jitter_eps, noise if training else None)
+    return spec.route(router_logits, top_k, jitter_eps, noise if training else None)
 
 
 def within_capacity(selected_experts: torch.Tensor, num_experts: int, capacity_factor: float) -> torch.Tensor:
@@ -228,113 +584,6 @@ def check_arguments(
             )
 
 
-def load_balancing_loss(
-    router_logits: tuple[torch.Tensor, ...],
-    selected_experts: tuple[torch.Tensor, ...] | None,
-    top_k: int,
-    scope: str = "released",
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Balance loss, unscaled: E * sum_e f_e P_e, which is K when the load is even.
-
-    f_e is the share of tokens sent to expert e (its sum over e is K, and it carries no gradient), P_e the mean
-    probability of expert e under the plain softmax.
-
-    * `released`: the tokens of all layers pooled, f from the plain top-k of the softmax, as in the released code.
-    * `local`: per layer, f from the experts that were actually chosen; mean over layers (GRIN section 3.3).
-    * `global`: as `local`, with f and the number of tokens counted over all ranks. Each rank returns its own tokens'
-      part, so that the mean over ranks, of losses and of gradients, is that of the whole batch.
-
-    Args:
-        router_logits: one (T, E) per layer.
-        selected_experts: one (T, K) per layer; not needed for `released`.
-        top_k: K.
-        scope: `released`, `local` or `global`.
-        attention_mask: (B, S) with B * S = T, 1 for tokens; padding is left out. None: every position counts.
-
-    Returns:
-        float32 scalar, 0 where no token counts.
-
-    Raises:
-        ValueError: an unknown scope, or a mask for another number of tokens.
-    """
-    if scope not in ("released", "local", "global"):
-        raise ValueError(f"scope={scope!r} is unknown; choose released, local or global")
-    probs, valid = router_probs(router_logits, attention_mask)
-    if scope == "released":
-        counts = expert_counts(probs.detach().topk(top_k, dim=-1).indices, probs.shape[-1], valid)
-        # Every layer has the same tokens, so pooled means are means of the layers' means.
-        pooled = probs.mean(0, keepdim=True)
-        return balance_of_counts(pooled, valid, counts.mean(0, keepdim=True), top_k)
-    if selected_experts is None:
-        raise ValueError(f"scope={scope!r} counts the chosen experts; give selected_experts, one (T, K) per layer")
-    counts = expert_counts(selected_experts, probs.shape[-1], valid)
-    ranks = number_of_ranks() if scope == "global" else 1
-    if ranks > 1:
-        dist.all_reduce(counts)
-    return balance_of_counts(probs, valid, counts, top_k, ranks=ranks)
-
-
-def router_probs(
-    router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain softmax of all layers, (L, T, E) float32, and (T,) float32: 1 for tokens, 0 for padding.
-
-    Raises:
-        ValueError: the mask marks another number of positions than the router saw.
-    """
-    device = router_logits[0].device
-    probs = torch.softmax(torch.stack([layer.to(device, torch.float32) for layer in router_logits]), dim=-1)
-    num_tokens = probs.shape[1]
-    if attention_mask is None:
-        return probs, torch.ones(num_tokens, device=device)
-    valid = attention_mask.reshape(-1).to(device, torch.float32)
-    if valid.shape[0] != num_tokens:
-        raise ValueError(
-            f"attention_mask marks {valid.shape[0]} positions, the router saw {num_tokens}; give a mask of shape "
-            "(batch, sequence) for this very batch"
-        )
-    return probs, valid
-
-
-@torch.no_grad()
-def expert_counts(
-    selected_experts: torch.Tensor | tuple[torch.Tensor, ...], num_experts: int, valid: torch.Tensor
-) -> torch.Tensor:
-    """How many choices each expert got, (L, E) float32: of (L, T, K) choices, those of tokens with `valid` (T,) 1."""
-    chosen = torch.stack([layer.to(valid.device) for layer in selected_experts])
-    num_layers, _, top_k = chosen.shape
-    weight = valid.repeat_interleave(top_k).expand(num_layers, -1)  # (L, T * K)
-    counts = torch.zeros(num_layers, num_experts, device=valid.device)
-    return counts.scatter_add_(1, chosen.reshape(num_layers, -1), weight)
-
-
-def balance_of_counts(
-    probs: torch.Tensor,
-    valid: torch.Tensor,
-    counts: torch.Tensor,
-    top_k: int,
-    earlier_counts: torch.Tensor | None = None,
-    ranks: int = 1,
-) -> torch.Tensor:
-    """E * sum_e f_e P_e, mean over layers.
-
-    Args:
-        probs: (L, T, E) of this rank's tokens.
-        valid: (T,) 1 for tokens.
-        counts: (L, E) choices of these tokens and of all other ranks'. Their sum tells how many tokens there are.
-        top_k: K.
-        earlier_counts: (L, E) to be added for f.
-        ranks: how many ranks `counts` is of; the mean of their results is the loss of all tokens.
-    """
-    num_tokens = counts.sum(-1, keepdim=True) / top_k  # (L, 1)
-    mean_probs = ranks * torch.einsum("lte,t->le", probs, valid) / num_tokens.clamp(min=1.0)
-    if earlier_counts is not None:
-        counts = counts + earlier_counts
-    expert_fraction = counts * top_k / counts.sum(-1, keepdim=True).clamp(min=1.0)  # (L, E)
-    return probs.shape[-1] * (expert_fraction * mean_probs).sum(-1).mean()
-
-
 def number_of_ranks() -> int:
     """Processes of the default group, 1 where there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -347,11 +596,13 @@ def this_rank() -> int:
 
 __all__ = [
     "ESTIMATORS",
+    "ROUTERS",
+    "EstimatorSpec",
+    "FusedRouter",
     "NonFiniteRouterLogitsError",
     "Routing",
     "RoutingNoise",
     "draw_routing_noise",
-    "load_balancing_loss",
     "masked_softmax",
     "route",
     "sparsemixer",

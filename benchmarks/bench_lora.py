@@ -31,10 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.bench_block import choose_experts
 from benchmarks.protocol import Report, Timing, best_device, interleave
 from grinmoe import GrinMoeConfig
-from grinmoe.expert_lora import ExpertLora, GrinMoeLoraConfig
-from grinmoe.experts_grinmoe import GrinMoeExperts
-from grinmoe.low_rank_experts import FUSED
+from grinmoe.adapters import ExpertLora, GrinMoeLoraConfig
+from grinmoe.modeling_grinmoe import GrinMoeExperts
 from grinmoe.provenance import markdown_table
+from grinmoe.quantization_grinmoe import FUSED
 
 TOP_K = 2
 BASELINE = "PEFT target_parameters, grouped_mm"

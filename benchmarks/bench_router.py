@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.protocol import Report, best_device, interleave, relative_error
-from grinmoe.counter_draws_grinmoe import counter_noise
+from grinmoe.kernels import counter_noise
 from grinmoe.provenance import markdown_table
 from grinmoe.routing_grinmoe import route
 
@@ -54,7 +54,7 @@ def run(options: RouterSettings) -> Path:
         compiled = torch.compile(lambda z: route(z, TOP_K, JITTER_EPS, True)[0])
         arms[COMPILED], errors[COMPILED] = lambda: compiled(logits), 0.0
     if device.type == "cuda" or options.toy:
-        from grinmoe.triton_router_grinmoe import fused_route
+        from grinmoe.kernels.triton_router import fused_route
 
         arms[FUSED] = lambda: fused_route(logits, TOP_K, JITTER_EPS, True, seed=SEED)[0]
         errors[FUSED] = gate(logits, upstream, arms[FUSED]())

@@ -33,9 +33,8 @@ from benchmarks.bench_layer import make_dense
 from benchmarks.block_arms import DENSE
 from benchmarks.protocol import FEWEST_ROUNDS, Report, best_device, rates
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
-from grinmoe.memory_model import Step
+from grinmoe.planning import Step, flops_per_token
 from grinmoe.provenance import markdown_table
-from grinmoe.speed_bound import flops_per_token
 
 
 @dataclass(frozen=True)

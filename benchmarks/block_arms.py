@@ -19,8 +19,8 @@ from transformers import PhimoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 
 from grinmoe import GrinMoeConfig
+from grinmoe.kernels.triton_experts import Products, backward_pass, forward_pass
 from grinmoe.modeling_grinmoe import GrinMoeSparseMoeBlock
-from grinmoe.triton_experts_grinmoe import Products, backward_pass, forward_pass
 
 PHIMOE_EAGER, PHIMOE_GROUPED = "transformers phimoe, eager", "transformers phimoe, grouped_mm"
 REFERENCE, GROUPED = "grinmoe, eager (reference loop)", "grinmoe, grouped_mm"

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-from grinmoe.provenance import CHECKOUT, environment, write_beside
+from grinmoe.files import atomic_write_text
+from grinmoe.provenance import CHECKOUT, environment
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
 
@@ -195,13 +196,13 @@ class Report:
     def _write(self) -> None:
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps({"environment": self.stamp, **self.facts}, indent=2)
-        write_beside(self.path.with_suffix(".json"), text + "\n")
+        atomic_write_text(self.path.with_suffix(".json"), text + "\n")
         title = f"# {self.name}" + (": a trial of the code at toy size. Its times mean nothing" if self.toy else "")
         if not self.facts["complete"]:
             title += "\n\n**Cut off: what follows was measured until then.**"
         rows = "\n".join(f"| {key} | {value} |" for key, value in self.stamp.items() if value is not None)
         body = "\n\n".join([title, *self.sections, f"## Measured on\n\n| | |\n|---|---|\n{rows}"])
-        write_beside(self.path.with_suffix(".md"), body + "\n")
+        atomic_write_text(self.path.with_suffix(".md"), body + "\n")
 
 
 def write_result(name: str, facts: dict[str, Any], report: str) -> Path:
@@ -220,9 +221,9 @@ def write_result(name: str, facts: dict[str, Any], report: str) -> Path:
     device = "gpu" if stamp["gpu"] else "cpu"
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{stamp['date'][:10]}-{name}-{device}"
-    write_beside(path.with_suffix(".json"), json.dumps({"environment": stamp, **facts}, indent=2) + "\n")
+    atomic_write_text(path.with_suffix(".json"), json.dumps({"environment": stamp, **facts}, indent=2) + "\n")
     rows = "\n".join(f"| {key} | {value} |" for key, value in stamp.items() if value is not None)
-    write_beside(
+    atomic_write_text(
         path.with_suffix(".md"), f"# {name}\n\n{report.strip()}\n\n## Measured on\n\n| | |\n|---|---|\n{rows}\n"
     )
     return path.with_suffix(".md")

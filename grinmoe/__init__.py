@@ -9,18 +9,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from . import kernels as kernels  # registers them
+from .balance_grinmoe import load_balancing_loss
 from .checkpoint_grinmoe import CheckpointError, CheckpointFileError
 from .configuration_grinmoe import GRINMoEConfig, GrinMoeConfig
 from .modeling_grinmoe import (
     GRINMoEForCausalLM,
     GrinMoeForCausalLM,
-    GRINMoEForSequenceClassification,
     GrinMoeForSequenceClassification,
-    GRINMoEModel,
     GrinMoeModel,
     GrinMoePreTrainedModel,
 )
-from .routing_grinmoe import RoutingNoise, load_balancing_loss, sparsemixer
+from .routing_grinmoe import RoutingNoise, sparsemixer
 from .tokenization import TokenizerError, load_tokenizer
 
 try:
@@ -39,8 +39,6 @@ __all__ = [
     "CheckpointFileError",
     "GRINMoEConfig",
     "GRINMoEForCausalLM",
-    "GRINMoEForSequenceClassification",
-    "GRINMoEModel",
     "GrinMoeConfig",
     "GrinMoeForCausalLM",
     "GrinMoeForSequenceClassification",

@@ -98,9 +98,7 @@ def _add_push(commands) -> None:
 
 
 def _run_push(arguments: argparse.Namespace) -> None:
-    from grinmoe.hub import PushOptions, push
-    from grinmoe.model_card import CardOverrides
-    from grinmoe.release import ReleaseOptions
+    from grinmoe.hub import CardOverrides, PushOptions, ReleaseOptions, push
 
     card = CardOverrides(
         license=arguments.license,

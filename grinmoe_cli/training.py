@@ -73,7 +73,7 @@ def _add_training(commands, task: str) -> None:
 
 
 def _run_training(arguments: argparse.Namespace) -> int:
-    from grinmoe.recipe import option_help, read_recipe
+    from grinmoe.training import option_help, read_recipe
 
     if arguments.options:
         print(option_help(arguments.command))
@@ -107,7 +107,7 @@ def _add_merge(commands) -> None:
 
 
 def _run_merge(arguments: argparse.Namespace) -> None:
-    from grinmoe.merge import run_merge
+    from grinmoe.adapters import run_merge
 
     run_merge(arguments.adapter, arguments.output, arguments.base, arguments.dtype, arguments.quantized_base)
 
@@ -140,7 +140,7 @@ def _add_upcycle(commands) -> None:
 
 
 def _run_upcycle(arguments: argparse.Namespace) -> None:
-    from grinmoe.upcycle import UpcycleOptions, run_upcycle
+    from grinmoe.conversion import UpcycleOptions, run_upcycle
 
     options = UpcycleOptions(
         model=arguments.model,
@@ -193,7 +193,7 @@ def _add_plan(commands) -> None:
 
 
 def _run_plan(arguments: argparse.Namespace) -> None:
-    from grinmoe.plan import PlanOptions, run_plan
+    from grinmoe.planning import PlanOptions, run_plan
 
     options = PlanOptions(
         model=arguments.model,
@@ -237,7 +237,7 @@ def _add_compare(commands) -> None:
 
 
 def _run_compare(arguments: argparse.Namespace) -> None:
-    from grinmoe.comparison import RunsFailedError, run_comparison, settings_here
+    from grinmoe.research import RunsFailedError, run_comparison, settings_here
 
     settings = settings_here(seeds=arguments.seeds, steps=arguments.steps)
     try:

@@ -48,7 +48,7 @@ def _add_generate(commands) -> None:
 
 
 def _run_generate(arguments: argparse.Namespace) -> None:
-    from grinmoe.generate import ChatOptions, run_generate
+    from grinmoe.serving import ChatOptions, run_generate
 
     options = ChatOptions(
         max_new_tokens=arguments.max_new_tokens,
@@ -104,7 +104,7 @@ def _add_serve(commands) -> None:
 
 
 def _run_serve(arguments: argparse.Namespace) -> None:
-    from grinmoe.serve import ServeOptions, run_serve
+    from grinmoe.serving import ServeOptions, run_serve
 
     options = ServeOptions(
         model=arguments.model,
@@ -152,7 +152,7 @@ def _add_export(commands) -> None:
 
 
 def _run_export(arguments: argparse.Namespace) -> None:
-    from grinmoe.export import ExportOptions, run_export
+    from grinmoe.conversion import ExportOptions, run_export
 
     options = ExportOptions(
         model=arguments.model,
@@ -252,7 +252,7 @@ def _add_analyze(commands) -> None:
 
 
 def _run_analyze(arguments: argparse.Namespace) -> None:
-    from grinmoe.analyze import AnalyzeOptions, run_analyze
+    from grinmoe.analysis import AnalyzeOptions, run_analyze
 
     options = AnalyzeOptions(
         model=arguments.model,

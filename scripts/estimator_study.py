@@ -98,7 +98,7 @@ def measure(seed: int, logits: int) -> list[dict[str, Any]]:
     """One entry per setting, loss and arm: quartiles over the decisions, and their mean cosine."""
     import torch
 
-    from grinmoe.enumeration import LOSSES, random_decision
+    from grinmoe.research import LOSSES, random_decision
 
     cells = []
     for setting, (top_k, kept) in SETTINGS.items():
@@ -114,7 +114,7 @@ def measure(seed: int, logits: int) -> list[dict[str, Any]]:
 
 
 def measure_one(decision, estimator: str, equation: int) -> dict[str, float]:
-    from grinmoe.enumeration import cosine_and_error, exact_gradients, moments, outcome_gradients, own_objective
+    from grinmoe.research import cosine_and_error, exact_gradients, moments, outcome_gradients, own_objective
 
     outcomes, gradients = outcome_gradients(decision, estimator)
     exact = exact_gradients(decision, equation, halved=own_objective(estimator)[1])
@@ -145,7 +145,7 @@ def summary(columns: dict[str, list[float]]) -> dict[str, Any]:
 
 def write(folder: Path, cells: list[dict[str, Any]], stamp: dict[str, Any]) -> Path:
     """Write the three files, each beside its place and then renamed. Returns the path of the Markdown one."""
-    from grinmoe.provenance import write_beside
+    from grinmoe.files import atomic_write_text
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stamp['date'][:10]}-estimator-study.md"
@@ -153,8 +153,8 @@ def write(folder: Path, cells: list[dict[str, Any]], stamp: dict[str, Any]) -> P
     partial = figure.with_suffix(".partial.png")
     draw(cells, partial, stamp)
     partial.replace(figure)
-    write_beside(path.with_suffix(".json"), json.dumps({"environment": stamp, "cells": cells}, indent=1) + "\n")
-    write_beside(path, report(cells, stamp, figure.name))
+    atomic_write_text(path.with_suffix(".json"), json.dumps({"environment": stamp, "cells": cells}, indent=1) + "\n")
+    atomic_write_text(path, report(cells, stamp, figure.name))
     return path
 
 

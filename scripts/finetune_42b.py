@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure and write; returns what the .json holds."""
     import torch
 
-    from grinmoe.progress import peak_gib
     from grinmoe.provenance import environment
+    from grinmoe.training import peak_gib
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("finetune_42b: no GPU is visible; --tiny --device cpu tries the script")
@@ -76,9 +76,8 @@ def build(arguments: argparse.Namespace) -> Any:
     from peft import get_peft_model
 
     from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
-    from grinmoe.lora import lora_config
-    from grinmoe.quantized_base import quantization_config
-    from grinmoe.random_model import random_quantized_model
+    from grinmoe.adapters import lora_config, quantization_config
+    from grinmoe.planning import random_quantized_model
 
     config = GrinMoeConfig(max_position_embeddings=max(4096, arguments.seq_length))
     if arguments.tiny:
@@ -140,7 +139,7 @@ def predicted(config: Any, arguments: argparse.Namespace) -> float:
     """What `grinmoe plan` says, without its allowance."""
     import tempfile
 
-    from grinmoe.plan import PlanOptions, make_plan
+    from grinmoe.planning import PlanOptions, make_plan
 
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -160,14 +159,15 @@ def predicted(config: Any, arguments: argparse.Namespace) -> float:
 
 
 def write(result: dict[str, Any], arguments: argparse.Namespace) -> None:
-    from grinmoe.provenance import markdown_table, write_beside
+    from grinmoe.files import atomic_write_text
+    from grinmoe.provenance import markdown_table
 
     facts = result["environment"]
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     device = "gpu" if facts["gpu"] and arguments.device == "cuda" else "cpu"
     name = f"{datetime.date.today()}-finetune-{arguments.method}{'-tiny' if arguments.tiny else '-42b'}-{device}"
-    write_beside(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    atomic_write_text(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
     rows = [
         ["parameters, of them trained", f"{result['parameters']:,}, {result['trained']:,}"],
         ["rows x tokens of a step", f"{result['batch_size']} x {result['seq_length']}"],
@@ -184,7 +184,7 @@ def write(result: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 {markdown_table(["", "measured"], rows)}
 """
-    write_beside(folder / f"{name}.md", text)
+    atomic_write_text(folder / f"{name}.md", text)
     print(text)
 
 

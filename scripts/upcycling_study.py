@@ -49,8 +49,8 @@ def study(output: Path, dense_steps: int, steps: int, seeds: int) -> None:
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from grinmoe.comparison import CompareSettings, prepare_corpus
     from grinmoe.provenance import environment
+    from grinmoe.research import CompareSettings, prepare_corpus
 
     console, settings = Console(soft_wrap=True), CompareSettings(held_out_rows=128)
     sizes = {
@@ -107,11 +107,13 @@ def start_of(scratch: Path, options: dict | None, settings):
     from transformers import LlamaForCausalLM
 
     from grinmoe import GrinMoeForCausalLM
-    from grinmoe.upcycle import UpcycleOptions, upcycle
+    from grinmoe.conversion import UpcycleOptions, upcycle_checkpoint
 
     if options is None:
         return LlamaForCausalLM.from_pretrained(scratch / "dense")
-    upcycle(UpcycleOptions(str(scratch / "dense"), EXPERTS, TOP_K, str(scratch / "sparse"), compare=False, **options))
+    upcycle_checkpoint(
+        UpcycleOptions(str(scratch / "dense"), EXPERTS, TOP_K, str(scratch / "sparse"), compare=False, **options)
+    )
     balance = {"router_aux_loss_coef": settings.router_aux_loss_coef, "router_aux_loss_scope": "global"}
     model = GrinMoeForCausalLM.from_pretrained(scratch / "sparse", **balance)
     shutil.rmtree(scratch / "sparse")

@@ -71,9 +71,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(output: Path, rows: int) -> dict[str, Path]:
     """Texts, chats, pairs and the tokenizer, all from installed packages."""
-    from grinmoe.data import load_corpus, texts, write_examples
-    from grinmoe.demo import DemoSettings, demo_config
-    from grinmoe.documentation import installed_documentation
+    from grinmoe.demo import DemoSettings, demo_config, installed_documentation, load_corpus, texts, write_examples
     from grinmoe.tokenization import build_tokenizer
 
     folder = output / "data"
@@ -95,8 +93,7 @@ def prepare(output: Path, rows: int) -> dict[str, Path]:
 
 def train(task: str, flags: list[Any], data: Path, held_out: Path, folder: Path) -> dict[str, Any]:
     """One command, as it would be typed."""
-    from grinmoe.recipe import read_recipe
-    from grinmoe.run_folder import METRICS_NAME
+    from grinmoe.training import METRICS_NAME, read_recipe
     from grinmoe.training import train as run_training
 
     given = ["--config", RECIPES / f"example_{task}.yaml", *flags]
@@ -115,9 +112,8 @@ def measure(output: Path, files: dict[str, Path]) -> dict[str, Any]:
     import torch
 
     from grinmoe import GrinMoeForCausalLM, load_tokenizer
-    from grinmoe.generate import Chat, ChatOptions
-    from grinmoe.lora import load_adapter
-    from grinmoe.quantized_base import quantization_config
+    from grinmoe.adapters import load_adapter, quantization_config
+    from grinmoe.serving import Chat, ChatOptions
 
     tokenizer = load_tokenizer(output / "tokenizer")
     chats = [json.loads(line)["messages"] for line in files["chat-held-out"].read_text(encoding="utf-8").splitlines()]
@@ -147,9 +143,10 @@ def answer_losses(model: Any, tokenizer: Any, chat: list[dict[str, str]], length
 
 
 def write_report(output: Path, result: dict[str, Any]) -> None:
-    from grinmoe.provenance import markdown_table, write_beside
+    from grinmoe.files import atomic_write_text
+    from grinmoe.provenance import markdown_table
 
-    write_beside(output / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    atomic_write_text(output / "report.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     plot(result, output / "report.png")
     facts, steps = result["environment"], result["steps"]
     names = {"pretrain": "base (in 4 bits)", "sft": "after SFT", "dpo": "after SFT and DPO"}
@@ -204,7 +201,7 @@ The commands:
 {commands}
 ```
 """
-    write_beside(output / "report.md", text)
+    atomic_write_text(output / "report.md", text)
     print(f"\n{table}\n\nreport: {output / 'report.md'}")
 
 

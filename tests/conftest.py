@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
-from tests.hub_server import hub  # noqa: F401
-from tests.served_model import served_folder  # noqa: F401
+from tests.fake_hub.server import hub  # noqa: F401
+from tests.serving.served_model import served_folder  # noqa: F401
 from tests.small_chat import chat_data, chat_model  # noqa: F401
 
 DATA = Path(__file__).parent / "goldens" / "data"

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,10 +26,10 @@ import benchmarks.profiling as profiling
 import benchmarks.protocol as protocol
 import benchmarks.suite as suite
 from grinmoe import GrinMoeConfig
-from grinmoe.memory_model import Step
-from grinmoe.speed_bound import flops_per_token
+from grinmoe.planning.memory_model import Step
+from grinmoe.planning.roofline import flops_per_token
+from tests import ROOT
 
-ROOT = Path(protocol.__file__).resolve().parents[1]
 TINY = bench_block.BlockSettings(tokens=32, hidden_size=64, intermediate_size=24, experts=8, warmup=1, rounds=3)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_imports
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 PACKAGE = ROOT / "grinmoe"
 
 # What each flat file may import of the others. A new file must be entered here, on purpose.

@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from grinmoe import block_grinmoe
+from grinmoe import modeling_grinmoe as block_grinmoe
+from grinmoe.distributed.sharding import shard_for
 from grinmoe.routing_grinmoe import route
-from grinmoe.sharding import shard_for
 
 SETTINGS = {
     "ACCELERATE_USE_FSDP": "true",

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from grinmoe.sharded_checkpoint import is_whole
+from grinmoe.distributed.sharded_checkpoint import is_whole
 from tests.distributed.fsdp_on_cpu import fsdp_on_cpu, greedy_routing
 from tests.distributed.sharded_jobs import train_and_save
 

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from grinmoe import sharding
-from grinmoe.sharding import load_for_sharding
+from grinmoe.distributed import sharding
+from grinmoe.distributed.sharding import load_for_sharding
 from tests.distributed.fsdp_on_cpu import Gradients, fsdp_on_cpu, greedy_routing, rows, trainer_for, whole
 from tests.distributed.two_ranks import tiny
 

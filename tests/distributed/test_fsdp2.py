@@ -26,14 +26,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 
 from grinmoe import CheckpointError, CheckpointFileError, GrinMoeForCausalLM
-from grinmoe.sharded_checkpoint import export_sharded, is_sharded, is_whole, main
-from grinmoe.sharding import check_gpus, check_launch, check_sharded, placement, shard_for, shard_model
-from grinmoe.sharding import main as check_before_launch
+from grinmoe.distributed.sharded_checkpoint import export_sharded, is_sharded, is_whole, main
+from grinmoe.distributed.sharding import check_gpus, check_launch, check_sharded, placement, shard_for, shard_model
+from grinmoe.distributed.sharding import main as check_before_launch
+from tests import ROOT
 from tests.distributed.fsdp_on_cpu import Gradients, greedy_routing, rows, trainer_for
 from tests.distributed.sharded_jobs import logged_losses, model, one_rank, two_ranks, with_adapter
 from tests.distributed.two_ranks import PROCESSES, run_on_two
 
-ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from grinmoe.lora import lora_config
+from grinmoe.adapters.lora import lora_config
+from tests.adapters.test_lora import factors, randomised, step
 from tests.distributed.two_ranks import run_on_two, tiny
-from tests.test_lora import factors, randomised, step
 
 
 @pytest.mark.slow

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from grinmoe import GrinMoeForCausalLM, recipe, training
-from grinmoe.lora import load_adapter
-from grinmoe.run_folder import COMPLETE
+from grinmoe import GrinMoeForCausalLM
+from grinmoe.adapters.lora import load_adapter
+from grinmoe.training import recipe
+from grinmoe.training import run as training
+from grinmoe.training.run_directory import COMPLETE
 from tests.distributed.fsdp_on_cpu import fsdp_on_cpu
 from tests.distributed.two_ranks import run_on_two
 from tests.small_chat import small_run

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from grinmoe import GrinMoeForCausalLM
-from grinmoe.routing_grinmoe import RoutingNoise, draw_routing_noise, load_balancing_loss
+from grinmoe.balance_grinmoe import load_balancing_loss
+from grinmoe.routing_grinmoe import RoutingNoise, draw_routing_noise
 from tests.distributed.two_ranks import WORLD, run_on_two, tiny
 
 

@@ -18,7 +18,7 @@ WORLD = 2
 
 # Forks of a process that has imported, and done nothing else, are as clean as spawned ones, and need no import.
 PROCESSES = mp.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", "grinmoe.training", "tests.distributed.sharded_jobs"])
+PROCESSES.set_forkserver_preload(["pytest", "grinmoe.training.run", "tests.distributed.sharded_jobs"])
 
 
 def run_on_two(function, folder: Path, *arguments) -> None:

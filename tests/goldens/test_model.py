@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grinmoe.layout_grinmoe import official_state_dict
+from grinmoe.checkpoint_grinmoe import official_state_dict
 from grinmoe.routing_grinmoe import RoutingNoise
 from tests.tolerances import GOLDEN, GOLDEN_DIGEST, GOLDEN_GRADIENT
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from grinmoe.checkpoint_grinmoe import code_files
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 
 def run_without_package(script: str, cwd: Path, *arguments: str) -> dict:

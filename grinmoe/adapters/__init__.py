@@ -1,0 +1,20 @@
+"""LoRA for fused experts in PEFT's format, and merging it into the weights."""
+
+from .expert_lora import ExpertLora, GrinMoeLoraConfig
+from .lora import AdapterError, base_of, check_adapter, load_adapter, lora_config
+from .merge import merge_adapter, run_merge
+from .presets import QUANTIZATIONS, quantization_config
+
+__all__ = [
+    "QUANTIZATIONS",
+    "AdapterError",
+    "ExpertLora",
+    "GrinMoeLoraConfig",
+    "base_of",
+    "check_adapter",
+    "load_adapter",
+    "lora_config",
+    "merge_adapter",
+    "quantization_config",
+    "run_merge",
+]

@@ -1,0 +1,323 @@
+"""LoRA for GRIN-MoE in PEFT's format: which weights to adapt, loading an adapter, and models that plain PEFT has made.
+
+    model = get_peft_model(model, lora_config(model, r=16))   # then Trainer(model, ...) or SFTTrainer(model, ...)
+    model.save_pretrained("adapter")                          # files of plain PEFT
+    model = load_adapter(base, "adapter")
+
+How the experts are adapted is told in `expert_lora.py`, and how to merge in `merge.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import ParamWrapper
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..modeling_grinmoe import GrinMoeExperts
+from ..quantization_grinmoe import FUSED
+from .expert_lora import ExpertLora, GrinMoeLoraConfig
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ROUTER = "gate.weight"
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be used: not there, incomplete, or made for another base."""
+
+
+def lora_config(
+    model: Any,
+    r: int = 16,
+    alpha: float | None = None,
+    *,
+    experts: str | list[int] = "all",
+    shared_a: bool = False,
+    attention: bool = True,
+    router: bool = False,
+    task_type: str = "CAUSAL_LM",
+    **options: Any,
+) -> GrinMoeLoraConfig:
+    """
+    The PEFT configuration of LoRA on a GRIN-MoE, for `get_peft_model` and the `peft_config` of TRL's trainers.
+
+    Args:
+        model: the model, or its config.
+        r: rank; of each expert where experts are adapted.
+        alpha: the low-rank term is scaled by alpha / r; 2 r by default.
+        experts: "all", "none", or indices of the experts to adapt in every layer.
+        shared_a: one A per layer and fused weight, for all of its experts.
+        attention: adapt the q, k, v and o projections.
+        router: adapt the gates.
+        task_type: as PEFT names it; "SEQ_CLS" for a classifier.
+        options: further fields of PEFT's `LoraConfig`.
+
+    Raises:
+        ValueError: nothing is adapted, an expert that the model does not have, r below 1, shared_a without experts, or a
+            model whose experts are not of this package.
+    """
+    if experts == "none":
+        if shared_a:
+            raise ValueError("shared_a=True with experts='none': there is no A to share; leave one of them out")
+        if not (attention or router):
+            raise ValueError("nothing to adapt: experts='none', attention=False, router=False; choose at least one")
+    elif isinstance(model, nn.Module) and not any(isinstance(module, GrinMoeExperts) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has no GrinMoeExperts of this package; import grinmoe before the model is loaded"
+        )
+    config: Any = model.config if isinstance(model, nn.Module) else model
+    if not isinstance(experts, str):
+        outside = [expert for expert in experts if not 0 <= expert < config.num_local_experts]
+        if outside:
+            raise ValueError(f"experts={outside}: the model's experts are 0 to {config.num_local_experts - 1}")
+    parameters = [] if experts == "none" else [f"experts.{name}" for name in FUSED]
+    if router:
+        parameters.append(ROUTER)
+    return GrinMoeLoraConfig(
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=list(ATTENTION) if attention else None,
+        target_parameters=parameters or None,
+        task_type=task_type,
+        experts="all" if experts == "none" else experts,
+        shared_a=shared_a,
+        **options,
+    )
+
+
+def use_expert_lora(peft_model: nn.Module) -> nn.Module:
+    """
+    Let a model that plain PEFT adapted (`LoraConfig(target_parameters=...)`) compute by [`ExpertLora`]; in place.
+
+    Weights, adapters and what is trained stay as they are.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no fused weight of it is adapted.
+    """
+    found = False
+    for module in peft_model.modules():
+        if not isinstance(module, ParamWrapper) or not isinstance(module.get_base_layer(), GrinMoeExperts):
+            continue
+        found = True
+        if not isinstance(module, ExpertLora):
+            ExpertLora.adopt(module)
+    if not found:
+        raise ValueError(
+            "no fused experts are adapted in this model; target_parameters=['experts.gate_up_proj', 'experts.down_proj'] "
+            "adapts them"
+        )
+    return peft_model
+
+
+def read_lora_config(folder: str | os.PathLike) -> GrinMoeLoraConfig:
+    """
+    The configuration in an adapter's folder.
+
+    Raises:
+        AdapterError: there is none, it is damaged, or the adapter is not LoRA.
+    """
+    file = Path(folder) / CONFIG_NAME
+    if not file.is_file():
+        raise AdapterError(f"{folder} holds no {CONFIG_NAME}; give the folder of a PEFT adapter")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{file} is not JSON ({error}); copy the adapter again") from error
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if kind != "LORA":
+        raise AdapterError(f"{file} is of peft_type {kind!r}; only LORA adapters are supported here")
+    # The two fields that plain PEFT does not know are kept from it, so that it can warn of others.
+    form = {name: content.pop(name) for name in ("experts", "shared_a") if name in content}
+    plain = LoraConfig.from_peft_type(**content)
+    return GrinMoeLoraConfig(**{field.name: getattr(plain, field.name) for field in fields(plain)}, **form)
+
+
+def base_of(adapter: str | os.PathLike) -> str:
+    """
+    What an adapter's folder names as its base: a folder or a Hub id.
+
+    Raises:
+        AdapterError: it names none, or a folder that is not there.
+    """
+    named = read_lora_config(adapter).base_model_name_or_path
+    if not named:
+        raise AdapterError(f"the adapter in {adapter} does not name its base; give it (base=...)")
+    if not may_be_there(named):
+        raise AdapterError(
+            f"the adapter in {adapter} names {named} as its base, which is not there; give it (base=...)"
+        )
+    return named
+
+
+def may_be_there(base: str | os.PathLike) -> bool:
+    """Whether this is a folder, or could be an id on the Hub."""
+    if Path(base).is_dir():
+        return True
+    try:
+        validate_repo_id(os.fspath(base))
+    except HFValidationError:
+        return False
+    return True
+
+
+def adapter_shapes(
+    model_class: type, config: Any, adapter: GrinMoeLoraConfig, embeddings: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """
+    Shapes of the tensors in the file of this adapter, by key. Nothing is allocated.
+
+    Args:
+        model_class: of the base, GrinMoeForCausalLM for one.
+        config: of the base.
+        adapter: the adapter's configuration.
+        embeddings: with those of the input and output embeddings, which PEFT saves where they are targets or were resized.
+
+    Raises:
+        AdapterError: the base has none of the weights that the adapter is for, or not the experts.
+    """
+    with torch.device("meta"):
+        base = model_class(copy.deepcopy(config))
+        try:
+            # Without the name of its base, which this one does not have.
+            model = get_peft_model(base, replace(adapter, base_model_name_or_path=None))
+        except ValueError as error:
+            raise AdapterError(f"the adapter does not fit a {config.model_type} model: {error}") from error
+        state_dict = get_peft_model_state_dict(model, save_embedding_layers=embeddings)
+    return {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+
+
+def stored_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """
+    Shapes of the tensors in an adapter's folder, by key. No weight is read.
+
+    Raises:
+        AdapterError: the file is missing, pickled or damaged.
+    """
+    file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        if (Path(folder) / WEIGHTS_NAME).is_file():
+            raise AdapterError(
+                f"{folder} holds only pickled weights, which can run code; save the adapter as safetensors"
+            )
+        raise AdapterError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; copy the adapter again")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"{file} is truncated or not safetensors ({error}); copy it again") from error
+
+
+def check_adapter(folder: str | os.PathLike, model_class: type, config: Any) -> GrinMoeLoraConfig:
+    """
+    Hold an adapter against its base before any weight of it is read.
+
+    Returns:
+        The adapter's configuration.
+
+    Raises:
+        AdapterError: a file is missing or damaged; a tensor is missing, unknown, or does not fit this base.
+    """
+    adapter = read_lora_config(folder)
+    file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    found = stored_shapes(folder)
+    expected = adapter_shapes(model_class, config, adapter)
+    embeddings = adapter_shapes(model_class, config, adapter, embeddings=True)
+    for key in found.keys() & embeddings.keys() - expected.keys():
+        if found[key] != embeddings[key]:
+            raise AdapterError(
+                f"{file} holds {key} with shape {found[key]}, this base has {embeddings[key]}: it was trained on resized "
+                f"embeddings; call resize_token_embeddings({found[key][0]}) on the base first (to merge, save that base)"
+            )
+        expected[key] = embeddings[key]
+    _compare_shapes(file, expected, found, adapter.base_model_name_or_path)
+    return adapter
+
+
+def _compare_shapes(
+    file: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], made_for: str | None
+) -> None:
+    origin = f" It was made for {made_for}." if made_for else ""
+    for problem, keys in (
+        ("lacks", sorted(expected.keys() - found.keys())),
+        ("holds, beyond what its configuration names,", sorted(found.keys() - expected.keys())),
+    ):
+        if keys:
+            raise AdapterError(
+                f"{file} {problem} {len(keys)} tensors, {keys[0]} first: it is damaged, or for another base (other number "
+                f"of layers, other targets).{origin}"
+            )
+    for key, shape in expected.items():
+        if found[key] != shape:
+            raise AdapterError(
+                f"{file} holds {key} with shape {found[key]}, this base needs {shape}: another base.{origin}"
+            )
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False, adapter_name: str = "default"
+) -> PeftModel:
+    """
+    Load an adapter onto a base, or a further one onto a `PeftModel`, with [`ExpertLora`] and in the form it was trained in.
+
+    A further adapter is added and not made active; `set_adapter` does that.
+
+    Args:
+        model: the base, dense or quantised, or a `PeftModel` of it. It is changed in place, as PEFT does.
+        folder: `adapter_config.json` and `adapter_model.safetensors`, of plain PEFT too.
+        is_trainable: go on training it, or only use it (PEFT then puts the model into evaluation mode).
+        adapter_name: for a model with several.
+
+    Raises:
+        AdapterError: (before anything is loaded) as in [`check_adapter`], or the name is taken.
+
+    Warns:
+        UserWarning: the adapter names another base than `model` was loaded from.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        raise AdapterError(f"the model has an adapter named {adapter_name!r} already; choose another adapter_name")
+    adapter = check_adapter(folder, type(base), base.config)
+    loaded_from = base.config._name_or_path
+    if adapter.base_model_name_or_path and loaded_from and adapter.base_model_name_or_path != loaded_from:
+        warnings.warn(
+            f"the adapter in {folder} was made for {adapter.base_model_name_or_path}, this base was loaded from "
+            f"{loaded_from}; the shapes fit, whether the weights are the same is yours to know",
+            stacklevel=2,
+        )
+    adapter.inference_mode = not is_trainable
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, adapter)
+        model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=is_trainable, config=adapter)
+
+
+__all__ = [
+    "AdapterError",
+    "ExpertLora",
+    "GrinMoeLoraConfig",
+    "adapter_shapes",
+    "base_of",
+    "check_adapter",
+    "load_adapter",
+    "lora_config",
+    "may_be_there",
+    "read_lora_config",
+    "stored_shapes",
+    "use_expert_lora",
+]

@@ -1,0 +1,319 @@
+"""`grinmoe upcycle`: a dense checkpoint becomes a GRIN-MoE whose experts are copies of its feed-forward.
+
+Source: "Sparse Upcycling" (Komatsuzaki et al., arXiv:2212.05055); re-initialising a part of every copy is "Drop-Upcycling"
+(Nakamura et al., arXiv:2502.19261), whose statistics are used here.
+
+K equal experts with routing weights p_k give sum(p_k) FFN(x). SparseMixer's weight is 1 where the mask leaves one
+candidate to a draw, so w2 is divided by K, and there the model computes what the dense one did. Where more are left (near
+ties) a weight is smaller, and with it the output. `topk_renormalized` has weights that sum to 1, and w2 as it was.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+
+from ..checkpoint_grinmoe import CheckpointError, add_remote_code, official_shapes, replaced_when_whole
+from ..configuration_grinmoe import GrinMoeConfig
+from ..files import atomic_write_text, check_dtype
+from ..modeling_grinmoe import GrinMoeForCausalLM
+from ..provenance import markdown_table
+from ..routing_grinmoe import ESTIMATORS, masked_softmax, mix_seed, routing_generator
+from .compare import compare_logits, why_not_compared
+from .configs import ConversionError
+from .export import check_output, copy_companions, local_folder, model_type_of
+from .shards import Entry, WeightSource, write_shards
+
+_DENSE = (LlamaConfig.model_type, MistralConfig.model_type, Phi3Config.model_type)
+_RECORD = "upcycle.json"
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """
+    Args:
+        model: folder or Hub id of a dense checkpoint in Llama's, Mistral's or Phi-3's layout.
+        experts, top_k: E and K.
+        output: new or empty folder.
+        noise: standard deviation of what is added to every copy, over that of the matrix.
+        reinit: share of every expert's I neurons that start anew, others in each expert.
+        estimator: router_estimator of the result.
+        seed: of the router, the noise and the neurons.
+        dtype: auto (as it is), bfloat16, float16 or float32.
+        max_shard_size: bytes, or as in "5GB".
+        compare: load both and show how far their logits are apart, where memory allows.
+    """
+
+    model: str
+    experts: int
+    top_k: int
+    output: str
+    noise: float = 0.0
+    reinit: float = 0.0
+    estimator: str = "sparsemixer_v2"
+    seed: int = 0
+    dtype: str = "auto"
+    max_shard_size: int | str = "5GB"
+    compare: bool = True
+
+    def __post_init__(self):
+        possible = [name for name, spec in ESTIMATORS.items() if spec.equal_experts_sum is not None]
+        if self.estimator not in possible:
+            raise ValueError(
+                f"--estimator {self.estimator!r} does not begin where the dense model is; choose one of "
+                f"{', '.join(possible)}"
+            )
+        for name in ("noise", "reinit"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)} is not between 0 and 1")
+        check_dtype(self.dtype)
+
+
+def upcycle_checkpoint(options: UpcycleOptions) -> dict[str, Any]:
+    """
+    Make the checkpoint, shard by shard.
+
+    Returns:
+        What `upcycle.json` in the result says: options, bytes, and the comparison if one was made.
+
+    Raises:
+        ConversionError: no dense model of a known layout, or one with parts that this architecture has not.
+        CheckpointError: the source is broken or incomplete.
+        ValueError: a wrong option (E, K, ...), or an output that is no new or empty folder.
+    """
+    check_output(options.output, options.max_shard_size)
+    folder = local_folder(options.model)
+    dense = _dense_config(folder)
+    config = sparse_config(dense, options)
+    source = WeightSource(folder)
+    entries = _entries(source, dense, config, options)
+    record: dict[str, Any] = {"source": options.model, "notes": []}
+    record |= {name: getattr(options, name) for name in ("experts", "top_k", "noise", "reinit", "estimator", "seed")}
+    with replaced_when_whole(options.output) as staging:
+        config.architectures = ["GrinMoeForCausalLM"]
+        config.save_pretrained(staging)
+        add_remote_code(staging)
+        copy_companions(folder, staging)
+        record["bytes"] = write_shards(entries, staging, options.max_shard_size)
+        _compare(options, folder, staging, config, entries, record)
+        atomic_write_text(staging / _RECORD, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def run_upcycle(options: UpcycleOptions) -> None:
+    """`grinmoe upcycle`."""
+    console = Console(soft_wrap=True, markup=False)
+    record = upcycle_checkpoint(options)
+    console.print(f"upcycled: {options.output} ({record['bytes'] / 1e9:.3g} GB)")
+    if differences := record.get("logits"):
+        rows = [[one["tokens"], f"{one['difference']:.2g}", f"{one['largest']:.3g}"] for one in differences]
+        console.print(markdown_table(["tokens", "largest difference of logits", "largest logit"], rows))
+        console.print(f"draws with one candidate: {record['single_candidate_share']:.1%}; equal where all have one")
+    for note in record["notes"]:
+        console.print(f"note: {note}")
+
+
+# --- config ------------------------------------------------------------------------------------------------------------
+
+
+def _dense_config(folder: Path) -> PreTrainedConfig:
+    if not (folder / CONFIG_NAME).is_file():
+        raise ConversionError(f"{folder} holds no {CONFIG_NAME}; give the folder of a dense checkpoint")
+    model_type = model_type_of(folder)
+    if model_type not in _DENSE:
+        raise ConversionError(f"{folder} has model_type={model_type!r}; {', '.join(_DENSE)} can be upcycled")
+    return AutoConfig.from_pretrained(folder)
+
+
+def sparse_config(dense: PreTrainedConfig, options: UpcycleOptions) -> GrinMoeConfig:
+    """
+    The config of the result.
+
+    Raises:
+        ConversionError: biases in the feed-forward, partial RoPE, or quantised weights.
+        ValueError: E or K is wrong.
+    """
+    if getattr(dense, "mlp_bias", False):
+        raise ConversionError("mlp_bias=true: the experts of this architecture have no biases")
+    if getattr(dense, "quantization_config", None) is not None:
+        raise ConversionError("the checkpoint is quantised; give the one that it was made of")
+    rope = dict(dense.rope_parameters)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ConversionError("partial_rotary_factor is not 1: this architecture rotates whole heads")
+    window = getattr(dense, "sliding_window", None)
+    fields: dict[str, Any] = {
+        name: getattr(dense, name)
+        for name in (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+            "max_position_embeddings initializer_range rms_norm_eps use_cache bos_token_id eos_token_id pad_token_id "
+            "tie_word_embeddings attention_dropout"
+        ).split()
+    }
+    fields |= {
+        "norm_type": "rms_norm",
+        "rope_parameters": rope,
+        "sliding_window": None if window is None else window - 1,  # visible keys there
+        "attention_bias": bool(getattr(dense, "attention_bias", False)),
+        "lm_head_bias": False,
+        "num_local_experts": options.experts,
+        "num_experts_per_tok": options.top_k,
+        "router_estimator": options.estimator,
+        "dtype": dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+    }
+    head_dim = getattr(dense, "head_dim", None)
+    if head_dim is not None and head_dim * dense.num_attention_heads != dense.hidden_size:
+        fields["head_dim"] = head_dim
+    return GrinMoeConfig(**fields)
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------
+
+
+def _entries(
+    source: WeightSource, dense: PreTrainedConfig, config: GrinMoeConfig, options: UpcycleOptions
+) -> list[Entry]:
+    shapes = official_shapes(config)
+    if config.tie_word_embeddings and "lm_head.weight" not in source:
+        del shapes["lm_head.weight"]
+    entries = []
+    for name, shape in shapes.items():
+        layer = re.match(r"model\.layers\.(\d+)\.block_sparse_moe\.(gate|experts)\.(?:(\d+)\.(\w+)\.)?weight$", name)
+        if layer is None:
+            entries.append(_copied(source, dense, config, name, shape, options))
+        elif layer[2] == "gate":
+            entries.append(_router(source, config, name, shape, int(layer[1]), options))
+        else:
+            entries.append(_expert(source, dense, config, name, shape, layer, options))
+    return entries
+
+
+def _place(dense: PreTrainedConfig, config: GrinMoeConfig, name: str) -> tuple[str, tuple[slice, ...]]:
+    """Key of the dense checkpoint, and the rows of it, that hold an official tensor. `mlp.gate` stands for w1, and so on."""
+    if dense.model_type != Phi3Config.model_type:
+        return re.sub(r"\.mlp\.(gate|up|down)\.", r".mlp.\1_proj.", name), ()
+    width, head = config.intermediate_size, config.head_size
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    fused = {
+        "self_attn.q_proj": ("self_attn.qkv_proj", 0, queries),
+        "self_attn.k_proj": ("self_attn.qkv_proj", queries, keys),
+        "self_attn.v_proj": ("self_attn.qkv_proj", queries + keys, keys),
+        "mlp.gate": ("mlp.gate_up_proj", 0, width),
+        "mlp.up": ("mlp.gate_up_proj", width, width),
+        "mlp.down": ("mlp.down_proj", 0, None),
+    }
+    for part, (whole, start, length) in fused.items():
+        if f".{part}." in name:
+            rows = () if length is None else (slice(start, start + length),)
+            return name.replace(f".{part}.", f".{whole}."), rows
+    return name, ()
+
+
+def _read(
+    source: WeightSource, key: str, rows: tuple[slice, ...], shape: tuple[int, ...]
+) -> Callable[[], torch.Tensor]:
+    """How to read it; that it is there and fits is checked now."""
+    if key not in source:
+        raise CheckpointError(f"{source.folder} lacks {key}; the checkpoint is incomplete, or not of its config")
+    whole = source.shapes[key]
+    found = (rows[0].stop - rows[0].start, *whole[1:]) if rows else whole
+    if found != shape or (rows and rows[0].stop > whole[0]):
+        raise CheckpointError(f"{source.folder} holds {key} with shape {whole}, which does not give {shape}")
+    return lambda: source.read(key, rows)
+
+
+def _dtype(source: WeightSource, key: str, options: UpcycleOptions) -> torch.dtype:
+    return source.dtype(key) if options.dtype == "auto" else getattr(torch, options.dtype)
+
+
+def _copied(source, dense, config, name: str, shape, options: UpcycleOptions) -> Entry:
+    key, rows = _place(dense, config, name)
+    read = _read(source, key, rows, shape)
+    dtype = _dtype(source, key, options)
+    return Entry(name, shape, dtype, lambda: read().to(dtype))
+
+
+def _router(source, config, name: str, shape, layer: int, options: UpcycleOptions) -> Entry:
+    dtype = _dtype(source, "model.embed_tokens.weight", options)
+    generator = routing_generator(options.seed, layer, "cpu")
+
+    def make() -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul_(config.initializer_range).to(dtype)
+
+    return Entry(name, shape, dtype, make)
+
+
+def _expert(source, dense, config, name: str, shape, match: re.Match, options: UpcycleOptions) -> Entry:
+    layer, expert, on_disk = int(match[1]), int(match[3]), match[4]
+    part = {"w1": "gate", "w3": "up", "w2": "down"}[on_disk]
+    key, rows = _place(dense, config, f"model.layers.{layer}.mlp.{part}.weight")
+    read = _read(source, key, rows, shape)
+    dtype = _dtype(source, key, options)
+    sum_of_weights = ESTIMATORS[options.estimator].equal_experts_sum
+    scale = 1 / sum_of_weights(options.top_k) if on_disk == "w2" and sum_of_weights is not None else 1.0
+    stream = mix_seed(options.seed, 1 + layer * config.num_local_experts + expert)
+
+    def make() -> torch.Tensor:
+        matrix = read().float()
+        mean, std = matrix.mean(), matrix.std()
+        numbers = routing_generator(stream, ("w1", "w3", "w2").index(on_disk), "cpu")
+        if options.noise:
+            matrix = matrix + options.noise * std * torch.randn(shape, generator=numbers)
+        if options.reinit:
+            # The same neurons in all three matrices of an expert.
+            order = torch.randperm(config.intermediate_size, generator=routing_generator(stream, 3, "cpu"))
+            neurons = order[: round(options.reinit * config.intermediate_size)]
+            fresh = mean + std * torch.randn(shape, generator=numbers)
+            dim = 1 if on_disk == "w2" else 0
+            matrix = matrix.index_copy(dim, neurons, fresh.index_select(dim, neurons))
+        return (matrix * scale).to(dtype)
+
+    return Entry(name, shape, dtype, make)
+
+
+# --- how far from the dense model --------------------------------------------------------------------------------------
+
+
+def _compare(options, folder: Path, staging: Path, config: GrinMoeConfig, entries: list[Entry], record) -> None:
+    parameters = sum(math.prod(entry.shape) for entry in entries)
+    if note := why_not_compared(config, parameters, options.compare):
+        record["notes"].append(note)
+    else:
+        record["logits"] = compare_logits((AutoModelForCausalLM, folder), (GrinMoeForCausalLM, staging), config)
+        record["single_candidate_share"] = single_candidate_share(staging, config)
+    if options.noise or options.reinit:
+        record["notes"].append("experts are no exact copies, so the model begins near the dense one, not at it")
+
+
+def single_candidate_share(folder: Path, config: GrinMoeConfig) -> float:
+    """Of all draws on a random text, those whose mask leaves one expert; 1 for a gating without a mask."""
+    if config.router_estimator == "topk_renormalized":
+        return 1.0
+    model = GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    length = min(256, config.max_position_embeddings)
+    text = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = model(text, use_cache=False, output_router_logits=True)
+    single = []
+    for logits, experts in zip(output.router_logits, output.selected_experts, strict=True):
+        remaining = logits
+        for k in range(config.num_experts_per_tok):
+            _, dropped = masked_softmax(logits, remaining, config.router_jitter_noise)
+            single.append((~dropped).sum(-1) == 1)
+            remaining = remaining.scatter(-1, experts[:, k : k + 1], float("-inf"))
+    del model
+    gc.collect()
+    return torch.cat(single).double().mean().item()
+
+
+__all__ = ["UpcycleOptions", "run_upcycle", "single_candidate_share", "sparse_config", "upcycle_checkpoint"]

@@ -1,1 +1,0 @@
-../counter_draws_grinmoe.py

@@ -1,1 +1,0 @@
-../cpu_experts_grinmoe.py

@@ -1,0 +1,19 @@
+"""Rows of chats, prompts, texts and preferences, read, checked and packed into batches."""
+
+from .dataset import DataOptions, PreparedData, load_data
+from .formats import SUFFIXES, Columns, Message, checked_messages, checked_text, checked_turns, read_rows
+from .packing import RowCollator
+
+__all__ = [
+    "SUFFIXES",
+    "Columns",
+    "DataOptions",
+    "Message",
+    "PreparedData",
+    "RowCollator",
+    "checked_messages",
+    "checked_text",
+    "checked_turns",
+    "load_data",
+    "read_rows",
+]

@@ -1,0 +1,464 @@
+"""Training data for `grinmoe sft`, `dpo` and `pretrain`: from rows of text to rows of tokens, and how many became what.
+
+Every process reads the data by itself and gets the same rows in the same order: nothing is drawn, cached or shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, takewhile
+from typing import TYPE_CHECKING, Any
+
+from .formats import (
+    FORMATS,
+    Columns,
+    Message,
+    PlacedRow,
+    Preference,
+    checked_messages,
+    checked_preference,
+    checked_text,
+    checked_turns,
+    format_of,
+    is_local,
+    read_rows,
+)
+from .packing import NO_LOSS, RowCollator, Samples, arrow_table, packed, wrapped
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# The formats that a task trains on; where a row could be several, the first one is meant.
+TASK_FORMATS = {
+    "sft": ("messages", "prompt-completion", "text"),
+    "dpo": ("preference",),
+    "pretrain": ("text", "messages", "prompt-completion"),
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to train on, and what becomes of it. Wrong values are a `ValueError` that names the option."""
+
+    train_data: str = field(
+        metadata={"help": "a .json, .jsonl or .parquet file, a folder of them, or a data set of the Hub"}
+    )
+    eval_data: str | None = _option(None, "the same for evaluation")
+    eval_share: float = _option(0.0, "without eval_data: share of the training rows to hold out, by a hash of the row")
+    train_split: str = _option("train", "split of a Hub data set to train on")
+    eval_split: str | None = _option(
+        None, "split of a Hub data set to evaluate on: of eval_data (there validation by default), or of train_data"
+    )
+    data_config: str | None = _option(None, "configuration (subset) of a Hub data set")
+    data_revision: str | None = _option(None, "branch, tag or commit of a Hub data set")
+    data_format: str = _option("auto", f"auto (by the columns), {', '.join(FORMATS)}")
+    messages_column: str = _option("messages", "column with a list of messages (role, content)")
+    prompt_column: str = _option("prompt", "column with the prompt, a text or messages")
+    completion_column: str = _option("completion", "column with the completion, a text or messages")
+    text_column: str = _option("text", "column with plain text")
+    chosen_column: str = _option("chosen", "column with the better answer, a text or messages")
+    rejected_column: str = _option("rejected", "column with the worse answer, a text or messages")
+    max_length: int = _option(2048, "longest row, in tokens")
+    too_long: str = _option("truncate", "what to do with a longer sample: truncate its end, or drop it")
+    packing: bool | None = _option(
+        None, "several samples to a row that do not see each other; by default for pretrain only. Not for dpo"
+    )
+    loss_on: str = _option(
+        "assistant", "assistant: the assistant's messages, or the completion, or all of a text; all: every token"
+    )
+    max_rows: int | None = _option(None, "read no more than this many rows of each data set, for a trial")
+
+    def __post_init__(self):
+        for name, allowed in {
+            "data_format": ("auto", *FORMATS),
+            "too_long": ("truncate", "drop"),
+            "loss_on": ("assistant", "all"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose {', '.join(allowed)}")
+        if not 0 <= self.eval_share < 1:
+            raise ValueError(f"eval_share={self.eval_share} is no share of the rows; give a number from 0 to below 1")
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length}: a row needs 2 tokens to have one that is predicted")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows={self.max_rows}: give 1 or more, or leave it out")
+        if self.eval_share > 0 and (self.eval_data is not None or self.eval_split is not None):
+            raise ValueError("eval_share holds out training rows; give it, or eval_data and eval_split, not both")
+        if self.eval_split is not None and is_local(self.eval_data or self.train_data):
+            raise ValueError(
+                f"eval_split={self.eval_split!r}: files have no splits; give the evaluation's file as eval_data"
+            )
+
+    @property
+    def columns(self) -> Columns:
+        """The columns' names."""
+        return Columns(
+            self.messages_column,
+            self.prompt_column,
+            self.completion_column,
+            self.text_column,
+            self.chosen_column,
+            self.rejected_column,
+        )
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one part. For dpo a token counts once per answer that it is read with."""
+
+    rows_read: int = 0
+    rows_empty: int = 0
+    rows_dropped_too_long: int = 0
+    rows_truncated: int = 0
+    rows_without_target: int = 0
+    rows_identical: int = 0
+    samples: int = 0
+    rows: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+
+    def summary(self) -> str:
+        """One line: what is there, and everything that was left out or shortened."""
+        parts = [
+            f"{self.samples} samples of {self.rows_read} rows, {self.tokens} tokens, {self.target_tokens} of them targets"
+        ]
+        if self.rows != self.samples:
+            parts.append(f"in {self.rows} packed rows")
+        for count, what in (
+            (self.rows_truncated, "truncated to max_length"),
+            (self.rows_dropped_too_long, "dropped for being too long"),
+            (self.rows_without_target, "dropped without a target token"),
+            (self.rows_empty, "empty"),
+            (self.rows_identical, "with the same answer chosen and rejected"),
+        ):
+            if count:
+                parts.append(f"{count} {what}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the data."""
+
+    task: str
+    data_format: str
+    max_length: int
+    train: Counts
+    evaluation: Counts | None
+
+    def summary(self) -> str:
+        """A line for training and one for evaluation."""
+        lines = [f"training data ({self.data_format}, at most {self.max_length} tokens): {self.train.summary()}"]
+        if self.evaluation is not None:
+            lines.append(f"evaluation data: {self.evaluation.summary()}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a run's metrics file."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Rows to train and to evaluate on.
+
+    sft and pretrain: `input_ids` and `labels` (int32 lists of one length; -100 where there is no loss) and, packed,
+    `position_ids`, which begin again at 0 with every sample. They go to `RowCollator`. dpo: `prompt`, `chosen` and
+    `rejected`, texts or messages, for TRL's DPOTrainer, which tokenises them.
+    """
+
+    train: Dataset
+    evaluation: Dataset | None
+    report: DataReport
+
+
+def load_data(task: str, options: DataOptions, tokenizer: Any, vocab_size: int) -> PreparedData:
+    """
+    Read, check, tokenise and pack.
+
+    Args:
+        task: sft, dpo or pretrain.
+        options: see [`DataOptions`].
+        tokenizer: of `grinmoe.load_tokenizer`; with a chat template where the data are messages.
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        ValueError: anything wrong with the options, the files or a row, which is named; a tokenizer with more ids than the
+            model has; or nothing left to train or to evaluate on.
+        ImportError: `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("datasets is not installed; pip install 'grinmoe[train]'") from error
+    if task not in TASK_FORMATS:
+        raise ValueError(f"task={task!r} is unknown; choose {', '.join(TASK_FORMATS)}")
+    if task == "dpo" and options.packing:
+        raise ValueError("packing=True: preference pairs are not packed; leave it out")
+    if options.data_format not in ("auto", *TASK_FORMATS[task]):
+        raise ValueError(
+            f"data_format={options.data_format!r} is not for {task}, which trains on {', '.join(TASK_FORMATS[task])}"
+        )
+    _check_vocabulary(tokenizer, vocab_size)
+    encoder = _Encoder(task, options, tokenizer)
+    prepare = _preference_table if task == "dpo" else _token_table
+    table, train_counts = prepare(_Rows(options, "training", TASK_FORMATS[task]), encoder)
+    train, evaluation, eval_counts = datasets.Dataset(table), None, None
+    if options.eval_data or options.eval_split or options.eval_share:
+        table, eval_counts = prepare(_Rows(options, "evaluation", TASK_FORMATS[task]), encoder)
+        evaluation = datasets.Dataset(table)
+    report = DataReport(task, encoder.data_format, options.max_length, train_counts, eval_counts)
+    return PreparedData(train, evaluation, report)
+
+
+def _check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest} and the model {vocab_size} embeddings: they do not belong together; "
+            "load the tokenizer of the model's own folder"
+        )
+
+
+class _Rows:
+    """The rows of one part, with their places: read anew by every iteration. Knows their format after the first."""
+
+    def __init__(self, options: DataOptions, part: str, formats: Sequence[str]):
+        self.options, self.part, self.formats = options, part, formats
+        self.source, self.split = options.train_data, options.train_split
+        if part == "evaluation" and options.eval_data is not None:
+            self.source, self.split = options.eval_data, options.eval_split or "validation"
+        elif part == "evaluation" and options.eval_split is not None:
+            self.split = options.eval_split
+        self.data_format = ""
+
+    def __iter__(self) -> Iterator[PlacedRow]:
+        options = self.options
+        rows = read_rows(self.source, self.split, options.data_config, options.data_revision)
+        is_empty = True
+        for place, row in islice(rows, options.max_rows):
+            is_empty = False
+            if not self.data_format:
+                self.data_format = format_of(place, row, options.columns, options.data_format, self.formats)
+            format_of(place, row, options.columns, self.data_format, ())
+            is_held_out = options.eval_share > 0 and _hash_of(row, options.columns) < options.eval_share
+            if options.eval_share == 0 or is_held_out == (self.part == "evaluation"):
+                yield place, row
+        if is_empty:
+            raise ValueError(f"{self.source} has no rows")
+
+    def nothing_left(self, counts: Counts) -> ValueError:
+        """What to raise where no row is left."""
+        remedy = ""
+        if counts.rows_read == 0:
+            remedy = (
+                f"eval_share={self.options.eval_share} of so few rows leaves none for it; choose another, or more rows"
+            )
+        elif counts.rows_without_target:
+            remedy = (
+                "all labels are masked: no token of any row has a loss. Check the roles (a conversation needs a message of "
+                "the assistant), loss_on, and whether max_length cuts the answers off"
+            )
+        elif counts.rows_dropped_too_long:
+            remedy = f"raise max_length={self.options.max_length}, or set too_long to truncate"
+        elif counts.rows_empty:
+            remedy = f"their columns are empty ({', '.join(self.options.columns.of_format(self.data_format))})"
+        return ValueError(f"nothing is left for {self.part} of {self.source}: {counts.summary()}; {remedy}")
+
+
+def _hash_of(row: dict[str, Any], columns: Columns) -> float:
+    """A number in [0, 1) from what the row asks, so that one question with two answers stays in one part."""
+    for column in (columns.prompt, columns.messages, columns.chosen, columns.text):
+        value = row.get(column)
+        if value is not None:
+            break
+    if isinstance(value, list):
+        value = (
+            list(takewhile(lambda turn: not isinstance(turn, dict) or turn.get("role") != "assistant", value)) or value
+        )
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+class _Encoder:
+    """Rows to tokens, as one task wants them."""
+
+    def __init__(self, task: str, options: DataOptions, tokenizer: Any):
+        self.task, self.options, self.tokenizer = task, options, tokenizer
+        self.data_format = ""
+        # Every token of pretraining is a target.
+        self.only_answers = task == "sft" and options.loss_on == "assistant"
+        self.has_marks = bool(re.search(r"\{%[-+]?\s*generation\b", tokenizer.chat_template or ""))
+
+    def sample(self, data_format: str, place: str, row: dict[str, Any]) -> tuple[list[int], list[int]] | None:
+        """Token ids and labels of a row; None where it is empty."""
+        columns = self.options.columns
+        if data_format == "messages":
+            messages = checked_messages(row[columns.messages], columns.messages, place)
+            return None if messages is None else self._conversation(messages, place, first_target=0)
+        if data_format == "text":
+            text = checked_text(row[columns.text], columns.text, place)
+            if text is None:
+                return None
+            ids = self.text_ids(text)
+            return ids, ids
+        prompt = checked_turns(row[columns.prompt], columns.prompt, place)
+        completion = checked_turns(row[columns.completion], columns.completion, place)
+        if prompt is None or completion is None:
+            return None
+        if isinstance(prompt, list) and isinstance(completion, list):
+            before = self.conversation_ids(prompt, place, add_generation_prompt=True)
+            whole = self.conversation_ids(prompt + completion, place)
+            return self._conversation(prompt + completion, place, first_target=_common_length(before, whole))
+        if isinstance(prompt, list) or isinstance(completion, list):
+            raise ValueError(
+                f"{place}: {columns.prompt!r} and {columns.completion!r} must be both texts or both messages"
+            )
+        ids = self.text_ids(prompt + completion)
+        # Not the prompt's own length: tokens may merge across the border, and then the answer begins with the merged one.
+        begins = _common_length(self.ids(prompt), ids) if self.only_answers else 0
+        return ids, [NO_LOSS] * begins + ids[begins:]
+
+    def _conversation(self, messages: list[Message], place: str, first_target: int) -> tuple[list[int], list[int]]:
+        if not self.only_answers:
+            ids = self.conversation_ids(messages, place)
+            return ids, ids
+        if self.tokenizer.chat_template and not self.has_marks:
+            raise ValueError(
+                "loss_on='assistant' needs a chat template that marks what the assistant says ({% generation %}); "
+                "grinmoe.load_tokenizer gives the family's own one such marks, and loss_on='all' needs none"
+            )
+        encoded = self._apply_template(messages, place, return_assistant_tokens_mask=True)
+        is_target = encoded["assistant_masks"]
+        labels = [
+            token if said and position >= first_target else NO_LOSS
+            for position, (token, said) in enumerate(zip(encoded["input_ids"], is_target, strict=True))
+        ]
+        return encoded["input_ids"], labels
+
+    def conversation_ids(self, messages: list[Message], place: str, **kwargs: Any) -> list[int]:
+        """Token ids of messages, through the chat template."""
+        return self._apply_template(messages, place, **kwargs)["input_ids"]
+
+    def _apply_template(self, messages: list[Message], place: str, **kwargs: Any) -> Any:
+        import jinja2
+
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"{place}: messages need a chat template and the tokenizer has none; set its chat_template"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{place}: the tokenizer's chat template refuses the conversation: {error}") from error
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text that ends here."""
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError("the tokenizer has no end-of-text token, which ends every text; set its eos_token")
+        ids = self.ids(text)
+        return ids if ids[-1:] == [end] else [*ids, end]
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self.tokenizer(text, verbose=False)["input_ids"]
+
+    def pair_ids(self, pair: Preference, place: str) -> tuple[int, list[int], list[int]]:
+        """Length of the prompt, and token ids of prompt and either answer, as TRL's DPOTrainer will make them."""
+        if isinstance(pair.prompt, str):
+            prompt = self.ids(pair.prompt)
+            answers = [self.text_ids(pair.prompt + str(answer)) for answer in (pair.chosen, pair.rejected)]
+        else:
+            prompt = self.conversation_ids(pair.prompt, place, add_generation_prompt=True)
+            answers = [self.conversation_ids([*pair.prompt, *answer], place) for answer in (pair.chosen, pair.rejected)]
+        return min(_common_length(prompt, ids) for ids in answers), answers[0], answers[1]
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many elements two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _token_table(rows: _Rows, encoder: _Encoder) -> tuple[Any, Counts]:
+    """Table of token rows for sft and pretrain."""
+    options, counts, samples = encoder.options, Counts(), Samples()
+    packing = encoder.task == "pretrain" if options.packing is None else options.packing
+    is_cut = packing and encoder.task == "pretrain"
+    for place, row in rows:
+        counts.rows_read += 1
+        sample = encoder.sample(rows.data_format, place, row)
+        if sample is None:
+            counts.rows_empty += 1
+            continue
+        ids, labels = sample
+        if len(ids) > options.max_length and not is_cut:
+            if options.too_long == "drop":
+                counts.rows_dropped_too_long += 1
+                continue
+            counts.rows_truncated += 1
+            ids, labels = ids[: options.max_length], labels[: options.max_length]
+        if all(label == NO_LOSS for label in labels[1:]):
+            counts.rows_without_target += 1
+            continue
+        samples.append(ids, labels)
+    encoder.data_format = encoder.data_format or rows.data_format
+    counts.samples = len(samples)
+    if not len(samples):
+        raise rows.nothing_left(counts)
+    pack = wrapped if is_cut else packed
+    table = arrow_table(samples, pack(samples, options.max_length) if packing else None)
+    counts.rows = table.num_rows
+    counts.tokens = len(samples.input_ids)
+    counts.target_tokens = int((table["labels"].combine_chunks().values.to_numpy() != NO_LOSS).sum())
+    return table, counts
+
+
+def _preference_table(rows: _Rows, encoder: _Encoder) -> tuple[Any, Counts]:
+    """Table of pairs for dpo. What DPOTrainer would drop without a word is dropped here, and counted."""
+    import pyarrow
+
+    options, counts = encoder.options, Counts()
+    pairs: list[dict[str, Any]] = []
+    for place, row in rows:
+        counts.rows_read += 1
+        pair = checked_preference(row, options.columns, place)
+        if pair is None:
+            counts.rows_empty += 1
+            continue
+        prompt_length, *answers = encoder.pair_ids(pair, place)
+        if any(len(ids) > options.max_length for ids in answers):
+            if options.too_long == "drop":
+                counts.rows_dropped_too_long += 1
+                continue
+            counts.rows_truncated += 1
+            answers = [ids[: options.max_length] for ids in answers]
+        if any(len(ids) <= prompt_length for ids in answers):
+            counts.rows_without_target += 1
+            continue
+        if answers[0] == answers[1]:
+            counts.rows_identical += 1
+            continue
+        tokens = sum(map(len, answers))
+        counts.tokens += tokens
+        counts.target_tokens += tokens - 2 * prompt_length
+        pairs.append(dataclasses.asdict(pair))
+        if isinstance(pairs[0]["prompt"], str) != isinstance(pair.prompt, str):
+            raise ValueError(f"{place}: earlier pairs were {'texts' if isinstance(pair.prompt, list) else 'messages'}")
+    encoder.data_format = encoder.data_format or rows.data_format
+    counts.samples = counts.rows = len(pairs)
+    if not pairs:
+        raise rows.nothing_left(counts)
+    return pyarrow.Table.from_pylist(pairs), counts
+
+
+__all__ = ["Counts", "DataOptions", "DataReport", "PreparedData", "RowCollator", "load_data"]

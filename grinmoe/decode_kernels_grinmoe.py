@@ -1,1 +1,0 @@
-../decode_kernels_grinmoe.py

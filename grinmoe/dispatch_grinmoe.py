@@ -1,1 +1,0 @@
-../dispatch_grinmoe.py

@@ -1,1 +1,0 @@
-../estimators_grinmoe.py

@@ -1,0 +1,9 @@
+"""`grinmoe evaluate`: scores by lm-eval, with those of the paper beside them."""
+
+from .run import EvaluateOptions, evaluate, run_evaluate
+
+__all__ = [
+    "EvaluateOptions",
+    "evaluate",
+    "run_evaluate",
+]

@@ -1,1 +1,0 @@
-../experts_grinmoe.py

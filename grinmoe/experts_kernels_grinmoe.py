@@ -1,1 +1,0 @@
-../experts_kernels_grinmoe.py

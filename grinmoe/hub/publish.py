@@ -1,0 +1,319 @@
+"""`grinmoe push`: a checked release to the Hub in one commit. (`grinmoe pull` is in `pull.py`.)
+
+The client's `upload_large_folder` makes many commits, and is gone from huggingface_hub 2; its `upload_folder` may make
+several of a large model. Here the large files are sent first (`preupload_lfs_files`: what has arrived is not sent again,
+so an interrupted push goes on where it was), and one commit publishes all or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_session,
+    get_token,
+)
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from rich.console import Console
+from rich.table import Table
+
+from ..checkpoint_grinmoe import stale_weights
+from .card import CARD_NAME
+from .checks import ReleaseError
+from .download import pull
+from .errors import COMMIT_WAIT_S, WAIT_S, HubError, check_repo, first_line, readable_size, said_clearly, status_of
+from .release import Release, ReleaseOptions, make_release
+
+# Held in memory from the check to the commit, so that they cannot change in between; larger ones are hashed again.
+_SMALL_BYTES = 10 * 2**20
+# Letters of a git reference, without what git refuses: "..", a part that begins with "." or ends with ".lock".
+_REFERENCE = re.compile(r"(?!.*\.\.)(?!.*\.lock(/|$))[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*(?<!\.)", re.ASCII)
+_PULL_REQUEST = re.compile(r"refs/pr/\d+")
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """
+    Where and how to publish.
+
+    Args:
+        repo: "name" (the user's own) or "owner/name"; made if it is not there.
+        private: make it private; an error if it is there and public.
+        revision: branch, made if it is not there; or a pull request that is there (refs/pr/N). None: main.
+        tag: name for the commit; an error if it is there.
+        create_pr: open a pull request in place of a commit, on a repository that may be another's.
+        message: of the commit.
+        dry_run: assemble, check and show, and send nothing.
+        release: how to assemble.
+    """
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+    tag: str | None = None
+    create_pr: bool = False
+    message: str = "Upload GRIN-MoE"
+    dry_run: bool = False
+    release: ReleaseOptions = field(default_factory=ReleaseOptions)
+
+    def __post_init__(self):
+        check_repo(self.repo)
+        if self.create_pr and self.tag:
+            raise ValueError(
+                "--create-pr and --tag exclude each other: a pull request has no commit to tag before it is merged"
+            )
+        if self.create_pr and self.revision:
+            raise ValueError("--create-pr and --revision exclude each other: a pull request is opened against main")
+        if self.create_pr and self.private:
+            raise ValueError(
+                "--create-pr and --private exclude each other: a pull request is for a repository that is there"
+            )
+        for name, value in (("--tag", self.tag), ("--revision", self.revision)):
+            if value is not None and not _REFERENCE.fullmatch(value):
+                raise ValueError(
+                    f"{name} {value!r} is no name for a git reference; use letters, digits, '.', '-' and '_'"
+                )
+        if self.revision and re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError(f"--revision {self.revision} is a commit, which cannot be changed; give a branch")
+        if self.tag and self.tag == self.revision:
+            raise ValueError(f"--tag and --revision are both {self.tag!r}; give the tag another name")
+        if not self.message.strip():
+            raise ValueError("--message is empty; say what this commit is")
+
+
+def push(model: str | os.PathLike, options: PushOptions) -> str | None:
+    """
+    Publish a model or an adapter.
+
+    Args:
+        model: its folder. Nothing is written into it.
+        options: see there.
+
+    Returns:
+        Address of the commit (of the pull request), or None for a dry run.
+
+    Raises:
+        ReleaseError, CheckpointError, TokenizerError, ValueError: the folder cannot be published (see `make_release`).
+        HubError: the Hub refused, or cannot be reached. Nothing is published then, unless the message says that only the tag
+            is missing, or that the Hub did not confirm the commit.
+    """
+    # Not markup: what stands in brackets in a file's name is part of it.
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    with tempfile.TemporaryDirectory(prefix="grinmoe-release-") as name:
+        folder = Path(name) / "release"
+        folder.mkdir()
+        if options.dry_run:
+            _show(make_release(model, folder, options.repo, options.release), options.repo, console)
+            if "/" not in options.repo:
+                console.print("note: your name is put before the repository's when it is sent, in the card too")
+            console.print("dry run: nothing was sent")
+            return None
+        token = get_token()
+        if token is None:
+            raise HubError("there is no token to push with; run `hf auth login`, or set HF_TOKEN to one that may write")
+        api = HfApi(token=token)
+        # Before the release is made: that may take minutes, and what the Hub will refuse can often be told at once.
+        with said_clearly(options.repo, "push"):
+            place = _find_place(options, api)
+        release = make_release(model, folder, place.repo, options.release)
+        _show(release, place.repo, console)
+        return _publish(release, place, options, api, console)
+
+
+def _show(release: Release, repo: str, console: Console) -> None:
+    kind = "adapter" if release.is_adapter else "model"
+    table = Table("file", "size", title=f"{kind} for {repo}", title_justify="left", title_style="bold")
+    table.columns[1].justify = "right"
+    for file in release.files:
+        table.add_row(file.name, readable_size(file.size))
+    table.add_section()
+    table.add_row(f"{len(release.files)} files", readable_size(release.size))
+    console.print(table)
+    for note in release.notes:
+        console.print(f"note: {note}")
+    if release.left_out:
+        shown = ", ".join(release.left_out[:8]) + (", ..." if len(release.left_out) > 8 else "")
+        console.print(f"left out ({len(release.left_out)}): {shown}")
+
+
+# --- where it goes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A repository as it is before anything is sent."""
+
+    repo: str  # with its owner
+    exists: bool
+    makes_branch: bool  # `revision` is not there yet
+
+
+def _find_place(options: PushOptions, api: HfApi) -> _Place:
+    """
+    Look at the repository, without a change to it.
+
+    Raises:
+        HubError: what can be refused at once.
+    """
+    repo = options.repo if "/" in options.repo else f"{api.whoami()['name']}/{options.repo}"
+    try:
+        info = api.model_info(repo, timeout=WAIT_S)
+    except RepositoryNotFoundError as error:
+        # The Hub answers 404 for what a valid token may not see, 401 without one.
+        if status_of(error) != 404 or options.create_pr or _PULL_REQUEST.fullmatch(options.revision or ""):
+            raise
+        return _Place(repo, exists=False, makes_branch=options.revision not in (None, "main"))
+    if options.private and info.private is False:
+        raise HubError(f"{repo} is there and public; make it private in its settings, or leave --private out")
+    refs = api.list_repo_refs(repo)
+    tags = {tag.name for tag in refs.tags}
+    if options.tag in tags:
+        raise HubError(f"{repo} has a tag {options.tag} already; choose another name, or delete that tag first")
+    if options.revision in tags:
+        raise HubError(f"--revision {options.revision} is a tag of {repo}, which cannot be changed; give a branch")
+    branches = {"main", None, *(branch.name for branch in refs.branches)}
+    is_pull_request = bool(_PULL_REQUEST.fullmatch(options.revision or ""))
+    return _Place(repo, exists=True, makes_branch=options.revision not in branches and not is_pull_request)
+
+
+# --- sending -----------------------------------------------------------------------------------------------------------
+
+
+def _publish(release: Release, place: _Place, options: PushOptions, api: HfApi, console: Console) -> str:
+    with said_clearly(place.repo, "push"):
+        _check_card(release.folder / CARD_NAME, api)
+        if not place.exists:
+            api.create_repo(place.repo, private=options.private or None)
+        base = None if place.makes_branch else options.revision
+        head = api.model_info(place.repo, revision=base, timeout=WAIT_S)
+    present = [file.rfilename for file in head.siblings or []]
+    stale = _stale(present, release, place.repo)
+    additions = _additions(release)
+    console.print(f"sending to {place.repo}; what the Hub has already is not sent again")
+    with said_clearly(place.repo, "push"):
+        if place.makes_branch:
+            api.create_branch(place.repo, branch=str(options.revision), revision=head.sha)
+        api.preupload_lfs_files(
+            place.repo, additions, revision=options.revision, create_pr=options.create_pr, free_memory=False
+        )
+    _refuse_changes(release, additions)
+    with said_clearly(place.repo, "push", wait_s=COMMIT_WAIT_S):
+        operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
+        commit = _commit(operations, place, options, str(head.sha), api)
+        if stale:
+            console.print(f"removed there, of a former checkpoint: {', '.join(stale)}")
+        if commit.oid == head.sha:
+            console.print("nothing has changed: the repository holds this release already")
+        if options.tag:
+            _tag(place.repo, options.tag, commit.oid, api)
+            console.print(f"tagged {options.tag}")
+    address = str((commit.pr_url if options.create_pr else None) or commit.commit_url)
+    console.print(f"published {address}")
+    return address
+
+
+def _check_card(card: Path, api: HfApi) -> None:
+    """The Hub's own look at the metadata. The client asks for it too, but when all has been uploaded."""
+    answer = get_session().post(
+        f"{api.endpoint}/api/validate-yaml",
+        headers=build_hf_headers(token=api.token),
+        json={"repoType": "model", "content": card.read_text(encoding="utf-8")},
+    )
+    if answer.status_code == 400:
+        said = "; ".join(str(error.get("message")) for error in answer.json().get("errors", []))
+        raise HubError(f"nothing was published: the Hub does not take the metadata of {CARD_NAME} ({said}); correct it")
+    hf_raise_for_status(answer)
+
+
+def _stale(present: list[str], release: Release, repo: str) -> list[str]:
+    """
+    What a former release left in the repository and would be loaded together with this one.
+
+    Raises:
+        HubError: an adapter would lie beside a model.
+    """
+    names = {file.name for file in release.files}
+    if release.is_adapter:
+        if weights := [name for name in present if _WEIGHTS.fullmatch(name)]:
+            raise HubError(
+                f"nothing was published: {repo} holds a model ({weights[0]}), which nobody could load any more with an "
+                "adapter beside it; push the adapter to a repository of its own"
+            )
+        former = re.compile(r"adapter_model\.bin")
+    else:
+        former = re.compile(
+            r"[^/]+_grinmoe\.py|pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"
+            # An adapter beside a model is loaded on top of it.
+            r"|adapter_config\.json|adapter_model\.(safetensors|bin)"
+            # Former tokenizers' files, which are read together with tokenizer.json.
+            r"|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|tokenizer\.model"
+            r"|generation_config\.json"
+        )
+    stale = {name for name in present if former.fullmatch(name) and name not in names}
+    return sorted(stale | set(stale_weights(present, names)))
+
+
+def _additions(release: Release) -> list[CommitOperationAdd]:
+    """Small files as the bytes that were checked; large ones by path, their hash is compared once more later."""
+    additions = []
+    for file in release.files:
+        small = file.size <= _SMALL_BYTES
+        additions.append(CommitOperationAdd(file.name, file.path.read_bytes() if small else str(file.path)))
+    return additions
+
+
+def _refuse_changes(release: Release, additions: list[CommitOperationAdd]) -> None:
+    # The client has hashed the large files to send them, so this costs no further reading of those.
+    sent = {addition.path_in_repo: addition.upload_info.sha256.hex() for addition in additions}
+    changed = [file.name for file in release.files if sent[file.name] != file.sha256]
+    if changed:
+        raise ReleaseError(
+            f"{', '.join(changed)} changed after the check, and nothing was published; push again when nothing writes there"
+        )
+
+
+def _commit(operations: list, place: _Place, options: PushOptions, parent: str, api: HfApi) -> CommitInfo:
+    try:
+        return api.create_commit(
+            place.repo,
+            operations,
+            commit_message=options.message,
+            revision=options.revision,
+            create_pr=options.create_pr,
+            # What is stale was told from this one: a commit in between is an error.
+            parent_commit=parent,
+        )
+    # The last two: an answer that is not the Hub's, or lacks what the client looks for in it.
+    except (HTTPError, json.JSONDecodeError, KeyError) as error:
+        status = status_of(error)
+        if status is not None and status < 500:
+            raise
+        look = "see whether it is among the pull requests there" if options.create_pr else "run the same command again"
+        raise HubError(
+            f"the Hub did not confirm the commit to {place.repo} ({first_line(error)}), so that it was made whole or not at "
+            f"all; {look}{'' if options.create_pr else ', which sends nothing twice'}"
+        ) from error
+
+
+def _tag(repo: str, tag: str, commit: str, api: HfApi) -> None:
+    try:
+        api.create_tag(repo, tag=tag, revision=commit)
+    except HTTPError as error:
+        raise HubError(
+            f"{repo} holds the release (commit {commit}), but the tag {tag} could not be made: {first_line(error)}. Only "
+            f"the tag is missing: hf repos tag create {repo} {tag} --revision {commit}"
+        ) from error
+
+
+__all__ = ["HubError", "PushOptions", "pull", "push"]

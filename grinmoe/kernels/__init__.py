@@ -1,0 +1,19 @@
+"""Faster forms of routing and experts: one for CPUs, Triton kernels for GPUs, and the choice between them.
+
+Importing this room registers them: the experts in Transformers' experts interface, the router in
+`routing_grinmoe.ROUTERS`.
+"""
+
+from transformers.utils import is_triton_available
+
+from . import triton_experts as triton_experts
+from .dispatch import implementation_for
+from .philox import counter_noise
+
+if is_triton_available():
+    from . import triton_router as triton_router
+
+__all__ = [
+    "counter_noise",
+    "implementation_for",
+]

@@ -1,0 +1,340 @@
+"""Triton kernels for what surrounds the experts' matrix products: where each choice goes, SwiGLU, the weighted sum.
+
+Everything here is bound by memory. One choice of a token is one row; rows are sorted by expert, as grouped products want
+them. Nothing waits for the device, and no float is added atomically: results repeat bit for bit.
+
+Shapes: T tokens, K experts per token, N = T * K rows, E experts, H hidden size, I expert width, P programs.
+
+Imported only where Triton is. Under TRITON_INTERPRET=1 the kernels run on a CPU, for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launching import interpreted
+
+# Columns that a program reads at once: 16 bytes for each of 128 threads in bfloat16.
+_COLUMNS = 1024
+# Numbers that a program holds in registers: its one-hot matrix, or all programs' counts.
+_MOST_NUMBERS = 8192
+
+
+@triton.jit
+def _count_rows_kernel(
+    experts_ptr, counts_ptr, num_choices, SLOTS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr
+):
+    """counts[p, e]: how many of the BLOCK * STEPS choices of program p are of expert e; E stands for "served elsewhere"."""
+    program = tl.program_id(0)
+    slots = tl.arange(0, SLOTS)
+    counts = tl.zeros([SLOTS], dtype=tl.int32)
+    for step in range(STEPS):
+        choices = (program * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        inside = choices < num_choices
+        experts = tl.load(experts_ptr + choices, mask=inside, other=0).to(tl.int32)
+        one_hot = (experts[:, None] == slots[None, :]) & inside[:, None]
+        counts += tl.sum(one_hot.to(tl.int32), axis=0)
+    tl.store(counts_ptr + program * SLOTS + slots, counts)
+
+
+@triton.jit
+def _place_rows_kernel(
+    experts_ptr,
+    counts_ptr,
+    order_ptr,
+    row_of_choice_ptr,
+    ends_ptr,
+    num_choices,
+    num_programs,
+    NUM_EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """A stable counting sort: row = start of the expert's group + its choices in earlier programs + those before it here."""
+    program = tl.program_id(0)
+    slots = tl.arange(0, SLOTS)
+    programs = tl.arange(0, PROGRAMS)
+    counts = tl.load(
+        counts_ptr + programs[:, None] * SLOTS + slots[None, :], mask=(programs < num_programs)[:, None], other=0
+    )
+    totals = tl.sum(counts, axis=0)
+    ends = tl.cumsum(totals, axis=0)
+    following = ends - totals + tl.sum(tl.where((programs < program)[:, None], counts, 0), axis=0)
+    if program == 0:
+        tl.store(ends_ptr + slots, ends, mask=slots < NUM_EXPERTS)
+    for step in range(STEPS):
+        choices = (program * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        inside = choices < num_choices
+        experts = tl.load(experts_ptr + choices, mask=inside, other=0).to(tl.int32)
+        one_hot = ((experts[:, None] == slots[None, :]) & inside[:, None]).to(tl.int32)
+        before = tl.cumsum(one_hot, axis=0) - one_hot
+        rows = tl.sum(one_hot * (before + following[None, :]), axis=1)
+        tl.store(order_ptr + rows, choices, mask=inside)
+        tl.store(row_of_choice_ptr + choices, rows, mask=inside)
+        following += tl.sum(one_hot, axis=0)
+
+
+def place_rows(selected_experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Sort the choices of all tokens by expert, without a wait for the device. Two launches.
+
+    Args:
+        selected_experts: (T, K) integer. Under expert parallelism, `num_experts` marks an expert that lives elsewhere.
+        num_experts: E, at most 128.
+
+    Returns:
+        order (N,): the choice, a position in the flattened (T, K), of every row; rows of expert 0 first and in the order of
+        the choices, those served elsewhere last. row_of_choice (N,): its inverse. ends (E,): where each expert's rows
+        end. All int32.
+    """
+    num_choices, device = selected_experts.numel(), selected_experts.device
+    slots = triton.next_power_of_2(num_experts + 1)
+    block = _MOST_NUMBERS // slots
+    # Batches of many lengths share one kernel: up to 64k choices of 16 experts take one step. (Steps are compiled in because
+    # Triton 3.6's interpreter takes no argument as the end of a range.)
+    most_programs = _MOST_NUMBERS // slots
+    steps = max(1, triton.cdiv(num_choices, block * most_programs))
+    programs = max(1, triton.cdiv(num_choices, block * steps))
+    counts = torch.empty(programs, slots, dtype=torch.int32, device=device)
+    order, row_of_choice = (torch.empty(num_choices, dtype=torch.int32, device=device) for _ in range(2))
+    ends = torch.empty(num_experts, dtype=torch.int32, device=device)
+    experts = selected_experts.contiguous()
+    _count_rows_kernel[(programs,)](experts, counts, num_choices, SLOTS=slots, BLOCK=block, STEPS=steps)
+    _place_rows_kernel[(programs,)](
+        experts,
+        counts,
+        order,
+        row_of_choice,
+        ends,
+        num_choices,
+        programs,
+        NUM_EXPERTS=num_experts,
+        SLOTS=slots,
+        BLOCK=block,
+        STEPS=steps,
+        PROGRAMS=most_programs,
+    )
+    return order, row_of_choice, ends
+
+
+@triton.jit
+def _swiglu_kernel(
+    pre_ptr, keep_ptr, output_ptr, num_rows, width, HAS_KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (rows < num_rows) & (columns < width)
+    gate = tl.load(pre_ptr + rows * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(pre_ptr + rows * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+    activation = gate * tl.sigmoid(gate) * up
+    if HAS_KEEP:
+        activation *= tl.load(keep_ptr + rows * width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output_ptr + rows * width + columns, activation.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def swiglu(pre_activation: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * up * keep: (N, 2I), gate first, and dropout's (N, I) or None, to (N, I). Computed in float32."""
+    num_rows, width = pre_activation.shape[0], pre_activation.shape[1] // 2
+    output = pre_activation.new_empty(num_rows, width)
+    if output.numel():
+        rows, columns = _tile(width)
+        grid = (triton.cdiv(num_rows, rows), triton.cdiv(width, columns))
+        _swiglu_kernel[grid](
+            pre_activation,
+            pre_activation if keep is None else keep,
+            output,
+            num_rows,
+            width,
+            HAS_KEEP=keep is not None,
+            ROWS=rows,
+            COLUMNS=columns,
+        )
+    return output
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    grad_ptr,
+    pre_ptr,
+    keep_ptr,
+    weights_ptr,
+    order_ptr,
+    ends_ptr,
+    grad_pre_ptr,
+    weighted_ptr,
+    grad_weights_ptr,
+    num_rows,
+    WIDTH: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = rows < num_rows
+    served = exists & (rows < tl.load(ends_ptr + NUM_EXPERTS - 1))
+    choices = tl.load(order_ptr + rows, mask=exists, other=0)
+    weights = tl.load(weights_ptr + choices, mask=exists, other=0.0).to(tl.float32)[:, None]
+    grad_weights = tl.zeros([ROWS], dtype=tl.float32)
+    for start in range(0, WIDTH, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)[None, :]
+        inside = served[:, None] & (columns < WIDTH)
+        narrow, wide = rows[:, None] * WIDTH + columns, rows[:, None] * 2 * WIDTH + columns
+        gate = tl.load(pre_ptr + wide, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(pre_ptr + wide + WIDTH, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + narrow, mask=inside, other=0.0).to(tl.float32)
+        if HAS_KEEP:
+            grad *= tl.load(keep_ptr + narrow, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        grad_weights += tl.sum(grad * silu * up, axis=1)
+        if WEIGHTED:
+            activation = silu * up * weights
+            if HAS_KEEP:
+                activation *= tl.load(keep_ptr + narrow, mask=inside, other=0.0).to(tl.float32)
+            tl.store(weighted_ptr + narrow, activation.to(weighted_ptr.dtype.element_ty), mask=inside)
+        grad *= weights
+        # d silu / d gate = sigmoid + silu * (1 - sigmoid)
+        grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
+        tl.store(grad_pre_ptr + wide, grad_gate.to(grad_pre_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_pre_ptr + wide + WIDTH, (grad * silu).to(grad_pre_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_weights_ptr + choices, grad_weights.to(grad_weights_ptr.dtype.element_ty), mask=exists)
+
+
+def swiglu_backward(
+    grad_activation: torch.Tensor,
+    pre_activation: torch.Tensor,
+    weights: torch.Tensor,
+    order: torch.Tensor,
+    ends: torch.Tensor,
+    keep: torch.Tensor | None = None,
+    weighted: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """
+    The way back through w * down(silu(gate) * up * keep), one launch.
+
+    Args:
+        grad_activation: (N, I), of down's input, not yet multiplied with the routing weight.
+        pre_activation: (N, 2I).
+        weights: (T, K) routing weights.
+        order, ends: of `place_rows`.
+        keep: (N, I) dropout, or None.
+        weighted: whether the weighted activation is wanted (for down_proj's gradient).
+
+    Returns:
+        The pre-activation's gradient (N, 2I); w * activation (N, I) or None; the routing weights' gradient (T, K), the inner
+        product of `grad_activation` and the activation, 0 for choices served elsewhere. In rows of those the first two are
+        left uninitialised.
+    """
+    num_rows, width = grad_activation.shape
+    grad_pre = torch.empty_like(pre_activation)
+    weighted_activation = torch.empty_like(grad_activation) if weighted else None
+    grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    if num_rows:
+        rows, columns = _tile(width)
+        _swiglu_backward_kernel[(triton.cdiv(num_rows, rows),)](
+            grad_activation,
+            pre_activation,
+            grad_activation if keep is None else keep,
+            weights.contiguous(),
+            order,
+            ends,
+            grad_pre,
+            grad_pre if weighted_activation is None else weighted_activation,
+            grad_weights,
+            num_rows,
+            WIDTH=width,
+            NUM_EXPERTS=ends.numel(),
+            HAS_KEEP=keep is not None,
+            WEIGHTED=weighted,
+            ROWS=rows,
+            COLUMNS=columns,
+        )
+    return grad_pre, weighted_activation, grad_weights
+
+
+@triton.jit
+def _combine_kernel(
+    rows_ptr,
+    row_of_choice_ptr,
+    ends_ptr,
+    weights_ptr,
+    output_ptr,
+    num_tokens,
+    hidden,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exists = tokens < num_tokens
+    served = tl.load(ends_ptr + NUM_EXPERTS - 1)
+    total = tl.zeros([TOKENS, COLUMNS], dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_of_choice_ptr + tokens * TOP_K + k, mask=exists, other=0).to(tl.int64)
+        # Rows of choices served elsewhere were never written.
+        inside = (exists & (row < served))[:, None] & (columns < hidden)
+        values = tl.load(rows_ptr + row[:, None] * hidden + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            weight = tl.load(weights_ptr + tokens * TOP_K + k, mask=exists, other=0.0).to(tl.float32)
+            values *= weight[:, None]
+        total += values
+    inside = exists[:, None] & (columns < hidden)
+    tl.store(output_ptr + tokens[:, None] * hidden + columns, total.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def combine(
+    rows: torch.Tensor,
+    row_of_choice: torch.Tensor,
+    ends: torch.Tensor,
+    top_k: int,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Sum the rows of each token's choices, times their weights: a gather, so that nothing is added atomically.
+
+    Args:
+        rows: (N, H), sorted by expert. Rows of choices served elsewhere, the last, are not read.
+        row_of_choice, ends: of `place_rows`.
+        top_k: K.
+        weights: (T, K), or None for 1.
+
+    Returns:
+        (T, H) in the dtype of `rows`, summed in float32.
+    """
+    num_tokens, hidden = rows.shape[0] // top_k, rows.shape[1]
+    output = rows.new_empty(num_tokens, hidden)
+    if output.numel():
+        tokens, columns = _tile(hidden)
+        _combine_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(hidden, columns))](
+            rows,
+            row_of_choice,
+            ends,
+            rows if weights is None else weights.contiguous(),
+            output,
+            num_tokens,
+            hidden,
+            NUM_EXPERTS=ends.numel(),
+            TOP_K=top_k,
+            HAS_WEIGHTS=weights is not None,
+            TOKENS=tokens,
+            COLUMNS=columns,
+        )
+    return output
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile: on a GPU a piece of one row, in the interpreter as much as there is."""
+    columns = min(_COLUMNS, triton.next_power_of_2(width))
+    return (64 if interpreted() else max(1, _COLUMNS // columns)), columns
+
+
+__all__ = ["combine", "place_rows", "swiglu", "swiglu_backward"]

@@ -1,0 +1,280 @@
+"""The experts on a GPU, `experts_implementation="grinmoe_triton"`: grouped products, and Triton for what surrounds them.
+
+For the backward the input and the pre-activations are kept, and nothing else of their size: rows are gathered again,
+activations computed again, and the routing weights' gradient is the inner product of the activations with their own
+gradient, so that the experts' output need not be there. Both directions are operators of torch.library, which
+torch.compile takes as they are.
+
+Shapes: T tokens, K experts per token, N = T * K rows sorted by expert, E experts, H hidden size, I expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import is_triton_available
+
+from .cpu import SILU
+
+if is_triton_available():
+    from .launching import MAX_EXPERTS, interpreted
+    from .permute_kernels import combine, place_rows, swiglu, swiglu_backward
+    from .small_batch_gemm import MAX_CHOICES, few_tokens_experts
+
+# What torch's grouped product asks of its operands' rows.
+_ALIGNMENT_BYTES = 16
+
+
+def triton_experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    The experts of `module` by Triton's kernels. Contract of `GrinMoeExperts.forward`; under autocast in its dtype.
+
+    Without a gradient, few tokens go to the kernels for decoding, which read each needed expert once.
+
+    Raises:
+        ImportError: Triton is not installed.
+        ValueError: tensors that are not on a GPU, an activation other than silu, more than 128 experts, or sizes that are
+            no multiples of 16 bytes.
+    """
+    check_triton(hidden_states.device)
+    gate_up_proj, down_proj = module.gate_up_proj, module.down_proj
+    dtype, device = hidden_states.dtype, hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        # Nothing inside of an operator is cast by itself.
+        autocast = torch.get_autocast_dtype(device)
+        hidden_states, gate_up_proj, down_proj = (t.to(autocast) for t in (hidden_states, gate_up_proj, down_proj))
+    else:
+        hidden_states = hidden_states.to(gate_up_proj.dtype)
+    _check_sizes(module, hidden_states.dtype)
+    keep = None
+    if module.training and module.dropout > 0:
+        keep = module.keep_mask(hidden_states.new_empty((top_k_index.numel(), module.down_proj.shape[2])))
+    differentiable = (hidden_states, top_k_weights, gate_up_proj, down_proj)
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    if not trains and keep is None and top_k_index.numel() <= MAX_CHOICES:
+        return few_tokens_experts(hidden_states, top_k_index, *differentiable[1:]).to(dtype)
+    output, *_ = _experts(*differentiable, top_k_index, keep)
+    return output.to(dtype)
+
+
+# Assigning again is harmless: this module may be imported under several names.
+ALL_EXPERTS_FUNCTIONS.register("grinmoe_triton", triton_experts_forward)
+
+
+def check_triton(device: torch.device) -> None:
+    """
+    Raises:
+        ImportError: Triton is not installed.
+        ValueError: `device` is not one that the kernels run on.
+    """
+    if not is_triton_available():
+        raise ImportError(
+            "experts_implementation='grinmoe_triton' needs Triton, which CUDA builds of torch bring along: pip install "
+            "triton, or choose 'grinmoe'"
+        )
+    if device.type not in ("cuda", "xpu") and not interpreted():
+        raise ValueError(
+            f"experts_implementation='grinmoe_triton' got tensors on {device}, and its kernels run on a GPU; choose "
+            "'grinmoe' there"
+        )
+
+
+def _check_sizes(module: nn.Module, dtype: torch.dtype) -> None:
+    if module.config.hidden_act not in SILU:
+        raise ValueError(
+            f"experts_implementation='grinmoe_triton' is for hidden_act='silu', not {module.config.hidden_act!r}; choose "
+            "'grouped_mm'"
+        )
+    if module.num_experts > MAX_EXPERTS:
+        raise ValueError(
+            f"experts_implementation='grinmoe_triton' is for up to {MAX_EXPERTS} experts, not {module.num_experts}; choose "
+            "'grouped_mm'"
+        )
+    multiple = _ALIGNMENT_BYTES // dtype.itemsize
+    if module.hidden_dim % multiple or module.intermediate_dim % multiple:
+        raise ValueError(
+            f"experts_implementation='grinmoe_triton' needs sizes that are multiples of {multiple} in {dtype}, not hidden "
+            f"{module.hidden_dim} and width {module.intermediate_dim}; choose 'eager'"
+        )
+
+
+class Products(NamedTuple):
+    """The matrix products of one direction, for rows that are sorted by expert and end at `ends` (E,) int32.
+
+    Attributes:
+        rows_by_weights: rows (N, in), weights (E, out, in), ends, to (N, out). Rows after the last end are not computed.
+        rows_by_rows: left (N, out), right (N, in), ends, to (E, out, in): left^T right of every group, 0 for empty ones.
+    """
+
+    rows_by_weights: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    rows_by_rows: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+GROUPED_MM = Products(
+    rows_by_weights=lambda rows, weights, ends: nn.functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends),
+    rows_by_rows=lambda left, right, ends: nn.functional.grouped_mm(left.t(), right, offs=ends),
+)
+
+
+class Kept(NamedTuple):
+    """What the forward leaves for the backward, beside its arguments: `place_rows`, and the pre-activations (N, 2I)."""
+
+    pre_activation: torch.Tensor
+    order: torch.Tensor
+    row_of_choice: torch.Tensor
+    ends: torch.Tensor
+
+
+def forward_pass(
+    hidden_states: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    keep: torch.Tensor | None = None,
+    products: Products = GROUPED_MM,
+) -> tuple[torch.Tensor, Kept]:
+    """Sum over choices of weight * down(silu(gate) * up * keep), (T, H); `keep` (N, I) is dropout, by sorted row."""
+    top_k = top_k_index.shape[1]
+    order, row_of_choice, ends = place_rows(top_k_index, gate_up_proj.shape[0])
+    rows = hidden_states.index_select(0, order // top_k)
+    pre_activation = products.rows_by_weights(rows, gate_up_proj, ends)
+    outputs = products.rows_by_weights(swiglu(pre_activation, keep), down_proj, ends)
+    return combine(outputs, row_of_choice, ends, top_k, weights), Kept(pre_activation, order, row_of_choice, ends)
+
+
+def backward_pass(
+    grad_output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    keep: torch.Tensor | None,
+    kept: Kept,
+    gate_up_trains: bool = True,
+    down_trains: bool = True,
+    products: Products = GROUPED_MM,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the input, the routing weights, gate_up_proj and down_proj; None for one that does not train."""
+    pre_activation, order, row_of_choice, ends = kept
+    top_k = weights.shape[1]
+    tokens = order // top_k
+    grad_down = grad_gate_up = None
+    upstream = grad_output.index_select(0, tokens)  # (N, H), not yet weighted
+    grad_activation = products.rows_by_weights(upstream, down_proj.transpose(1, 2), ends)
+    grad_pre, weighted, grad_weights = swiglu_backward(
+        grad_activation, pre_activation, weights, order, ends, keep, weighted=down_trains
+    )
+    del grad_activation
+    if down_trains:
+        grad_down = products.rows_by_rows(upstream, weighted, ends)
+    del upstream, weighted
+    if gate_up_trains:
+        grad_gate_up = products.rows_by_rows(grad_pre, hidden_states.index_select(0, tokens), ends)
+    grad_rows = products.rows_by_weights(grad_pre, gate_up_proj.transpose(1, 2), ends)
+    return combine(grad_rows, row_of_choice, ends, top_k), grad_weights, grad_gate_up, grad_down
+
+
+@torch.library.custom_op("grinmoe::triton_experts", mutates_args=())
+def _experts(
+    hidden_states: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    keep: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    output, kept = forward_pass(hidden_states.contiguous(), weights, gate_up_proj, down_proj, top_k_index, keep)
+    return output, *kept
+
+
+@_experts.register_fake
+def _(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep):
+    def numbers(count):
+        return torch.empty(count, dtype=torch.int32, device=hidden_states.device)
+
+    choices, experts = top_k_index.numel(), gate_up_proj.shape[0]
+    pre_activation = hidden_states.new_empty(choices, gate_up_proj.shape[1])
+    output = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    return output, pre_activation, numbers(choices), numbers(choices), numbers(experts)
+
+
+@torch.library.custom_op("grinmoe::triton_experts_backward", mutates_args=())
+def _experts_backward(
+    grad_output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    keep: torch.Tensor | None,
+    pre_activation: torch.Tensor,
+    order: torch.Tensor,
+    row_of_choice: torch.Tensor,
+    ends: torch.Tensor,
+    gate_up_trains: bool,
+    down_trains: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `backward_pass`; an operator returns tensors, so an empty one stands for None."""
+    kept = Kept(pre_activation, order, row_of_choice, ends)
+    *gradients, grad_gate_up, grad_down = backward_pass(
+        grad_output.contiguous(),
+        hidden_states.contiguous(),
+        weights,
+        gate_up_proj,
+        down_proj,
+        keep,
+        kept,
+        gate_up_trains,
+        down_trains,
+    )
+    nothing = grad_output.new_empty(0)
+    return *gradients, *(nothing.clone() if g is None else g for g in (grad_gate_up, grad_down))
+
+
+@_experts_backward.register_fake
+def _(
+    grad_output,
+    hidden_states,
+    weights,
+    gate_up_proj,
+    down_proj,
+    keep,
+    pre_activation,
+    order,
+    row_of_choice,
+    ends,
+    gate_up_trains,
+    down_trains,
+):
+    contiguous = torch.contiguous_format
+    trained = (gate_up_proj, gate_up_trains), (down_proj, down_trains)
+    gradients = [w.new_empty(w.shape) if trains else w.new_empty(0) for w, trains in trained]
+    grad_hidden = torch.empty_like(hidden_states, memory_format=contiguous)
+    return grad_hidden, torch.empty_like(weights, memory_format=contiguous), *gradients
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden_states, weights, gate_up_proj, down_proj, _, keep = inputs
+    _, *kept = output
+    ctx.save_for_backward(hidden_states, weights, gate_up_proj, down_proj, keep, *kept)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_output, *_):
+    if grad_output is None:
+        return (None,) * 6
+    gradients = _experts_backward(grad_output, *ctx.saved_tensors, *ctx.needs_input_grad[2:4])
+    needed = [gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad)]
+    return *needed, None, None
+
+
+_experts.register_autograd(_backward, setup_context=_save)
+
+__all__ = ["GROUPED_MM", "Kept", "Products", "backward_pass", "check_triton", "forward_pass", "triton_experts_forward"]

@@ -1,0 +1,93 @@
+"""What a user names as a model: a folder on this machine or a repository of the Hub, found, and loaded to be used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .configuration_grinmoe import GrinMoeConfig
+from .files import check_dtype, folder_or_repository
+from .modeling_grinmoe import GrinMoeForCausalLM
+from .tokenization import load_tokenizer
+
+
+def load_for_use(source: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """
+    A model in evaluation mode and its tokenizer, by this package's own classes: no remote code runs.
+
+    Args:
+        source: folder or Hub repository. The folder may be that of an adapter, which names its base.
+        dtype: one of `DTYPES`; "auto" is the checkpoint's.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" spreads the layers over all accelerators and, where they are full, the
+            CPU's memory (Accelerate's `device_map="auto"`); None is an accelerator if there is one.
+
+    Raises:
+        ValueError: the device or dtype cannot be used, or has too little memory; or the checkpoint is broken (see
+            `GrinMoeForCausalLM.from_pretrained`).
+        OSError: there is no such folder or repository.
+    """
+    check_dtype(dtype)
+    device = _usable(device)
+    source = folder_or_repository(source, "--model")
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"--model {source} is no model's folder: it has no config.json and no adapter_config.json; give the folder that "
+            "save_pretrained, a training command or grinmoe pull has made"
+        )
+    base = base_of_model(source)
+    # The small files first: what is wrong with them is said before gigabytes have been read.
+    config = GrinMoeConfig.from_pretrained(base)
+    # That of the adapter where it has one: it is `source` then, and `base` otherwise.
+    tokenizer = load_tokenizer(source if (folder / "tokenizer.json").is_file() else base)
+    if base != source:
+        from .adapters import check_adapter
+
+        check_adapter(source, GrinMoeForCausalLM, config)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    # Straight onto an accelerator: the CPU may have less memory.
+    where: dict[str, Any] = {} if device == "cpu" else {"device_map": "auto" if device == "auto" else {"": device}}
+    try:
+        model = GrinMoeForCausalLM.from_pretrained(base, config=config, dtype=dtype, **where)
+        if base != source:
+            from .adapters import load_adapter
+
+            model = load_adapter(model, source)
+            if device != "auto":
+                model = model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"--model {source} does not fit into the memory of {device} ({error}); spread it over several GPUs with "
+            "--device auto, or use a quantised checkpoint"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def base_of_model(source: str) -> str:
+    """`source` itself, or the model that it names as its base if it is an adapter's folder."""
+    if not (Path(source) / "adapter_config.json").is_file():
+        return source
+    from .adapters import base_of
+
+    return folder_or_repository(base_of(source), "base of the adapter")
+
+
+def _usable(device: str | None) -> str:
+    if device == "auto":
+        return device
+    device = device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {device} cannot be used here ({error}); leave it out for the best there is"
+        ) from error
+    return device
+
+
+__all__ = ["base_of_model", "load_for_use"]

@@ -1,1 +1,0 @@
-../quantized_experts_grinmoe.py

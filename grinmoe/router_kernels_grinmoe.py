@@ -1,1 +1,0 @@
-../router_kernels_grinmoe.py

@@ -1,0 +1,148 @@
+"""`grinmoe generate`: chat with a checkpoint, the answer streamed as it is made."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from ..files import check_dtype
+from ..loading import load_for_use
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How to answer."""
+
+    max_new_tokens: int = 128
+    temperature: float | None = None  # None: as the checkpoint's generation config says; 0: the likeliest token
+    seed: int = 0
+    dtype: str = "auto"
+    device: str | None = None
+    system: str | None = None
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} makes no answer; give 1 or more")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"--temperature {self.temperature} is no temperature; give 0 (the likeliest token) or more"
+            )
+        check_dtype(self.dtype)
+
+
+@dataclass
+class Chat:
+    """A loaded checkpoint and a conversation with it."""
+
+    model: Any
+    tokenizer: Any
+    options: ChatOptions
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.options.system and not self.tokenizer.chat_template:
+            raise ValueError(
+                "--system needs a tokenizer with a chat template, and this checkpoint's has none; leave it out"
+            )
+        torch.manual_seed(self.options.seed)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation, keep the system message."""
+        self.messages = [{"role": "system", "content": self.options.system}] if self.options.system else []
+
+    def answer(self, prompt: str) -> str:
+        """
+        Answer one message in the light of the conversation so far; prints while it generates.
+
+        A conversation longer than the model's `max_position_embeddings` is not cut; the model warns about it (so the
+        tokenizer need not).
+
+        Raises:
+            ValueError: the prompt is empty.
+        """
+        if not prompt.strip():
+            raise ValueError("the prompt is empty; give some text")
+        messages = [*self.messages, {"role": "user", "content": prompt}]
+        inputs = self._encode(messages, prompt)
+        with torch.inference_mode():
+            sequence = self.model.generate(
+                **inputs,
+                **self._sampling(),
+                max_new_tokens=self.options.max_new_tokens,
+                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )[0]
+        text = self.tokenizer.decode(sequence[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        self.messages = [*messages, {"role": "assistant", "content": text}]
+        return text
+
+    def _sampling(self) -> dict[str, Any]:
+        if self.options.temperature is None:
+            return {}
+        if self.options.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.options.temperature}
+
+    def _encode(self, messages: list[dict[str, str]], prompt: str) -> dict[str, torch.Tensor]:
+        """The conversation in chat form; just the prompt where the tokenizer has no chat template."""
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            # The template has written all special tokens that there should be.
+            encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)
+        else:
+            encoded = self.tokenizer(prompt, return_tensors="pt", verbose=False)
+        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+
+def load_chat(model: str, options: ChatOptions) -> Chat:
+    """A conversation with a folder or Hub repository, which may be that of an adapter (see [`load_for_use`])."""
+    loaded, tokenizer = load_for_use(model, options.dtype, options.device)
+    return Chat(loaded, tokenizer, options)
+
+
+def run_generate(model: str, prompt: str | None, options: ChatOptions) -> None:
+    """
+    The command: one answer to `prompt`, or without it a conversation read from standard input.
+
+    Args:
+        model: folder or Hub repository.
+        prompt: one message, or None.
+        options: how to answer.
+
+    Raises:
+        ValueError: the prompt is empty, or the checkpoint cannot be used (see GrinMoeForCausalLM.from_pretrained).
+        OSError: there is no such folder or repository.
+    """
+    if prompt is not None and not prompt.strip():
+        raise ValueError("the prompt is empty; give some text, or leave --prompt out for a conversation")
+    chat = load_chat(model, options)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An answer may hold letters that the terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if prompt is not None:
+        # What was typed and is no UTF-8 came as characters that no tokenizer takes.
+        chat.answer(prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        return
+    interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text become "\ufffd"; by default they may become characters that no tokenizer takes.
+        sys.stdin.reconfigure(errors="replace")
+    if interactive:
+        print("/reset forgets the conversation, /quit ends it.")
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line == "/reset":
+            chat.reset()
+        elif line:
+            chat.answer(line)

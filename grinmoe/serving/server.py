@@ -1,0 +1,257 @@
+"""The server of Transformers (`transformers serve`) for one loaded model.
+
+All that `grinmoe serve` takes from inside Transformers is in this file and in `transformers_generation.py`, and
+`tests/test_serve_inside.py` says what has moved when a new version moves it. `transformers serve` itself cannot load a
+GRIN-MoE: it looks the class of a checkpoint up among the attributes of the transformers module, where remote code never is.
+Here its handlers, its routes and its batching are given a model that is loaded already. What differs, each with its reason:
+
+- one model, which no request unloads, exchanges or downloads another beside;
+- requests are checked before they reach the model, which a single bad one could stop for all;
+- errors have the form that OpenAI's clients read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import AsyncIterator
+from typing import Any
+
+import jinja2
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager, TimedModel
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
+
+from .batching import SEED, Batches, OneAtATime, ServedModel
+from .http import MAX_BODY, EndWithClient
+from .requests import ChatRequest, CompletionRequest, LoadRequest, check_body, error_body, error_response, refusal
+
+# The routes of Transformers that are served. The others are for other kinds of models, or change which model is loaded.
+SERVED_ROUTES = {"/v1/chat/completions", "/v1/completions", "/health"}
+# As Transformers writes an error into a stream, with whatever its message has in it.
+_STREAM_ERROR, _STREAM_ERROR_END = 'data: {"error": "', '"}\n\n'
+# Below it the logits divided by the temperature could overflow; the likeliest token is all but certain long before.
+LOWEST_TEMPERATURE = 0.01
+
+
+class OneModel(ModelManager):
+    """Transformers' keeper of models, with one that is loaded already and stays."""
+
+    def __init__(self, served: ServedModel):
+        super().__init__()
+        self.force_model = served.name
+        # -1: it is never unloaded.
+        self.loaded_models[served.name] = TimedModel(served.model, timeout_seconds=-1, processor=served.tokenizer)
+
+    # Static in Transformers, and called on the object.
+    def process_model_name(self, model_id: str) -> str:  # type: ignore[override]
+        """Its name without the revision that Transformers would add."""
+        if model_id != self.force_model:
+            raise refusal(
+                f"the model {model_id!r} is not served here; this server has {self.force_model!r}",
+                404,
+                "model",
+                "model_not_found",
+            )
+        return model_id
+
+
+class OneModelState(GenerationState):
+    """Transformers' choice between the two ways to generate, made once."""
+
+    def __init__(self, served: ServedModel, manager: OneAtATime | Batches):
+        super().__init__(continuous_batching=served.continuous_batching)
+        self.manager = manager
+        if isinstance(manager, Batches):
+            # For /health, which asks whether the batch's thread is alive.
+            self._cb_manager = manager
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> OneAtATime | Batches:
+        return self.manager
+
+
+async def _as_openai_streams(chunks: Any) -> AsyncIterator[str]:
+    """Transformers' events, with errors in OpenAI's form and the event that ends a stream."""
+    async with contextlib.aclosing(chunks) as events:
+        async for text in events:
+            before, is_error, message = text.partition(_STREAM_ERROR)
+            if is_error:
+                yield before + f"data: {error_body(503, message.removesuffix(_STREAM_ERROR_END))}\n\n"
+            else:
+                yield text
+    yield "data: [DONE]\n\n"
+
+
+class _Checked:
+    """Mixin for Transformers' handlers: the body is checked, and sampling is as the request says."""
+
+    served: ServedModel
+    longest_token: int
+    body: type[ChatRequest] | type[CompletionRequest]
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        response = await super().handle_request(body, request_id)  # type: ignore[misc]
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = _as_openai_streams(response.body_iterator)
+        return response
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        check_body(self.body, body)
+        self._check_size(body)
+        if self.body is ChatRequest:
+            # Fields that are there and empty are looked into by Transformers 5.17.
+            body["messages"] = [
+                {k: v for k, v in message.items() if v} | {"content": message["content"]}
+                for message in body["messages"]
+            ]
+        if body.get("model") not in (None, self.served.name):
+            self.model_manager.process_model_name(body["model"])  # type: ignore[attr-defined]
+        if self.body is ChatRequest and not self.served.tokenizer.chat_template:
+            raise refusal("this model's tokenizer has no chat template; use /v1/completions with a prompt")
+
+    def _check_size(self, body: dict[str, Any]) -> None:
+        """Refuse what is too long for sure before it is tokenised, which takes seconds and holds up all others."""
+        texts = [body["prompt"]] if "prompt" in body else [message["content"] for message in body["messages"]]
+        parts = (part if isinstance(part, str) else "".join(p["text"] for p in part) for part in texts)
+        least = sum(map(len, parts)) // self.longest_token
+        if least >= self.served.max_length:
+            raise refusal(
+                f"the prompt has {least} tokens or more, and this server takes up to {self.served.max_length} tokens for a "
+                "prompt and its answer",
+                code="context_length_exceeded",
+            )
+
+    def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
+        # The library would seed at once, in the middle of what others draw.
+        unseeded = {name: value for name, value in body.items() if name != "seed"}
+        config = super()._build_generation_config(unseeded, model_generation_config, use_cb=use_cb)  # type: ignore[misc]
+        setattr(config, SEED, body.get("seed"))
+        # Before 5.24 Transformers does not know the first name. Its default is for models of any length.
+        named = body.get("max_completion_tokens") or body.get("max_tokens")
+        if named or body.get("generation_config") is None:
+            config.max_new_tokens = named or self.served.max_new_tokens
+        asked = body.get("temperature") is not None or body.get("top_p") is not None
+        if asked:
+            # Of itself a temperature changes nothing where the checkpoint's own setting is not to sample.
+            config.do_sample = True
+        if config.do_sample and config.temperature is not None and config.temperature < LOWEST_TEMPERATURE:
+            config.do_sample = False
+        if not config.do_sample:
+            # Values that would have no effect, and a warning each.
+            config.temperature = config.top_p = config.top_k = None
+        elif config.top_k is None:
+            # `generate` would take the likeliest 50.
+            config.top_k = 0
+        if config.do_sample and use_cb and body.get("seed") is not None:
+            raise refusal(
+                "seed is not supported with continuous batching, whose draws depend on what else is in the batch; leave it "
+                "out, use temperature 0, or start the server with --no-continuous-batching",
+                param="seed",
+            )
+        return config
+
+
+class ChatRequests(_Checked, ChatCompletionHandler):
+    body = ChatRequest
+
+    def __init__(self, served: ServedModel, manager: OneModel, state: OneModelState):
+        super().__init__(model_manager=manager, generation_state=state)
+        self.served = served
+        self.longest_token = max(map(len, served.tokenizer.get_vocab()))
+
+
+class CompletionRequests(_Checked, CompletionHandler):
+    body = CompletionRequest
+
+    def __init__(self, served: ServedModel, manager: OneModel, state: OneModelState):
+        super().__init__(model_manager=manager, generation_state=state)
+        self.served = served
+        self.longest_token = max(map(len, served.tokenizer.get_vocab()))
+
+
+def build_app(served: ServedModel, manager: OneAtATime | Batches) -> FastAPI:
+    """
+    The web application.
+
+    Args:
+        served: the model.
+        manager: how it generates.
+    """
+    models = OneModel(served)
+    state = OneModelState(served, manager)
+    handlers: dict[str, Any] = {
+        "chat_handler": ChatRequests(served, models, state),
+        "completion_handler": CompletionRequests(served, models, state),
+    }
+    # Each version has handlers for other kinds of models, whose routes are not served.
+    others = [name for name in inspect.signature(build_server).parameters if name.endswith("_handler")]
+    app = build_server(models, generation_state=state, **{**dict.fromkeys(others), **handlers})
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in SERVED_ROUTES]
+    _add_routes(app, models)
+    _add_errors(app)
+    app.add_middleware(
+        EndWithClient,
+        too_large=error_response(
+            413, f"the body has more than {MAX_BODY // 2**20} MiB", code="context_length_exceeded"
+        ),
+    )
+    return app
+
+
+def _add_routes(app: FastAPI, models: OneModel) -> None:
+    entry = {"id": models.force_model, "object": "model", "created": 0, "owned_by": "grinmoe"}
+
+    @app.get("/v1/models")
+    def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{model_id:path}")
+    def retrieve_model(model_id: str) -> dict[str, Any]:
+        models.process_model_name(model_id)
+        return entry
+
+    @app.post("/load_model")
+    async def load_model(body: dict) -> StreamingResponse:
+        """`transformers chat` asks for its model before it starts."""
+        check_body(LoadRequest, body)
+        name = models.process_model_name(body["model"])
+        return StreamingResponse(models.load_model_streaming(name), media_type="text/event-stream")
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's form, also those that Transformers and FastAPI raise."""
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(_request: Request, error: StarletteHTTPException) -> Response:
+        detail = error.detail
+        if isinstance(detail, dict):
+            return error_response(error.status_code, **detail)
+        return error_response(error.status_code, str(detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def no_object(_request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return error_response(400, f"the body is no JSON object ({reason}); send one, as Content-Type application/json")
+
+    @app.exception_handler(jinja2.TemplateError)
+    async def no_chat(_request: Request, error: jinja2.TemplateError) -> Response:
+        return error_response(400, f"the chat template refuses these messages: {error}", "messages")
+
+    @app.exception_handler(CBWorkerDeadError)
+    async def dead(_request: Request, error: CBWorkerDeadError) -> Response:
+        return error_response(503, f"no model to answer: {error}")
+
+    @app.exception_handler(Exception)
+    async def defect(_request: Request, error: Exception) -> Response:
+        # The server logs it with its traceback.
+        return error_response(500, f"the server failed on this request ({type(error).__name__})")
+
+
+__all__ = ["build_app"]

@@ -1,1 +1,0 @@
-../triton_experts_grinmoe.py

@@ -1,1 +1,0 @@
-../triton_router_grinmoe.py

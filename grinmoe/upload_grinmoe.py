@@ -1,1 +1,0 @@
-../upload_grinmoe.py

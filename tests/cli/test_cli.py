@@ -1,0 +1,132 @@
+"""The command line: instant help, one clear line for what the user can mend."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+import grinmoe_cli
+from tests import ROOT
+
+
+def run_main(*arguments: str) -> int:
+    """Exit code, whether argparse raised it or a command returned it."""
+    try:
+        return grinmoe_cli.main(list(arguments))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("demo", "--help"),
+        ("generate", "--help"),
+        ("serve", "--help"),
+        ("analyze", "--help"),
+        ("sft", "--help"),
+        ("dpo", "--help"),
+        ("pretrain", "--help"),
+        ("merge", "--help"),
+        ("plan", "--help"),
+        ("evaluate", "--help"),
+        ("export", "--help"),
+        ("upcycle", "--help"),
+        ("tokenizer", "--help"),
+        ("tokenizer", "build", "--help"),
+        ("tokenizer", "verify", "--help"),
+    ],
+    ids=" ".join,
+)
+def test_help_is_instant_shows_an_example_and_imports_nothing_heavy(arguments):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import grinmoe_cli\n"
+        "try: grinmoe_cli.main(sys.argv[2:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'grinmoe', 'rich'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    start = time.perf_counter()
+    # -S: the time of site-packages' own start-up files is not ours.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script, str(ROOT), *arguments], capture_output=True, text=True, check=True
+    )
+    seconds = time.perf_counter() - start
+    assert "example: grinmoe" in done.stdout
+    assert seconds < 2, "0.1 s alone; 2 s on a busy machine, where importing torch takes 10"
+
+
+def test_version(capsys):
+    assert run_main("--version") == 0
+    assert capsys.readouterr().out.startswith("grinmoe ")
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert run_main() == 0
+    assert "generate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("generate", "--model", "m", "--prompt", "  "), "the prompt is empty"),
+        (("generate", "--model", "m", "--prompt", "x", "--max-new-tokens", "0"), "--max-new-tokens 0"),
+        (("generate", "--model", "m", "--prompt", "x", "--temperature", "-1"), "--temperature -1"),
+        (("generate", "--model", "m", "--prompt", "x", "--dtype", "int3"), "--dtype 'int3'"),
+        (("generate", "--model", "not/there/x", "--prompt", "x"), "there is no folder not/there/x"),
+        (("generate", "--model", "./not-there", "--prompt", "x"), "there is no folder ./not-there"),
+        (("generate", "--model", str(ROOT / "tests" / "nope"), "--prompt", "x"), "there is no folder"),
+        (("demo", "--output", "d", "--steps", "0"), "--steps 0"),
+        (("demo", "--output", str(ROOT)), "not empty"),
+        (("demo", "--output", str(ROOT / "LICENSE")), "is a file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"grinmoe {arguments[0]}: ")
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(goldens, tiny_tokenizer_folder, tmp_path, capsys):
+    shutil.copytree(tiny_tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(goldens["golden-a"].folder / name, tmp_path)
+    assert run_main("generate", "--model", str(tmp_path), "--prompt", "x") == 2
+    assert "which is not there; download that shard again" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_exit_code_2(capsys):
+    assert run_main("dance") == 2
+    assert "dance" in capsys.readouterr().err
+
+
+def test_interrupting_is_quiet(monkeypatch, capsys):
+    import grinmoe.demo.demo
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grinmoe.demo.demo, "run_demo", interrupted)
+    assert run_main("demo", "--output", "x") == 130
+    assert capsys.readouterr().err.strip() == ""
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
+    import grinmoe.demo.demo
+
+    def broken(*arguments, **options):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(grinmoe.demo.demo, "run_demo", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        run_main("demo", "--output", "x")

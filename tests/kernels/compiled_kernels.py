@@ -1,0 +1,135 @@
+"""Compile every Triton kernel for a GPU that is not there, as at full size.
+
+    TRITON_INTERPRET=0 python -m tests.compiled_kernels [90]
+
+The launch functions run on meta tensors, which have shapes and alignment and no memory, with a driver that names a device
+and has none; so each kernel is specialised as on the real one, down to machine code. Prints one JSON object per kernel:
+its name, its registers, stack and shared memory, and its widest access to global memory.
+
+Whether a kernel is right is for the interpreter to say, and whether it is fast for a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# What the project is for: the released model's layer, 16k tokens.
+TOKENS, TOP_K, HIDDEN, WIDTH, EXPERTS = 16384, 2, 4096, 6400, 16
+
+
+class NoDevice:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(compiled: dict) -> None:
+    """From here on a launch compiles its kernel, keeps it in `compiled`, and runs nothing."""
+    run = JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.setdefault(self.fn.__name__, []).append(kernel)
+        return kernel
+
+    JITFunction.run = warm_up
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_router() -> None:
+    from grinmoe.kernels.triton_router import jitter, router_backward, router_forward
+
+    selected, weights = empty(TOKENS, TOP_K, dtype=torch.int64), empty(TOKENS, TOP_K)
+    seed, exponential = empty(1, dtype=torch.int64), empty(TOP_K, TOKENS, EXPERTS, dtype=torch.float32)
+    for num_experts in (EXPERTS, 128):
+        logits = empty(TOKENS, num_experts)
+        for estimator in ("sparsemixer_v2", "sparsemixer_togo", "sparsemixer_joint")[: 1 if num_experts == 128 else 3]:
+            router_forward(logits, None, None, None, 2**62 + 5, 3, TOP_K, 0.02, estimator, True)
+            router_forward(logits, None, None, seed, 0, 3, TOP_K, 0.02, estimator, False)
+            router_backward(logits, selected, weights, 0.02, estimator, True)
+    uniform = exponential[..., :1].contiguous()
+    router_forward(empty(TOKENS, EXPERTS), exponential, uniform, None, 0, 3, TOP_K, 0.02, "sparsemixer_v2", True)
+    jitter(empty(TOKENS, HIDDEN), None, 2**62 + 5, 3, 0.01)
+    jitter(empty(TOKENS, HIDDEN), seed, 0, 3, 0.01)
+
+
+def launch_experts() -> None:
+    from grinmoe.kernels.permute_kernels import combine, place_rows, swiglu, swiglu_backward
+
+    selected, weights = empty(TOKENS, TOP_K, dtype=torch.int64), empty(TOKENS, TOP_K)
+    order, row_of_choice, ends = place_rows(selected, EXPERTS)
+    place_rows(selected, 128)
+    pre_activation = empty(TOKENS * TOP_K, 2 * WIDTH)
+    activation = swiglu(pre_activation)
+    for keep in (None, activation):
+        swiglu(pre_activation, keep)
+        swiglu_backward(activation, pre_activation, weights, order, ends, keep)
+    combine(empty(TOKENS * TOP_K, HIDDEN), row_of_choice, ends, TOP_K, weights)
+    combine(empty(TOKENS * TOP_K, HIDDEN), row_of_choice, ends, TOP_K)
+
+
+def launch_decoding() -> None:
+    from grinmoe.kernels.small_batch_gemm import launch
+
+    gate_up_proj, down_proj = empty(EXPERTS, 2 * WIDTH, HIDDEN), empty(EXPERTS, HIDDEN, WIDTH)
+    for tokens in (1, 8, 32):
+        selected = empty(tokens, TOP_K, dtype=torch.int64)
+        launch(empty(tokens, HIDDEN), selected, empty(tokens, TOP_K), gate_up_proj, down_proj)
+
+
+def machine_facts(kernel) -> dict:
+    """Registers, bytes on the stack (what registers are spilled to), and the widest access to global memory in bits."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [folder / "cuobjdump", "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", said)}
+    accesses = re.findall(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+    return {
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "shared_bytes": usage["SHARED"],
+        "widest_access_bits": max(int(count or 1) * int(bits) for count, bits in accesses),
+    }
+
+
+def main(capability: int = 90) -> None:
+    driver.set_active(NoDevice(capability))
+    compiled: dict[str, list] = {}
+    compile_only(compiled)
+    launch_router()
+    launch_experts()
+    launch_decoding()
+    for name, kernels in compiled.items():
+        for kernel in kernels:
+            print(json.dumps({"kernel": name, **machine_facts(kernel)}))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

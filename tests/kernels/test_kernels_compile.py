@@ -1,0 +1,53 @@
+"""Every Triton kernel compiles for GPUs that are not there, without spilled registers and with wide memory accesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests import ROOT
+
+# Bound by memory: each must move 16 bytes at once per thread.
+STREAMING = ("_swiglu_kernel", "_swiglu_backward_kernel", "_combine_kernel", "jitter_kernel")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(80, id="sm_80", marks=pytest.mark.slow), pytest.param(90, id="sm_90")]
+)
+def kernels(request, tmp_path_factory) -> dict[str, list[dict]]:
+    """What `tests.compiled_kernels` says of each, by name; compiled anew."""
+    cache = tmp_path_factory.mktemp("triton-cache")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.kernels.compiled_kernels", str(request.param)],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, list[dict]] = {}
+    for line in done.stdout.splitlines():
+        facts = json.loads(line)
+        found.setdefault(facts["kernel"], []).append(facts)
+    return found
+
+
+def test_all_of_them_compile(kernels):
+    in_files = set()
+    for path in ROOT.glob("*_kernels_grinmoe.py"):
+        in_files |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    assert in_files == kernels.keys()
+
+
+def test_none_spills_registers(kernels):
+    assert not [facts for variants in kernels.values() for facts in variants if facts["stack_bytes"]]
+
+
+@pytest.mark.parametrize("name", STREAMING)
+def test_what_memory_bounds_moves_sixteen_bytes_at_once(kernels, name):
+    assert all(facts["widest_access_bits"] == 128 for facts in kernels[name])

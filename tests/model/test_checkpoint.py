@@ -1,0 +1,389 @@
+"""Loading: the official layout bit for bit, and every broken checkpoint named before its weights are read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
+from grinmoe.checkpoint_grinmoe import (
+    CheckpointError,
+    CheckpointFileError,
+    FuseExperts,
+    official_shapes,
+    official_state_dict,
+)
+
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        key: tensor for file in sorted(folder.glob("model*.safetensors")) for key, tensor in load_file(file).items()
+    }
+
+
+@pytest.fixture
+def snapshot(goldens, tmp_path):
+    """A writable copy of golden-b's checkpoint, without the test data beside it."""
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    for pattern in CHECKPOINT_FILES:
+        for file in goldens["golden-b"].folder.glob(pattern):
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("max_shard_size", ["100KB", "300KB", "5GB"])
+@pytest.mark.parametrize("name", ["golden-a", "golden-b", "golden-c"])
+def test_round_trip_is_bit_exact(goldens, tmp_path, name, max_shard_size):
+    official = weights_of(goldens[name].folder)
+    model = GrinMoeForCausalLM.from_pretrained(goldens[name].folder)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    saved = weights_of(tmp_path)
+    assert saved.keys() == official.keys()
+    assert all(torch.equal(saved[key], official[key]) for key in official)
+    shards = list(tmp_path.glob("model*.safetensors"))
+    assert (len(shards) > 1) == (max_shard_size != "5GB")
+    if len(shards) > 1:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in official.values())
+        limit = int(max_shard_size.removesuffix("KB")) * 1000
+        largest = max(t.numel() * t.element_size() for t in official.values())
+        assert all(sum(t.nbytes for t in load_file(shard).values()) <= max(limit, largest) for shard in shards)
+
+
+def test_official_shapes_are_those_of_the_files(goldens):
+    for golden in goldens.values():
+        config = GrinMoeForCausalLM.config_class.from_pretrained(golden.folder)
+        assert official_shapes(config) == {key: tuple(t.shape) for key, t in weights_of(golden.folder).items()}
+
+
+def test_saving_aliases_the_experts(tiny_model):
+    state = tiny_model().state_dict()
+    official = official_state_dict(state)
+    fused = state["model.layers.0.block_sparse_moe.experts.gate_up_proj"]
+    width = fused.shape[1] // 2
+    for expert in range(fused.shape[0]):
+        prefix = f"model.layers.0.block_sparse_moe.experts.{expert}"
+        assert official[f"{prefix}.w1.weight"].data_ptr() == fused[expert].data_ptr()
+        assert torch.equal(official[f"{prefix}.w3.weight"], fused[expert, width:])
+
+
+class TestFuseExperts:
+    """The conversion of w1 and w3 against Transformers' own two operations, which copy everything twice."""
+
+    SOURCES = (".experts.*.w1.weight", ".experts.*.w3.weight")
+    TARGET = ".experts.gate_up_proj"
+
+    def converter(self, *operations) -> WeightConverter:
+        return WeightConverter(list(self.SOURCES), self.TARGET, list(operations))
+
+    def fuse(self, w1, w3, *operations) -> torch.Tensor:
+        converter = self.converter(*operations)
+        for pattern, matrices in zip(self.SOURCES, (w1, w3)):
+            for matrix in matrices:
+                converter.add_tensor(f"model.layers.0{self.TARGET}", "any", pattern, matrix)
+        (fused,) = converter.convert(f"model.layers.0{self.TARGET}").values()
+        return fused
+
+    @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 4, 2), (4, 1, 3)], ids=str)
+    def test_fuses_as_transformers_does(self, shape):
+        w1, w3 = torch.randn(2, *shape).to(torch.bfloat16)
+        fused = self.fuse(w1, w3, FuseExperts())
+        assert fused.is_contiguous() and fused.dtype == torch.bfloat16
+        assert torch.equal(fused, self.fuse(w1, w3, MergeModulelist(dim=0), Concatenate(dim=1)))
+
+    @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 4, 2), (4, 1, 3)], ids=str)
+    def test_its_reverse_gives_back_every_matrix(self, shape):
+        w1, w3 = torch.randn(2, *shape)
+        reverse = self.converter(FuseExperts()).reverse_transform()
+        reverse.add_tensor("model.layers.0.experts.*.w1.weight", "any", self.TARGET, self.fuse(w1, w3, FuseExperts()))
+        split = reverse.convert("model.layers.0.experts.*.w1.weight")
+        expected = {
+            f"model.layers.0.experts.{expert}.{name}.weight": matrix
+            for name, matrices in (("w1", w1), ("w3", w3))
+            for expert, matrix in enumerate(matrices)
+        }
+        assert split.keys() == expected.keys()
+        assert all(torch.equal(split[key], expected[key]) for key in expected)
+        (again,) = reverse.reverse_transform().operations
+        assert isinstance(again, FuseExperts)
+
+    def test_weights_that_an_earlier_operation_has_stacked_are_taken(self):
+        w1, w3 = torch.randn(2, 3, 5, 7)
+        fused = FuseExperts().convert(dict(zip(self.SOURCES, (w1, w3))), [*self.SOURCES, "consumed"], [self.TARGET])
+        assert torch.equal(fused[self.TARGET], torch.cat([w1, w3], dim=1))
+
+    def test_an_expert_without_its_w3_is_an_error(self):
+        with pytest.raises(ValueError, match="shorter"):
+            self.fuse(torch.randn(3, 5, 7), torch.randn(2, 5, 7), FuseExperts())
+
+
+def test_the_three_auto_classes_load_the_snapshot(snapshot):
+    causal = AutoModelForCausalLM.from_pretrained(snapshot)
+    base = AutoModel.from_pretrained(snapshot)
+    classifier = AutoModelForSequenceClassification.from_pretrained(snapshot, num_labels=3)
+    assert (type(causal), type(base), type(classifier)) == (
+        GrinMoeForCausalLM,
+        GrinMoeModel,
+        GrinMoeForSequenceClassification,
+    )
+    assert classifier.score.weight.shape[0] == 3 and torch.isfinite(classifier.score.weight).all()
+    for model in (base, classifier.model):
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), causal.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model_class", [GrinMoeModel, GrinMoeForSequenceClassification])
+def test_other_classes_round_trip(tiny_config, tmp_path, model_class):
+    model = model_class(tiny_config())
+    model.save_pretrained(tmp_path)
+    again = model_class.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_headless_checkpoint_serves_a_model_with_a_head(tiny_config, tmp_path):
+    base = GrinMoeModel(tiny_config())
+    base.save_pretrained(tmp_path)
+    causal, info = GrinMoeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight", "lm_head.bias"}
+    assert torch.equal(
+        causal.model.layers[0].block_sparse_moe.experts.down_proj, base.layers[0].block_sparse_moe.experts.down_proj
+    )
+
+
+def test_tied_embeddings_round_trip(tiny_model, tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    again = GrinMoeForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+class TestLoadStateDict:
+    """Per-expert keys through plain load_state_dict, as the Trainer does it."""
+
+    @pytest.fixture
+    def official(self, goldens):
+        return weights_of(goldens["golden-b"].folder)
+
+    @pytest.fixture
+    def fresh(self, goldens):
+        config = GrinMoeForCausalLM.config_class.from_pretrained(goldens["golden-b"].folder)
+        return lambda: GrinMoeForCausalLM(config).to(torch.bfloat16)
+
+    def matches(self, model, official) -> bool:
+        mine = official_state_dict(model.state_dict())
+        return all(torch.equal(mine[key], official[key]) for key in official)
+
+    def test_all_at_once(self, official, fresh):
+        model = fresh()
+        result = model.load_state_dict(official)
+        assert not result.missing_keys and not result.unexpected_keys and self.matches(model, official)
+
+    def test_split_over_calls(self, official, fresh):
+        model = fresh()
+        for part in range(3):
+            result = model.load_state_dict(
+                {key: tensor for i, (key, tensor) in enumerate(official.items()) if i % 3 == part}, strict=False
+            )
+            assert not result.unexpected_keys
+        assert self.matches(model, official)
+
+    def test_the_given_dict_is_left_alone(self, official, fresh):
+        keys = list(official)
+        fresh().load_state_dict(official)
+        assert list(official) == keys
+
+    def test_fused_keys_still_load(self, official, fresh):
+        source, model = fresh(), fresh()
+        source.load_state_dict(official)
+        assert not model.load_state_dict(source.state_dict()).missing_keys
+        assert self.matches(model, official)
+
+    def test_onto_the_meta_device(self, official, fresh):
+        with torch.device("meta"):
+            model = fresh()
+        model.load_state_dict(official, assign=True)
+        assert self.matches(model, official)
+
+    def test_an_incomplete_dict_is_missing_in_strict_mode(self, official, fresh):
+        official.pop("model.layers.1.block_sparse_moe.experts.3.w1.weight")
+        with pytest.raises(RuntimeError, match="layers.1.block_sparse_moe.experts.gate_up_proj"):
+            fresh().load_state_dict(official)
+
+    def test_a_wrong_shape_is_named(self, official, fresh):
+        official["model.layers.1.block_sparse_moe.experts.3.w1.weight"] = torch.zeros(5, 64)
+        with pytest.raises(RuntimeError, match=r"experts\.3\.w1\.weight: the checkpoint has \(5, 64\)"):
+            fresh().load_state_dict(official)
+
+
+class TestBadCheckpoint:
+    """Every broken checkpoint is named before weights are read."""
+
+    def shards(self, folder: Path) -> list[Path]:
+        return sorted(folder.glob("model-*.safetensors"))
+
+    def test_missing_shard(self, snapshot):
+        self.shards(snapshot)[1].unlink()
+        with pytest.raises(CheckpointFileError, match="model-00002-of-00003.safetensors, which is not there"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    @pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+    def test_truncated_shard(self, snapshot, keep):
+        shard = self.shards(snapshot)[2]
+        content = shard.read_bytes()
+        shard.write_bytes(content[:keep])
+        with pytest.raises(CheckpointFileError, match="model-00003-of-00003.safetensors .* truncated"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    def rewrite(self, shard: Path, change) -> None:
+        tensors = load_file(shard)
+        change(tensors)
+        save_file(tensors, shard, metadata={"format": "pt"})
+
+    def test_wrong_shape(self, snapshot):
+        key = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+        index = json.loads((snapshot / "model.safetensors.index.json").read_text())
+        self.rewrite(snapshot / index["weight_map"][key], lambda tensors: tensors.update({key: torch.zeros(3, 5)}))
+        with pytest.raises(CheckpointError, match=r"experts\.0\.w2\.weight with shape \(3, 5\), config.json makes it"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    def test_unknown_key(self, snapshot):
+        self.rewrite(self.shards(snapshot)[0], lambda tensors: tensors.update({"model.layers.0.bonus": torch.zeros(1)}))
+        with pytest.raises(CheckpointError, match="model.layers.0.bonus, which is no weight of this config"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    def test_a_layer_too_many(self, snapshot):
+        config = json.loads((snapshot / "config.json").read_text())
+        (snapshot / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+        with pytest.raises(CheckpointError, match="num_hidden_layers=2"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    def test_a_layer_too_few(self, snapshot):
+        config = json.loads((snapshot / "config.json").read_text())
+        (snapshot / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+        with pytest.raises(CheckpointError, match=r"lacks .* weights of the network, model\.layers\.3"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    @pytest.mark.parametrize("in_one_file", [False, True])
+    def test_a_missing_expert_matrix(self, snapshot, in_one_file):
+        key = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+        if in_one_file:
+            weights = weights_of(snapshot)
+            for file in snapshot.glob("model*"):
+                file.unlink()
+            save_file(weights, snapshot / "model.safetensors", metadata={"format": "pt"})
+            self.rewrite(snapshot / "model.safetensors", lambda tensors: tensors.pop(key))
+        else:
+            file = snapshot / "model.safetensors.index.json"
+            index = json.loads(file.read_text())
+            self.rewrite(snapshot / index["weight_map"].pop(key), lambda tensors: tensors.pop(key))
+            file.write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=f"lacks 1 weights of the network, {re.escape(key)}"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    def test_index_that_promises_too_much(self, snapshot):
+        file = snapshot / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        index["weight_map"]["model.extra"] = self.shards(snapshot)[0].name
+        file.write_text(json.dumps(index))
+        with pytest.raises(CheckpointFileError, match="lacks 1 tensors that the index promises, model.extra"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    def test_index_that_is_no_index(self, snapshot):
+        (snapshot / "model.safetensors.index.json").write_text("{")
+        with pytest.raises(CheckpointFileError, match="is not a safetensors index"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    def test_pickles_are_refused(self, snapshot):
+        for shard in self.shards(snapshot):
+            shard.unlink()
+        (snapshot / "model.safetensors.index.json").unlink()
+        torch.save({}, snapshot / "pytorch_model.bin")
+        with pytest.raises(CheckpointFileError, match="only pickled weights"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+        with pytest.raises(ValueError, match="use_safetensors=False"):
+            GrinMoeForCausalLM.from_pretrained(snapshot, use_safetensors=False)
+
+    def test_no_weights_at_all(self, snapshot):
+        for file in snapshot.glob("model*"):
+            file.unlink()
+        with pytest.raises(OSError, match="model.safetensors"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    def test_another_model_type(self, snapshot):
+        config = json.loads((snapshot / "config.json").read_text())
+        (snapshot / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
+        with pytest.raises(ValueError, match="model_type='mixtral'"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    def test_a_caller_who_looks_at_the_keys_still_gets_whole_shards(self, snapshot):
+        shard = self.shards(snapshot)[0]
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with pytest.raises(CheckpointFileError, match="truncated"):
+            GrinMoeForCausalLM.from_pretrained(snapshot, output_loading_info=True)
+
+    def test_shapes_can_be_left_to_the_library(self, snapshot):
+        key = "model.embed_tokens.weight"
+        index = json.loads((snapshot / "model.safetensors.index.json").read_text())
+        self.rewrite(snapshot / index["weight_map"][key], lambda tensors: tensors.update({key: torch.zeros(7, 64)}))
+        model = GrinMoeForCausalLM.from_pretrained(snapshot, ignore_mismatched_sizes=True)
+        assert model.model.embed_tokens.weight.shape == (320, 64)
+
+
+class TestBadDownload:
+    """The same for a Hub id: the library's loader takes some of these without a word."""
+
+    @pytest.fixture
+    def cached(self, snapshot, tmp_path):
+        """The snapshot as the Hub's client caches a repository, and the arguments that load it from there."""
+        repository = tmp_path / "cache" / "models--someone--grin"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        folder = repository / "snapshots" / ("0" * 40)
+        folder.parent.mkdir()
+        snapshot.rename(folder)
+        return folder, ("someone/grin",), {"cache_dir": tmp_path / "cache", "local_files_only": True}
+
+    def change_config(self, folder: Path, **fields) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+    def test_a_whole_one_loads(self, cached):
+        folder, arguments, options = cached
+        model = GrinMoeForCausalLM.from_pretrained(*arguments, **options)
+        assert torch.equal(model.lm_head.weight, weights_of(folder)["lm_head.weight"])
+
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            ({"num_hidden_layers": 2}, "num_hidden_layers=2"),
+            ({"attention_bias": False}, "attention_bias=False"),
+            ({"lm_head_bias": False}, "lm_head_bias=False"),
+            ({"num_hidden_layers": 4}, "lacks .* weights of the network"),
+            ({"intermediate_size": 16}, "config.json makes it"),
+        ],
+        ids=str,
+    )
+    def test_a_config_of_another_checkpoint(self, cached, fields, message):
+        folder, arguments, options = cached
+        self.change_config(folder, **fields)
+        with pytest.raises(CheckpointError, match=message):
+            GrinMoeForCausalLM.from_pretrained(*arguments, **options)
+
+    def test_a_truncated_shard(self, cached):
+        folder, arguments, options = cached
+        shard = folder / "model-00003-of-00003.safetensors"
+        shard.write_bytes(shard.read_bytes()[:1000])
+        with pytest.raises(CheckpointFileError, match="model-00003-of-00003.safetensors .* truncated"):
+            GrinMoeForCausalLM.from_pretrained(*arguments, **options)

@@ -1,0 +1,309 @@
+"""The config: the released defaults, what it refuses, phimoe, and the one place where the window is translated."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache, MixtralConfig, PhimoeConfig, StaticCache
+
+from grinmoe import GRINMoEConfig, GrinMoeConfig, GrinMoeForCausalLM
+from grinmoe.configuration_grinmoe import AUTO_MAP
+from grinmoe.routing_grinmoe import ESTIMATORS
+
+RELEASED = {
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 6400,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "tie_word_embeddings": False,
+    "sliding_window": 2047,
+    "router_jitter_noise": 0.01,
+    "input_jitter_noise": 0.01,
+    "router_aux_loss_coef": 0.0,
+    "output_router_logits": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": 32000,
+    "pad_token_id": None,
+    "model_type": "grinmoe",
+}
+
+
+def test_defaults_are_the_released_model():
+    config = GrinMoeConfig()
+    assert {name: getattr(config, name) for name in RELEASED} == RELEASED
+    assert GRINMoEConfig is GrinMoeConfig
+
+
+def test_the_released_file_loads(goldens):
+    config = GrinMoeConfig.from_pretrained(goldens["golden-a"].folder)
+    written = json.loads((goldens["golden-a"].folder / "config.json").read_text())
+    ignored = {"_name_or_path", "auto_map", "torch_dtype", "transformers_version"}
+    assert {key: getattr(config, key) for key in written.keys() - ignored} == {
+        key: written[key] for key in written.keys() - ignored
+    }
+    assert isinstance(AutoConfig.from_pretrained(goldens["golden-a"].folder), GrinMoeConfig)
+
+
+def test_round_trip_through_a_file(tmp_path):
+    config = GrinMoeConfig(sliding_window=7, router_aux_loss_scope="global", rope_theta=5e5)
+    config.save_pretrained(tmp_path)
+    again = GrinMoeConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert (again.sliding_window, again.rope_theta) == (7, 5e5)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_checkpoint_keeps_how_it_was_trained(tiny_model, tmp_path, estimator):
+    """Loaded again it routes alike, in evaluation and, seeded alike, in training."""
+    fields = {
+        "router_estimator": estimator,
+        "router_z_loss_coef": 0.1,
+        "expert_dropout": 0.2,
+        "router_capacity_factor": 1.5,
+    }
+    model = tiny_model(router_jitter_noise=0.4, **fields)
+    model.save_pretrained(tmp_path)
+    again = GrinMoeForCausalLM.from_pretrained(tmp_path)
+    assert {name: getattr(again.config, name) for name in fields} == fields
+    ids = torch.arange(24).view(2, 12)
+    for training in (False, True):
+        logits = []
+        for one in (model, again):
+            torch.manual_seed(1)
+            logits.append(one.train(training)(ids).logits)
+        assert torch.equal(*logits)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 32,
+    "short_mscale": 1.1,
+    "long_mscale": 1.2,
+}
+SMALL = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
+
+WRONG = [
+    ({"hidden_size": 65, "num_attention_heads": 8}, "hidden_size=65"),
+    ({"hidden_size": 24, "num_attention_heads": 8, "num_key_value_heads": 8}, "even size"),
+    ({"num_attention_heads": 32, "num_key_value_heads": 5}, "num_key_value_heads=5"),
+    ({"num_experts_per_tok": 17}, "num_experts_per_tok=17 exceeds num_local_experts=16"),
+    ({"num_experts_per_tok": 0}, "num_experts_per_tok=0"),
+    ({"num_local_experts": 2.5}, "num_local_experts=2.5"),
+    ({"vocab_size": -1}, "vocab_size=-1"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers='3'"),
+    ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05"),
+    ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0"),
+    ({"router_jitter_noise": -0.01}, "router_jitter_noise=-0.01"),
+    ({"router_jitter_noise": float("nan")}, "router_jitter_noise=nan"),
+    ({"input_jitter_noise": 1.0}, "input_jitter_noise=1.0"),
+    ({"attention_dropout": 1.5}, "attention_dropout=1.5"),
+    ({"hidden_dropout": -0.5}, "hidden_dropout=-0.5"),
+    ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1"),
+    ({"router_aux_loss_scope": "layer"}, "router_aux_loss_scope='layer'"),
+    ({"router_estimator": "reinforce"}, "router_estimator='reinforce' is unknown; choose one of sparsemixer_v2, "),
+    ({"router_z_loss_coef": -0.1}, "router_z_loss_coef=-0.1"),
+    ({"router_capacity_factor": 0}, "router_capacity_factor=0 is not a positive number"),
+    ({"router_capacity_factor": "1"}, "router_capacity_factor='1'"),
+    ({"expert_dropout": 1.0}, "expert_dropout=1.0"),
+    ({"hidden_act": "swiglu9"}, "hidden_act='swiglu9'"),
+    ({"sliding_window": 0}, "sliding_window=0"),
+    ({"sliding_window": -1}, "sliding_window=-1"),
+    ({"attention_bias": "yes"}, "attention_bias='yes'"),
+    ({"head_dim": 0}, "head_dim=0"),
+    ({"head_dim": 63}, "heads have 63 elements"),
+    ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type='spiral'"),
+    ({"rope_scaling": {"type": "spiral"}}, "rope_type='spiral'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta=-1.0"),
+    ({"rope_theta": 0}, "rope_theta=0"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "long_factor": [1.0]}}, "long_factor has 1 entries"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "short_factor": None}}, "no short_factor, which rope_type='longrope'"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "short_factor": 1.0}}, "short_factor=1.0 is not a list"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 0}}, "embeddings=0"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": "32"}}, "embeddings='32'"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "no factor, which rope_type='linear' needs"),
+    ({"rope_parameters": {"rope_type": "dynamic"}}, "no factor, which rope_type='dynamic' needs"),
+    ({"rope_scaling": {"type": "yarn"}}, "no factor, which rope_type='yarn' needs"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "no low_freq_factor, which rope_type='llama3'"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor='2'"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": float("nan")}}, "factor=nan"),
+    ({"rope_theta": float("nan")}, "rope_theta=nan"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "long_mscale": 0}}, "long_mscale=0"),
+]
+
+
+@pytest.mark.parametrize("fields, message", WRONG, ids=[message for _, message in WRONG])
+def test_wrong_values_are_named(fields, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        GrinMoeConfig(**fields)
+
+
+OVERRIDES = [
+    ({"router_aux_loss_scope": "globl"}, "router_aux_loss_scope='globl'"),
+    ({"router_aux_loss_coef": "0.02"}, "router_aux_loss_coef='0.02'"),
+    ({"num_experts_per_tok": 17}, "num_experts_per_tok=17 exceeds"),
+    ({"num_attention_heads": 5}, "num_attention_heads=5"),
+    ({"sliding_window": 0}, "sliding_window=0"),
+    ({"rope_parameters": {"rope_type": "nope"}}, "rope_type='nope'"),
+    ({"rope_theta": -1.0}, "rope_theta=-1.0"),
+]
+
+
+@pytest.mark.parametrize("fields, message", OVERRIDES, ids=[message for _, message in OVERRIDES])
+def test_overrides_are_checked_like_the_file(goldens, fields, message):
+    folder = goldens["golden-a"].folder
+    with pytest.raises(ValueError, match=message):
+        GrinMoeConfig.from_pretrained(folder, **fields)
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(folder, **fields)
+    with pytest.raises(ValueError, match=message):
+        GrinMoeForCausalLM.from_pretrained(folder, **fields)
+
+
+@pytest.mark.parametrize("fields, message", OVERRIDES, ids=[message for _, message in OVERRIDES])
+def test_a_model_refuses_what_was_assigned_since(tiny_config, fields, message):
+    config = tiny_config(num_local_experts=16)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        GrinMoeForCausalLM(config)
+
+
+def test_overrides_replace_what_the_file_says(goldens):
+    folder = goldens["golden-a"].folder
+    config, unused = GrinMoeConfig.from_pretrained(
+        folder, sliding_window=9, rope_theta=5e4, num_labels=4, extra=1, return_unused_kwargs=True
+    )
+    assert (config.sliding_window, config.rope_theta, config.num_labels, unused) == (9, 5e4, 4, {"extra": 1})
+    scaled = GrinMoeConfig.from_pretrained(folder, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    assert scaled.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def test_every_rope_type_builds_a_model(tiny_config):
+    shared = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for rope in (
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": None},
+        {**shared, "original_max_position_embeddings": 32},
+        LONGROPE,
+        {**LONGROPE, "short_mscale": None, "long_mscale": None},
+    ):
+        GrinMoeForCausalLM(tiny_config(rope_parameters=rope))(torch.arange(6)[None])
+
+
+def test_another_model_type_is_refused(tmp_path):
+    MixtralConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type='mixtral'"):
+        GrinMoeConfig.from_pretrained(tmp_path)
+
+
+def test_phimoe_converts_with_phimoes_own_defaults():
+    native = PhimoeConfig(**SMALL, sliding_window=None, rope_parameters={**LONGROPE, "rope_theta": 1e4})
+    config = GrinMoeConfig.from_phimoe(native)
+    assert config.model_type == "grinmoe" and config.rope_parameters["rope_type"] == "longrope"
+    assert config.rope_theta == 1e4 and config.sliding_window is None
+    bare = GrinMoeConfig.from_dict({"model_type": "phimoe", **SMALL})
+    expected = PhimoeConfig(**SMALL)
+    for name in ("attention_bias", "lm_head_bias", "max_position_embeddings", "sliding_window", "input_jitter_noise"):
+        assert getattr(bare, name) == getattr(expected, name), name
+    assert bare.rope_theta == expected.rope_parameters["rope_theta"]
+
+
+def test_phimoe_drops_its_own_classes(goldens):
+    config = GrinMoeConfig.from_pretrained(goldens["golden-c"].folder)
+    assert getattr(config, "auto_map", None) is None and config.architectures is None
+
+
+def test_phimoe_keeps_an_auto_map_that_is_ours(goldens):
+    """Our files beside a phimoe checkpoint: trust_remote_code must find them."""
+    content = json.loads((goldens["golden-c"].folder / "config.json").read_text())
+    config = GrinMoeConfig.from_dict({**content, "auto_map": {"AutoConfig": "configuration_grinmoe.GrinMoeConfig"}})
+    assert config.auto_map == AUTO_MAP
+
+
+@pytest.mark.parametrize("prefix", ["", "microsoft/GRIN-MoE--"])
+def test_the_released_auto_map_is_completed(prefix):
+    released = {
+        "AutoConfig": f"{prefix}configuration_grinmoe.GRINMoEConfig",
+        "AutoModelForCausalLM": f"{prefix}modeling_grinmoe.GRINMoEForCausalLM",
+    }
+    auto_map = GrinMoeConfig(auto_map=released).auto_map
+    assert auto_map.keys() == AUTO_MAP.keys()
+    assert auto_map["AutoModel"] == f"{prefix}modeling_grinmoe.GrinMoeModel"
+    assert auto_map["AutoModelForCausalLM"] == released["AutoModelForCausalLM"]
+
+
+class TestWindow:
+    """`sliding_window` is W everywhere that a person reads it, W + 1 where the library sizes masks and caches."""
+
+    def test_library_view_counts_visible_keys(self):
+        config = GrinMoeConfig(sliding_window=7)
+        view = config.get_text_config(decoder=True)
+        assert (config.sliding_window, config.visible_keys, view.sliding_window) == (7, 8, 8)
+        assert view.get_text_config() is view and isinstance(view, GrinMoeConfig)
+        assert view.to_dict()["sliding_window"] == 7
+
+    def test_view_writes_through(self):
+        config = GrinMoeConfig()
+        view = config.get_text_config()
+        view.vocab_size, view.sliding_window = 100, 12
+        assert (config.vocab_size, config.sliding_window) == (100, 11)
+        config.sliding_window = None
+        assert view.sliding_window is None
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+    def test_copies_stay_connected(self, duplicate):
+        config = GrinMoeConfig()
+        config, view = duplicate((config, config.get_text_config()))
+        config.sliding_window = 99
+        assert view.sliding_window == 100
+
+    def test_caches_are_sized_by_it(self):
+        config = GrinMoeConfig(sliding_window=7, num_hidden_layers=1)
+        assert DynamicCache(config=config).layers[0].sliding_window == 8
+        assert StaticCache(config=config, max_cache_len=64).layers[0].max_cache_len == 8
+
+    def test_full_attention_has_no_view(self):
+        config = GrinMoeConfig(sliding_window=None)
+        assert config.get_text_config() is config and config.visible_keys is None
+
+
+def test_sharding_plans_name_modules_that_exist(tiny_model):
+    modules = {name for name, _ in tiny_model().model.named_modules()} | {
+        name for name, _ in tiny_model().model.named_parameters()
+    }
+    config = tiny_model().config
+    for plan in (config.base_model_tp_plan, config.base_model_ep_plan, config.base_model_pp_plan):
+        for pattern in plan:
+            assert pattern.replace("*", "0") in modules, pattern
+
+
+def test_heads_may_have_a_size_of_their_own(tmp_path):
+    """Where hidden_size is no multiple of their number, and with one LongRoPE factor for each of their frequencies."""
+    fields = {"hidden_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    rope["original_max_position_embeddings"] = 16
+    GrinMoeConfig(**fields, rope_parameters=rope).save_pretrained(tmp_path)
+    assert GrinMoeConfig.from_pretrained(tmp_path).head_size == 8
+    # Library code takes a None as it is.
+    assert "head_dim" not in GrinMoeConfig(head_dim=None).to_dict()

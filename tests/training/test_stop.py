@@ -1,0 +1,298 @@
+"""A training that is stopped or killed goes on as if nothing had happened: bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from grinmoe.training import run as training
+from grinmoe.training.recipe import read_recipe
+from grinmoe.training.run_directory import COMPLETE, STOPPED
+from grinmoe.training.stop import StopAtSignal, last_whole_checkpoint, remove_partial_checkpoints
+from tests.small_chat import small_run
+
+# Dropout, jitter, sampled routing, a shuffled order and two micro-batches a step: all of the state that there is.
+RANDOM = {
+    "config_overrides": '{"expert_dropout": 0.1, "hidden_dropout": 0.1, "router_aux_loss_coef": 0.01, '
+    '"router_aux_loss_scope": "global"}',
+    "gradient_accumulation_steps": 2,
+    "save_total_limit": 3,
+}
+
+
+class At(TrainerCallback):
+    """Does something once, at the n-th call of an event."""
+
+    def __init__(self, event: str, count: int, action):
+        self.left = count
+        self.action = action
+        setattr(self, event, self._called)
+
+    def _called(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+
+
+def run(flags: list[str], monkeypatch=None, disturbance: TrainerCallback | None = None) -> training.RunResult:
+    if disturbance is not None:
+        build = training.build_trainer
+
+        def with_disturbance(*args):
+            trainer, monitor = build(*args)
+            trainer.add_callback(disturbance)
+            return trainer, monitor
+
+        monkeypatch.setattr(training, "build_trainer", with_disturbance)
+    try:
+        return training.train(read_recipe("sft", flags), "a test")
+    finally:
+        if monkeypatch is not None:
+            monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def flags(chat_model, chat_data):
+    def make(output: Path, **settings) -> list[str]:
+        return small_run(chat_model, chat_data["sft"], output, **{**RANDOM, **settings})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(flags, tmp_path_factory) -> dict[str, Path]:
+    """Run folders of trainings that nothing happened to, by method."""
+    folders = {}
+    for method in ("full", "lora"):
+        folders[method] = tmp_path_factory.mktemp("undisturbed") / "run"
+        assert run(flags(folders[method], method=method)).status == COMPLETE
+    return folders
+
+
+def assert_same_end(found: Path, expected: Path) -> None:
+    """Weights, optimizer, scheduler and random state of the last checkpoint, and the model that was saved."""
+    last, reference = found / "checkpoint-4", expected / "checkpoint-4"
+    for file in [
+        *reference.glob("*.safetensors"),
+        *expected.glob("model/*.safetensors"),
+        *expected.glob("adapter/*.sa*"),
+    ]:
+        tensors, others = load_file(file), load_file(found / file.relative_to(expected))
+        assert tensors.keys() == others.keys() and tensors
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, others[name]), name
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        assert_equal(
+            torch.load(last / name, weights_only=False), torch.load(reference / name, weights_only=False), name
+        )
+
+
+def assert_equal(found, expected, where: str) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_equal(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_equal(one, other, f"{where}/{i}")
+    elif hasattr(expected, "dtype"):
+        assert (found == expected).all(), where
+    else:
+        assert found == expected, where
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+MOMENTS = {
+    "at the end of a step": ("on_step_end", 3, 3),
+    "between the micro-batches of a step": ("on_substep_end", 3, 2),
+    "in an evaluation": ("on_prediction_step", 1, 2),
+}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_ends_a_run_with_a_checkpoint_and_the_same_command_goes_on_from_it(
+    flags, undisturbed, tmp_path, monkeypatch, moment, method
+):
+    event, count, step = MOMENTS[moment]
+    given = flags(tmp_path / "run", method=method)
+    stopped = run(given, monkeypatch, At(event, count, terminate))
+    assert (stopped.status, stopped.step, stopped.signal, stopped.model) == (STOPPED, step, "SIGTERM", None)
+    assert last_whole_checkpoint(tmp_path / "run").name == f"checkpoint-{step}"
+    again = run(given)
+    assert (again.status, again.step) == (COMPLETE, 4)
+    assert_same_end(tmp_path / "run", undisturbed[method])
+
+
+def test_a_signal_before_the_first_step_loses_nothing_and_does_not_fail(flags, undisturbed, tmp_path, monkeypatch):
+    given = flags(tmp_path / "run")
+    stopped = run(given, monkeypatch, At("on_substep_end", 1, terminate))
+    assert (stopped.status, stopped.step) == (STOPPED, 0)
+    assert run(given).status == COMPLETE
+    assert_same_end(tmp_path / "run", undisturbed["full"])
+
+
+def test_evaluations_do_not_change_the_training(flags, undisturbed, tmp_path):
+    """They leave the random state alone, which is what makes a stop in the middle of one exact."""
+    run(flags(tmp_path / "run", eval_strategy="no", eval_share=0.2))
+    assert_same_end(tmp_path / "run", undisturbed["full"])
+
+
+def test_the_second_control_c_is_a_keyboard_interrupt():
+    interruption = StopAtSignal()
+    before = signal.getsignal(signal.SIGTERM)
+    with interruption.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption._asked_to_stop(torch.device("cpu")) and interruption.received == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_whose_result_was_not_saved_yet_does_not_train_a_step_more(flags, undisturbed, tmp_path):
+    """From a last checkpoint the Trainer by itself would do step 5 of 4."""
+    shutil.copytree(undisturbed["full"], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    result = run(flags(tmp_path / "run"))
+    assert (result.status, result.step) == (COMPLETE, 4)
+    assert not (tmp_path / "run" / "checkpoint-5").exists()
+    assert_same_end(tmp_path / "run", undisturbed["full"])
+
+
+def test_the_best_model_is_saved_also_when_the_run_was_cut_off_behind_its_last_step(flags, tmp_path):
+    settings = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run(flags(tmp_path / "run", **settings))
+    expected = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "model")
+    run(flags(tmp_path / "run", **settings))
+    found = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    best = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    assert all(
+        torch.equal(tensor, found[name]) and torch.equal(tensor, best[name]) for name, tensor in expected.items()
+    )
+
+
+def test_a_signal_s_checkpoint_stays_where_the_best_one_is_kept_too(flags, tmp_path, monkeypatch):
+    settings = {"load_best_model_at_end": True, "save_total_limit": 1, "max_steps": 6}
+    given = flags(tmp_path / "run", **settings)
+    stopped = run(given, monkeypatch, At("on_step_end", 3, terminate))
+    assert (stopped.step, last_whole_checkpoint(tmp_path / "run").name) == (3, "checkpoint-3")
+    assert (tmp_path / "run" / "checkpoint-2").is_dir(), "the best"
+    assert run(given).status == COMPLETE
+
+
+def test_the_best_model_is_found_where_the_folder_has_another_name_now(flags, tmp_path, monkeypatch):
+    settings = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    run(flags(Path("run"), **settings))
+    best = load_file("run/model/model.safetensors")
+    shutil.rmtree("run/model")
+    Path("run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    run(flags(tmp_path / "moved", **settings))
+    found = load_file(tmp_path / "moved" / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in best.items())
+
+
+class TestWholeCheckpoints:
+    @pytest.fixture(params=["full", "lora"])
+    def checkpoint(self, undisturbed, request) -> Path:
+        return undisturbed[request.param] / "checkpoint-4"
+
+    def test_one_is_whole_only_with_its_last_byte(self, checkpoint, tmp_path):
+        """All that a kill can leave: the first files in the order of writing, the last of them cut."""
+        assert last_whole_checkpoint(checkpoint.parent) == checkpoint
+        files = sorted((file for file in checkpoint.iterdir()), key=lambda file: file.stat().st_mtime_ns)
+        assert files[-1].name == "trainer_state.json"
+        for count in range(len(files)):
+            for share in (0.0, 0.5, 0.99):
+                partial = tmp_path / f"{count}-{share}" / "checkpoint-4"
+                partial.mkdir(parents=True)
+                for file in files[:count]:
+                    shutil.copy2(file, partial)
+                content = files[count].read_bytes()
+                (partial / files[count].name).write_bytes(content[: int(share * len(content))])
+                assert last_whole_checkpoint(partial.parent) is None, (files[count].name, share)
+
+    @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "*.safetensors"])
+    def test_a_file_that_the_machine_lost_is_noticed(self, checkpoint, tmp_path, name):
+        shutil.copytree(checkpoint, tmp_path / "checkpoint-4")
+        (file,) = (tmp_path / "checkpoint-4").glob(name)
+        file.write_bytes(file.read_bytes()[:-40])
+        assert last_whole_checkpoint(tmp_path) is None
+        file.unlink()
+        if name != "optimizer.pt":
+            assert last_whole_checkpoint(tmp_path) is None
+
+    def test_the_newest_whole_one_is_taken_and_partial_ones_are_removed(self, checkpoint, tmp_path):
+        for number in (2, 10, 12):
+            shutil.copytree(checkpoint, tmp_path / f"checkpoint-{number}")
+        (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"best_metric": 1')
+        (tmp_path / "checkpoint-notes").mkdir()
+        assert last_whole_checkpoint(tmp_path).name == "checkpoint-10"
+        assert remove_partial_checkpoints(tmp_path) == ["checkpoint-12"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-notes"]
+
+    def test_there_is_none_in_a_new_folder(self, tmp_path):
+        assert last_whole_checkpoint(tmp_path / "new") is None
+
+
+# Kills itself in the middle of writing the optimizer of the second checkpoint.
+KILLED_WHILE_SAVING = """
+import os, signal, sys, torch
+from grinmoe.training import train
+from grinmoe.recipe import read_recipe
+save = torch.save
+def killed(content, file, *args, **kwargs):
+    save(content, file, *args, **kwargs)
+    if "checkpoint-4" in str(file):
+        os.truncate(file, os.path.getsize(file) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = killed
+train(read_recipe("sft", sys.argv[1:]), "a test")
+"""
+
+
+def test_kill_9_while_a_checkpoint_is_written_loses_the_steps_since_the_one_before(flags, undisturbed, tmp_path):
+    given = flags(tmp_path / "run")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, *given], capture_output=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    assert last_whole_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    assert run(given).status == COMPLETE
+    assert_same_end(tmp_path / "run", undisturbed["full"])
+
+
+def test_sigterm_to_the_command_is_answered_with_a_checkpoint_and_exit_code_0(flags, tmp_path):
+    given = flags(tmp_path / "run", max_steps=100000, save_steps=100000, eval_strategy="no")
+    command = [sys.executable, "-m", "grinmoe_cli", "sft", *given]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert started.stdout is not None
+    for line in started.stdout:
+        if "'loss'" in line:  # a step has been logged
+            break
+    sent = time.monotonic()
+    started.terminate()
+    output = started.communicate(timeout=60)[0]
+    assert started.returncode == 0, output
+    assert time.monotonic() - sent < 15
+    assert "Stopped by SIGTERM after step" in output
+    assert last_whole_checkpoint(tmp_path / "run") is not None
