@@ -393,6 +393,3 @@ def _contract_factors(
             if isinstance(target, DTensor):
                 trained = distribute_tensor(trained, target.device_mesh, target.placements)
             state_dict[key] = trained
-
-
-__all__ = ["ExpertChoice", "ExpertLora", "GrinMoeLoraConfig"]

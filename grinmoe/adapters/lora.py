@@ -305,19 +305,3 @@ def load_adapter(
         model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
         return model
     return PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=is_trainable, config=adapter)
-
-
-__all__ = [
-    "AdapterError",
-    "ExpertLora",
-    "GrinMoeLoraConfig",
-    "adapter_shapes",
-    "base_of",
-    "check_adapter",
-    "load_adapter",
-    "lora_config",
-    "may_be_there",
-    "read_lora_config",
-    "stored_shapes",
-    "use_expert_lora",
-]

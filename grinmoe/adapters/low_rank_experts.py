@@ -152,6 +152,3 @@ def _grouped(
 
     output = product("down_proj", experts._apply_gate(product("gate_up_proj", rows)))
     return output.masked_fill(elsewhere.unsqueeze(-1), 0.0), order
-
-
-__all__ = ["compute_dtype", "low_rank_experts", "uses_grouped_mm"]

@@ -144,6 +144,3 @@ def _copy_tokenizer(sources: tuple[Path, ...], target: Path) -> None:
             for file in files:
                 shutil.copyfile(file, target / file.name)
             return
-
-
-__all__ = ["merge_adapter", "run_merge"]

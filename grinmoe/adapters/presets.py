@@ -24,6 +24,3 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesCo
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
-
-
-__all__ = ["QUANTIZATIONS", "quantization_config"]

@@ -337,6 +337,3 @@ def _drawable(token: str) -> str:
     """A token as a label: spaces and line ends visible, letters that the font lacks as a box."""
     shown = token.replace(" ", "␣").replace("\n", "↵").replace("\t", "→")
     return "".join(letter if letter.isprintable() else "□" for letter in shown)
-
-
-__all__ = ["Picture", "draw_pictures", "expert_colours"]

@@ -208,6 +208,3 @@ def _for_script(value: Any) -> Any:
 
 def _data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-__all__ = ["page_of", "summary_of", "write_report", "write_tables"]

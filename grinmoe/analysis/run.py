@@ -293,6 +293,3 @@ def _appears_when_whole(target: Path) -> Iterator[Path]:
         workspace.replace(target)  # which takes the place of an empty folder
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
-
-
-__all__ = ["AnalyzeOptions", "analyze", "run_analyze"]

@@ -311,15 +311,3 @@ class RoutingAnalysis:
         """Of all domains together."""
         first, *others = self.counts
         return sum(others, first)
-
-
-__all__ = [
-    "RoutingAnalysis",
-    "RoutingCounts",
-    "SentenceRouting",
-    "Similarity",
-    "choices_in_detail",
-    "count_routing",
-    "route_sentence",
-    "similarity_of",
-]

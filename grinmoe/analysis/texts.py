@@ -164,6 +164,3 @@ def _content_of(place: str, row: dict[str, Any]) -> Content | None:
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompt + completion
     raise ValueError(f"{place}: 'prompt' and 'completion' must be both texts or both messages")
-
-
-__all__ = ["first_piece", "first_sentence", "read_pieces", "rendered", "token_rows"]

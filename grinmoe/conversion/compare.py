@@ -120,6 +120,3 @@ def _tokens(folder: Path, config: GrinMoeConfig) -> tuple[torch.Tensor, str]:
         return torch.tensor([ids]), "Python's documentation"
     generator = torch.Generator().manual_seed(0)
     return torch.randint(config.vocab_size, (1, length), generator=generator), "random tokens"
-
-
-__all__ = ["compare_logits", "distribution_difference", "text_lengths", "warn_of_difference", "why_not_compared"]

@@ -181,6 +181,3 @@ def _longrope(config: GrinMoeConfig) -> dict[str, Any]:
 
 def _spelled(dtype: Any) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-__all__ = ["WRITTEN_OUT", "ConversionError", "from_mixtral", "phimoe_fields", "to_mixtral", "to_phimoe"]

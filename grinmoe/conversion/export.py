@@ -429,18 +429,3 @@ def _classes(options: ExportOptions, folder: Path, has_head: bool) -> tuple[type
     if model_type_of(folder) == MixtralConfig.model_type and has_head and options.dtype != "int8":
         return MixtralForCausalLM, GrinMoeForCausalLM
     return None
-
-
-__all__ = [
-    "DTYPES",
-    "TARGETS",
-    "ExportOptions",
-    "check_output",
-    "copy_companions",
-    "export_checkpoint",
-    "local_folder",
-    "model_type_of",
-    "official_entries",
-    "read_config",
-    "run_export",
-]

@@ -149,6 +149,3 @@ def write_gguf(
         raise ConversionError(f"{converter} failed with exit code {done.returncode}: {last}")
     shutil.rmtree(between)
     return file
-
-
-__all__ = ["CONVERTER", "OUTTYPES", "centred", "check_gguf", "find_converter", "write_gguf"]

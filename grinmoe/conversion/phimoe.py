@@ -111,14 +111,3 @@ def routing_difference(folder: Path, config: GrinMoeConfig) -> dict[str, Any]:
             layer.block_sparse_moe.gate.estimator = "topk_renormalized"
 
     return distribution_difference(folder, config, as_llama_cpp)
-
-
-__all__ = [
-    "ENGINE_EPS",
-    "as_it_was",
-    "complete",
-    "engine_causes",
-    "engine_difference",
-    "has_spare_head",
-    "routing_difference",
-]

@@ -167,6 +167,3 @@ def write_shards(entries: Iterable[Entry], folder: Path, max_shard_size: int | s
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
     return total
-
-
-__all__ = ["Entry", "WeightSource", "write_shards"]

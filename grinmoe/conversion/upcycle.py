@@ -314,6 +314,3 @@ def single_candidate_share(folder: Path, config: GrinMoeConfig) -> float:
     del model
     gc.collect()
     return torch.cat(single).double().mean().item()
-
-
-__all__ = ["UpcycleOptions", "run_upcycle", "single_candidate_share", "sparse_config", "upcycle_checkpoint"]

@@ -28,7 +28,7 @@ from .formats import (
     is_local,
     read_rows,
 )
-from .packing import NO_LOSS, RowCollator, Samples, arrow_table, packed, wrapped
+from .packing import NO_LOSS, Samples, arrow_table, packed, wrapped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -459,6 +459,3 @@ def _preference_table(rows: _Rows, encoder: _Encoder) -> tuple[Any, Counts]:
     if not pairs:
         raise rows.nothing_left(counts)
     return pyarrow.Table.from_pylist(pairs), counts
-
-
-__all__ = ["Counts", "DataOptions", "DataReport", "PreparedData", "RowCollator", "load_data"]

@@ -413,6 +413,3 @@ def _read(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}); remove it to ask again") from error
-
-
-__all__ = ["EvaluateOptions", "card_entries", "evaluate", "find_tasks", "run_evaluate", "score_of"]

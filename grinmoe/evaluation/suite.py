@@ -260,6 +260,3 @@ def _place(answer: Any) -> int:
 
 def _of_local(doc: dict) -> Choice:
     return Choice(doc["question"], doc["choices"], _place(doc["answer"]))
-
-
-__all__ = ["PAPER_SUITE", "Choice", "SuiteTask", "letter_choice", "local_task"]

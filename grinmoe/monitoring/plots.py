@@ -205,6 +205,3 @@ def _smoothed(values: torch.Tensor, share: float = 0.015) -> torch.Tensor:
 
 def _not_measured(axes, why: str = "no step was measured in detail") -> None:
     axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color="0.4")
-
-
-__all__ = ["draw_load", "load_reach", "plot_training"]

@@ -237,22 +237,3 @@ def random_decision(
     outputs = torch.randn(num_experts, width, generator=generator, dtype=torch.float64)
     eps = float("inf") if kept is None else jitter_eps_keeping(logits, kept)
     return Decision(logits, outputs, random_loss(kind, width, generator), top_k, eps)
-
-
-__all__ = [
-    "LOSSES",
-    "Decision",
-    "Gradients",
-    "Outcomes",
-    "cosine_and_error",
-    "draw_probabilities",
-    "enumerate_outcomes",
-    "exact_gradients",
-    "jitter_eps_keeping",
-    "moments",
-    "outcome_gradients",
-    "own_objective",
-    "random_decision",
-    "random_loss",
-    "sequences",
-]

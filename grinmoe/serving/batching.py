@@ -359,6 +359,3 @@ def _sampling(gen_config: Any, vocab_size: int) -> dict[str, Any]:
         "top_k": min(gen_config.top_k or vocab_size, vocab_size),
         "top_p": float(gen_config.top_p if gen_config.top_p is not None else 1.0),
     }
-
-
-__all__ = ["BLOCK_TOKENS", "SHUTTING_DOWN", "Batches", "OneAtATime", "ServedModel", "start_batching"]

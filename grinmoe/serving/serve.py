@@ -211,6 +211,3 @@ def _ready(listener: socket.socket, served: ServedModel) -> str:
     url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
     how = "continuous batching" if served.continuous_batching else "one request at a time"
     return f"{served.name} is ready at {url} ({served.max_length} tokens for prompt and answer, {how}); Ctrl-C ends it"
-
-
-__all__ = ["ServeOptions", "run_serve"]

@@ -252,6 +252,3 @@ def _add_errors(app: FastAPI) -> None:
     async def defect(_request: Request, error: Exception) -> Response:
         # The server logs it with its traceback.
         return error_response(500, f"the server failed on this request ({type(error).__name__})")
-
-
-__all__ = ["build_app"]

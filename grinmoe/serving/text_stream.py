@@ -97,6 +97,3 @@ class TextUntil(TextStream):
 def text_until(text: str, stops: Sequence[str]) -> str:
     """What is before the first of `stops`; all of it where there is none."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
-
-
-__all__ = ["TextStream", "TextUntil", "text_until"]

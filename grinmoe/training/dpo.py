@@ -69,6 +69,3 @@ class SameDrawsForReference(TrainerCallback):
 
 def _decoder(model: nn.Module) -> GrinMoeModel:
     return next(module for module in model.modules() if isinstance(module, GrinMoeModel))
-
-
-__all__ = ["SameDrawsForReference"]

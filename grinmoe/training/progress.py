@@ -45,6 +45,3 @@ def peak_gib(who: int = resource.RUSAGE_SELF) -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(who).ru_maxrss * unit / 2**30
-
-
-__all__ = ["TrainingProgress", "peak_gib"]

@@ -163,6 +163,3 @@ def _evaluations(recipe: Recipe, metrics: dict[str, float]) -> list[Evaluation]:
             value=round(perplexity, 4),
         )
     ]
-
-
-__all__ = ["save_trained"]

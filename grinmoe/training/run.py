@@ -336,6 +336,3 @@ def _told(metrics: dict[str, float]) -> str:
         parts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")
     parts.append(f"peak {metrics['peak_gib']:.2f} GiB")
     return f" ({', '.join(parts)})"
-
-
-__all__ = ["RunResult", "load_model", "train", "weights_dtype"]

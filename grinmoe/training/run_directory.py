@@ -186,6 +186,3 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _shown(facts: dict[str, int]) -> str:
     return ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items())
-
-
-__all__ = ["COMPLETE", "METRICS_NAME", "RUN_NAME", "RUNNING", "STOPPED", "RunFolder"]

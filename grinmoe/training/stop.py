@@ -220,6 +220,3 @@ def _restore(state: dict[str, Any] | None) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-__all__ = ["StopAtSignal", "last_whole_checkpoint", "remove_partial_checkpoints"]

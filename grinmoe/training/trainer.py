@@ -38,6 +38,3 @@ class TokenMeanTrainer(Trainer):
             total, targets = torch.stack(self._held_out).sum(0).tolist()
             output.metrics[name] = total / targets
         return output
-
-
-__all__ = ["TokenMeanTrainer"]
