@@ -1,4 +1,4 @@
-"""How fast a training step can be at most: its arithmetic at the chip's rate, its traffic at the links' rate. Bounds only.
+"""The roofline of a training step: its arithmetic at the chip's peak rate, its traffic at the links' rate.
 
 H hidden size, I expert width, E experts, K experts per token, T tokens of a GPU's micro-batch.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..configuration_grinmoe import GrinMoeConfig
+from ..quantization_grinmoe import FUSED
 from .memory_model import FLOAT32, Step, lora_targets, parameters_of
 
 # TFLOP/s of a bf16 matrix product of random data on one H200, and about what an H100 of 700 W does; the data sheet has 989.
@@ -44,36 +46,51 @@ def speed_bound(step: Step, gpus: int, tflops: float = PEAK_TFLOPS) -> SpeedBoun
 
 def flops_per_token(step: Step) -> float:
     """
-    2 for each active weight in the forward, 2 for the gradient of its input, 2 for its own where it is trained; and the
-    layers' forward once more under gradient checkpointing. Attention's products over the keys that a token sees on
-    average are counted in the same way.
+    Count the arithmetic of a training step per token, in floating-point operations.
+
+    Each weight that a token meets costs 2 in the forward, 2 for the gradient of its input, and 2 for its own gradient
+    where it is trained. Gradient checkpointing adds the layers' forward once more. Attention's products over the keys
+    that a token sees on average are counted in the same way.
     """
     config = step.config
-    share = config.num_experts_per_tok / config.num_local_experts
-    layers = head = adapters = 0.0
-    for parameter in parameters_of(step):
-        fused = "_proj.lora" in parameter.name and parameter.name.split(".")[2] in ("gate_up_proj", "down_proj")
-        weight = parameter.numel * (share if len(parameter.shape) == 3 or fused else 1)
-        if ".lora_" in parameter.name:
-            adapters += weight
-        elif parameter.group.startswith("layers"):
-            layers += weight
-        elif parameter.group == "head":
-            head += weight
-    if step.adapters.shared_a and not step.trains_all:
-        # Of a shared A every choice uses all.
-        for name, (inputs, _) in lora_targets(config, step.adapters).items():
-            if name in ("gate_up_proj", "down_proj"):
-                whole = step.adapters.rank * inputs * config.num_hidden_layers
-                adapters += whole * (config.num_experts_per_tok - share)
+    recomputed = 2 if step.gradient_checkpointing else 0
+    of_base = 6 if step.trains_all else 4
+    layers = config.num_hidden_layers * _active_weights_of_layer(config)
+    head = config.vocab_size * (config.hidden_size + config.lm_head_bias)
+    of_adapters = 0 if step.trains_all else (6 + recomputed) * _active_adapter_weights(step)
+    attention = (6 + recomputed) * _attention_products(step)
+    return layers * (of_base + recomputed) + head * of_base + of_adapters + attention
+
+
+def _active_weights_of_layer(config: GrinMoeConfig) -> int:
+    """Weights of a layer that one token meets: attention, norms, the router, and K of the E experts."""
+    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_size
+    keys_and_values = 2 * config.num_key_value_heads * config.head_size
+    attention = hidden * (queries + keys_and_values) + queries * hidden
+    if config.attention_bias:
+        attention += queries + keys_and_values + hidden
+    norms = 2 * hidden * (2 if config.norm_type == "layer_norm" else 1)  # a LayerNorm has a bias too
+    router = config.num_local_experts * hidden
+    experts = config.num_experts_per_tok * 3 * hidden * config.intermediate_size
+    return attention + norms + router + experts
+
+
+def _active_adapter_weights(step: Step) -> int:
+    """Weights of LoRA's A and B that one token meets; each of its K experts takes an A, a shared one too."""
+    targets = lora_targets(step.config, step.adapters).items()
+    uses = {name: step.config.num_experts_per_tok if name in FUSED else 1 for name, _ in targets}
+    per_layer = sum(uses[name] * (inputs + outputs) for name, (inputs, outputs) in targets)
+    return step.config.num_hidden_layers * step.adapters.rank * per_layer
+
+
+def _attention_products(step: Step) -> float:
+    """Products of one token's scores and weighted values over the keys that it sees on average, in all layers."""
+    config = step.config
     window = config.visible_keys or step.sequence
     full_rows = max(0, step.sequence - window)
     short = min(window, step.sequence)
     keys = (full_rows * window + short * (short + 1) / 2) / step.sequence
-    attention = 2 * keys * config.num_attention_heads * config.head_size * config.num_hidden_layers  # scores and values
-    recomputed = 2 if step.gradient_checkpointing else 0
-    of_base = 6 if step.trains_all else 4
-    return layers * (of_base + recomputed) + adapters * (6 + recomputed) + head * of_base + attention * (6 + recomputed)
+    return 2 * keys * config.num_attention_heads * config.head_size * config.num_hidden_layers
 
 
 def communication_seconds(step: Step) -> float:
