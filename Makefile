@@ -8,13 +8,13 @@ OLDEST_TRITON := 3.6.0
 PIP    := -m pip install --quiet --disable-pip-version-check
 # Two processes of one thread each: at these sizes a second thread of torch gains nothing.
 PYTEST := -m pytest -q -n 2 --dist worksteal
-test test-oldest: export OMP_NUM_THREADS = 1
+test test-integration test-all test-oldest: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo example test test-oldest check bench bench-gpu clean
+.PHONY: help demo example test test-integration test-all test-oldest check bench bench-gpu clean
 
 help:  ## what there is
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
 
 $(VENV)/.stamp: pyproject.toml requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -38,24 +38,18 @@ demo: $(VENV)/.stamp  ## train a small GRIN MoE on real text, save it, load it e
 example: $(VENV)/.stamp  ## pretrain, sft with QLoRA, dpo on real text, and a report (about 5 minutes)
 	@$(BIN)/python scripts/worked_example.py --output worked-example
 
-test: $(VENV)/.stamp  ## the whole CPU test suite
-	@$(BIN)/python $(PYTEST)
+test: $(VENV)/.stamp  ## the unit tests on a CPU (under 6 minutes on 2 cores)
+	@$(BIN)/python $(PYTEST) -m "not integration and not slow and not gpu"
 
-test-oldest: $(OLDEST)/.stamp  ## the model's tests on the oldest supported Transformers
+test-integration: $(VENV)/.stamp  ## the rest on a CPU: whole trainings, servers, commands, ranks, compilations (7 minutes)
+	@$(BIN)/python $(PYTEST) -m "integration and not slow and not gpu"
+
+test-all: $(VENV)/.stamp  ## both
+	@$(BIN)/python $(PYTEST) -m "not slow and not gpu"
+
+test-oldest: $(OLDEST)/.stamp  ## both on the oldest supported Transformers, without the tests marked newest_only
 	@$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)", transformers.__version__'
-	@$(OLDEST)/bin/python $(PYTEST) tests/goldens tests/remote_code tests/distributed tests/test_balance.py tests/test_block.py \
-		tests/test_checkpoint.py tests/test_configuration.py tests/test_estimators.py tests/test_estimator_forwards.py tests/test_experts.py \
-		tests/test_generate.py tests/test_mask_schedule.py tests/test_modeling.py tests/test_monitoring.py tests/test_monitoring_alarms.py \
-		tests/test_routing.py tests/test_routing_record.py tests/test_saving.py tests/test_tokenization.py tests/test_training.py \
-		tests/test_chat_template.py tests/test_hub_server.py tests/test_tokenizer_build.py tests/test_tokenizer_loading.py \
-		tests/test_tokenizer_sources.py tests/test_tokenizer_verify.py tests/test_uploading.py tests/test_release.py \
-		tests/test_push.py tests/test_pull.py tests/test_private_text.py tests/test_model_card.py tests/test_card_facts.py \
-		tests/test_card_metadata.py tests/test_trainer_card.py tests/test_push_options.py tests/test_elsewhere.py \
-		tests/test_cpu_experts.py tests/test_dispatch.py tests/test_triton_experts.py tests/test_kernels_compile.py tests/test_counter_draws.py \
-		tests/test_router_kernels.py tests/test_experts_kernels.py tests/test_decode_kernels.py tests/test_static_cache.py \
-		tests/test_analyze.py tests/test_data.py tests/test_export.py tests/test_gguf_export.py tests/test_phimoe_engines.py tests/test_upcycle.py tests/test_evaluation.py tests/test_evaluation_suite.py tests/test_guide.py tests/test_expert_lora.py tests/test_finetuning.py tests/test_interruption.py tests/test_lora.py \
-		tests/test_merge.py tests/test_packing.py tests/test_plan.py tests/test_preference.py tests/test_quantization.py \
-		tests/test_quantized_experts.py tests/test_recipe.py tests/test_routing_analysis.py tests/test_scripts.py tests/test_serve.py tests/test_serve_inside.py tests/test_text_stream.py tests/test_training_data.py
+	@$(OLDEST)/bin/python $(PYTEST) -m "not newest_only and not slow and not gpu"
 
 check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 	@$(BIN)/ruff check .

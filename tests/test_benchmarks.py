@@ -30,6 +30,8 @@ from grinmoe.planning.memory_model import Step
 from grinmoe.planning.roofline import flops_per_token
 from tests import ROOT
 
+pytestmark = pytest.mark.newest_only  # measures torch, kernels and this machine
+
 TINY = bench_block.BlockSettings(tokens=32, hidden_size=64, intermediate_size=24, experts=8, warmup=1, rounds=3)
 
 
@@ -115,6 +117,7 @@ def test_arms_that_fail_are_not_timed_and_the_others_are(results, monkeypatch):
         assert not reasons.keys() & facts["arms"][load].keys() and block_arms.DEFAULT in facts["arms"][load]
 
 
+@pytest.mark.integration
 def test_a_gpu_s_arms_run_at_toy_size_with_interpreted_kernels(results):
     path = bench_block.run(bench_block.BlockSettings(toy=True))
     assert path.name.endswith("-toy.md") and "times mean nothing" in path.read_text()
@@ -274,6 +277,7 @@ def test_a_layer_s_arm_that_computes_something_else_is_not_timed(results, monkey
     assert list(json.loads(file.read_text())["arms"]) == ["dense"]
 
 
+@pytest.mark.integration
 def test_whole_steps_run_at_toy_size(results):
     path = bench_train_step.run(bench_train_step.TrainStepSettings(toy=True))
     facts = json.loads(path.with_suffix(".json").read_text())
@@ -286,6 +290,7 @@ def test_whole_steps_run_at_toy_size(results):
     assert [arm["parameters"] - dense["parameters"] for arm in sparse] == [6 * 3 * 64 * 32 + 8 * 64] * 2
 
 
+@pytest.mark.integration
 def test_decoding_runs_at_toy_size(results, monkeypatch):
     """Without the compiled arms, which take long to compile."""
     arms_for = bench_decode.arms_for
@@ -416,6 +421,7 @@ def test_the_suite_goes_on_after_a_part_that_fails(results, monkeypatch):
     assert "times mean nothing" in file.with_suffix(".md").read_text()
 
 
+@pytest.mark.integration
 def test_a_part_that_takes_too_long_is_killed_with_its_children(tmp_path):
     script = "import subprocess, sys, time; subprocess.Popen(['sh', '-c', 'sleep 2; touch late']); time.sleep(60)"
     started = time.monotonic()

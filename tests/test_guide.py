@@ -50,6 +50,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.integration
 def test_every_command_runs_as_written(chat_model, tmp_path, environment):
     (tmp_path / "demo-output").mkdir()
     (tmp_path / "demo-output" / "model").symlink_to(chat_model)

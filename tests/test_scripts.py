@@ -22,6 +22,7 @@ def script(name: str):
     return module
 
 
+@pytest.mark.integration
 def test_the_worked_example_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """Some documents and a part of an epoch: what is learned is little, what is written is all."""
     example = script("worked_example")

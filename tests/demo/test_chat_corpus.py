@@ -13,6 +13,8 @@ import yaml
 from grinmoe.demo.chat_corpus import encode, load_corpus, preference_pairs, texts, write_examples
 from grinmoe.tokenization import build_tokenizer
 
+pytestmark = pytest.mark.newest_only  # reads files
+
 
 @pytest.fixture(scope="module")
 def corpus():

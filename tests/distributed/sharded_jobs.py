@@ -247,7 +247,7 @@ def signal(file: Path) -> None:
 
 
 def wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not file.exists():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{file.name} did not come")

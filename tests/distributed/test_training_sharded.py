@@ -39,6 +39,7 @@ def sft(rank: int, flags: list[str], expected_start: str | None) -> None:
     assert record["starts"][-1]["from"] == expected_start
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_sharded_run_leaves_what_loads_anywhere_and_goes_on(tmp_path, chat_model, chat_data, method):
     output = tmp_path / "run"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.distributed.two_ranks import run_on_two, tiny
 from tests.tolerances import FAST_PATH_FLOAT32
+
+pytestmark = pytest.mark.integration
 
 IDS = torch.arange(24).view(2, 12)
 

@@ -20,6 +20,8 @@ from grinmoe.balance_grinmoe import load_balancing_loss
 from grinmoe.routing_grinmoe import RoutingNoise, draw_routing_noise
 from tests.distributed.two_ranks import WORLD, run_on_two, tiny
 
+pytestmark = pytest.mark.integration
+
 
 def fsdp_save(rank: int, folder: str, gathered_by_caller: bool) -> None:
     model = tiny(router_aux_loss_coef=0.1)

@@ -45,7 +45,7 @@ def _worker(rank: int, function, store: str, failures, arguments) -> None:
     # gloo aborts a rank at times while it tears its threads down, or while the other one does. So both wait for each
     # other without it, and leave without the teardown.
     Path(f"{store}-{rank}").touch()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not all(Path(f"{store}-{other}").exists() for other in range(WORLD)):
         if time.monotonic() > deadline:
             failures.put(f"rank {rank}: the other rank did not finish")

@@ -187,6 +187,7 @@ class TestBadInput:
         assert lines[-1].startswith("grinmoe evaluate: ")
         return lines[-1]
 
+    @pytest.mark.integration
     def test_an_unknown_task(self, model_folder, tmp_path, capsys):
         said = self.run(capsys, "--model", model_folder, "--tasks", "arc_x", "--output", tmp_path / "out")
         assert "--tasks arc_x is unknown" in said and "arc_c" in said and not (tmp_path / "out").exists()

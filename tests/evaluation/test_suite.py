@@ -24,8 +24,11 @@ from lm_eval.api.model import LM  # noqa: E402
 
 from tests import ROOT  # noqa: E402
 
+pytestmark = pytest.mark.newest_only  # lm-eval's tasks, without a model
+
 
 class TestSuite:
+    @pytest.mark.integration
     def test_its_tasks_are_lm_eval_s(self):
         found = find_tasks(["paper"], allow_code=True)
         assert [task.label for task in found] == [task.label for task in PAPER_SUITE] and len(found) == 20
@@ -192,6 +195,11 @@ class Knowing(LM):
         raise NotImplementedError
 
 
+def in_unit_tests(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    """`make test` runs one task that needs neither lm-eval's index, which takes ten seconds, nor its harness of programs."""
+    return () if name == "arc_c" else (pytest.mark.integration,)
+
+
 @pytest.fixture
 def made_up_data(monkeypatch):
     import evaluate
@@ -200,7 +208,9 @@ def made_up_data(monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda name: CodeMetric())
 
 
-@pytest.mark.parametrize("task", PAPER_SUITE, ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, id=task.name, marks=in_unit_tests(task.name)) for task in PAPER_SUITE]
+)
 def test_who_knows_all_answers_has_all_points(task, made_up_data):
     """And the shots are those of the paper; TruthfulQA's of lm-eval are in its prompt, BBH's three in its own files."""
     options = EvaluateOptions("model", (task.name,), "out", allow_code=True)
@@ -215,7 +225,11 @@ def test_who_knows_all_answers_has_all_points(task, made_up_data):
 
 
 @pytest.mark.parametrize(
-    "name", ["anli", "gsm8k", "math", "agieval", "triviaqa", "arc_c", "truthfulqa", "humaneval", "mbpp"]
+    "name",
+    [
+        pytest.param(name, marks=in_unit_tests(name))
+        for name in "anli gsm8k math agieval triviaqa arc_c truthfulqa humaneval mbpp".split()
+    ],
 )
 def test_who_knows_none_has_none(name, made_up_data):
     (task,) = find_tasks([name], allow_code=True)

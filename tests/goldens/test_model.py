@@ -19,6 +19,13 @@ CASES = [
     ("golden-c", "long"),
     ("golden-c", "long_leftpad"),
 ]
+# Flex attention is compiled anew for each shape of mask, which takes up to 20 seconds; one window is enough for `make test`.
+FORWARDS = [
+    pytest.param(name, case, attention, marks=[pytest.mark.integration] * (attention == "flex_attention" and heavy))
+    for name, case in CASES
+    for attention in ATTENTION
+    for heavy in [name != "golden-b"]
+]
 
 
 def use(model, attention: str, experts: str):
@@ -54,8 +61,7 @@ class RecordedWeights:
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("name, case", CASES)
+@pytest.mark.parametrize("name, case, attention", FORWARDS)
 def test_forward_matches(goldens, golden_models, name, case, attention, experts):
     golden, model = goldens[name], use(golden_models[name], attention, experts)
     inputs = golden.model_inputs(case)

@@ -12,6 +12,7 @@ from grinmoe.hub.isolated_load import LoadElsewhereError, load_elsewhere
 from tests.hub.release_folders import save_model
 
 
+@pytest.mark.integration
 def test_other_logits_elsewhere_are_an_error(tmp_path):
     """As if the code in the checkpoint computed something else than the package."""
     folder = save_model(tmp_path / "model")

@@ -88,6 +88,7 @@ LOAD_PINNED = """
 """
 
 
+@pytest.mark.integration
 def test_from_a_folder_to_somebody_who_has_not_the_package(hub, model, tmp_path, capsys):
     """The whole way: checked, pushed, tagged; then main moves on, and the tag loads elsewhere, at last without a Hub."""
     before = contents(model)

@@ -71,6 +71,7 @@ def test_a_dry_run_finds_what_a_push_would_refuse(hub, model, capsys):
     assert code == 2 and "is truncated" in error and not hub.requests
 
 
+@pytest.mark.integration
 def test_a_quantised_model_is_published_and_comes_back(hub, chat_model, tmp_path, capsys):
     """Its packed experts have no official layout; the release is loaded without this package all the same."""
     from grinmoe import GrinMoeForCausalLM, load_tokenizer

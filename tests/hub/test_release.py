@@ -207,6 +207,7 @@ def test_notes_say_what_may_be_wrong(model, made):
 # ---- adapters
 
 
+@pytest.mark.integration
 def test_a_release_of_an_adapter(adapter, saved, made):
     """Trained on a folder, which PEFT writes into config, card and tags: the id is put in its place everywhere."""
     options = ReleaseOptions(card=CardOverrides(base_model="me/base"))
@@ -357,6 +358,7 @@ def test_the_memory_for_the_check(model, made, monkeypatch):
 # ---- loading elsewhere
 
 
+@pytest.mark.integration
 def test_code_that_does_not_load_is_not_published(model, made, monkeypatch):
     def broken(folder):
         release_add_remote_code(folder)

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a GPU that is not there, as at full size.
 
-    TRITON_INTERPRET=0 python -m tests.compiled_kernels [90]
+    TRITON_INTERPRET=0 python -m tests.kernels.compiled_kernels [90]
 
 The launch functions run on meta tensors, which have shapes and alignment and no memory, with a driver that names a device
 and has none; so each kernel is specialised as on the real one, down to machine code. Prints one JSON object per kernel:

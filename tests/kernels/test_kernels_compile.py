@@ -12,6 +12,8 @@ import pytest
 
 from tests import ROOT
 
+pytestmark = pytest.mark.integration
+
 # Bound by memory: each must move 16 bytes at once per thread.
 STREAMING = ("_swiglu_kernel", "_swiglu_backward_kernel", "_combine_kernel", "jitter_kernel")
 
@@ -20,7 +22,7 @@ STREAMING = ("_swiglu_kernel", "_swiglu_backward_kernel", "_combine_kernel", "ji
     scope="module", params=[pytest.param(80, id="sm_80", marks=pytest.mark.slow), pytest.param(90, id="sm_90")]
 )
 def kernels(request, tmp_path_factory) -> dict[str, list[dict]]:
-    """What `tests.compiled_kernels` says of each, by name; compiled anew."""
+    """What `tests.kernels.compiled_kernels` says of each, by name; compiled anew."""
     cache = tmp_path_factory.mktemp("triton-cache")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.kernels.compiled_kernels", str(request.param)],
@@ -39,7 +41,7 @@ def kernels(request, tmp_path_factory) -> dict[str, list[dict]]:
 
 def test_all_of_them_compile(kernels):
     in_files = set()
-    for path in ROOT.glob("*_kernels_grinmoe.py"):
+    for path in (ROOT / "grinmoe" / "kernels").glob("*.py"):
         in_files |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
     assert in_files == kernels.keys()
 

@@ -218,6 +218,7 @@ def test_what_it_cannot_do_is_refused(tiny_config, fields, message):
         build(tiny_config(**fields))(torch.ones(2, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "prepare, error, message",
     [
@@ -238,7 +239,7 @@ if {bool(prepare)}:
     importlib.util.find_spec = lambda name, *rest: None if name == "triton" else real(name, *rest)
 import torch
 from grinmoe import GrinMoeConfig
-from grinmoe.experts_grinmoe import GrinMoeExperts
+from grinmoe.modeling_grinmoe import GrinMoeExperts
 from grinmoe import GrinMoeForCausalLM
 config = GrinMoeConfig(
     hidden_size=32, intermediate_size=24, num_local_experts=4, num_attention_heads=4, num_key_value_heads=4

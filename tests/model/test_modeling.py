@@ -30,7 +30,10 @@ class TestCompilation:
     def _nothing_compiled_before(self):
         torch.compiler.reset()  # there is a limit to how often a function is compiled, and what failed hides the reason
 
-    @pytest.mark.parametrize("experts", ["grinmoe", "grouped_mm", "grinmoe_triton"])
+    @pytest.mark.parametrize(
+        "experts",
+        ["grinmoe", *(pytest.param(name, marks=pytest.mark.integration) for name in ("grouped_mm", "grinmoe_triton"))],
+    )
     def test_forward_in_one_graph(self, goldens, golden_models, experts):
         golden, model = goldens["golden-b"], golden_models["golden-b"]
         model.set_attn_implementation("sdpa")
@@ -41,6 +44,7 @@ class TestCompilation:
         torch.testing.assert_close(output.logits, golden["plain.logits"], atol=2e-4, rtol=0)
         torch.testing.assert_close(output.aux_loss, golden["plain.aux_loss_unmasked"], atol=2e-5, rtol=0)
 
+    @pytest.mark.integration
     @pytest.mark.parametrize("name", ["golden-b", "golden-c"])
     def test_decoding_with_a_static_cache_in_one_graph(self, goldens, golden_models, name):
         """golden-b fills the window, golden-c crosses LongRoPE's switch."""
@@ -60,6 +64,7 @@ class TestCompilation:
         )
         assert torch.equal(sequences, golden["generate.sequences"])
 
+    @pytest.mark.integration
     @pytest.mark.parametrize(
         "experts, dtype",
         [("grinmoe", torch.float32), ("grinmoe", torch.bfloat16), ("grinmoe_triton", torch.float32)],
@@ -99,6 +104,7 @@ class TestContinuousBatching:
         results = model.generate_batch(inputs=prompts, generation_config=options)
         return [results[name].generated_tokens for name in sorted(results)]
 
+    @pytest.mark.integration
     @pytest.mark.parametrize("name", ["golden-a", "golden-b"])
     def test_matches_the_reference_text(self, goldens, name):
         """The paged cache sees the same window as everything else."""

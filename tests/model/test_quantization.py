@@ -134,6 +134,7 @@ class TestLoading:
         assert measured == pytest.approx(documented, rel=0.03)
         assert max(weights) < 1.1 * min(weights), "both fused weights are rounded alike"
 
+    @pytest.mark.integration
     def test_the_model_never_exists_in_full_precision(self, dense_folder, tmp_path, monkeypatch):
         """Whenever a fused weight is packed, what is alive of unpacked experts is no more than that weight in three forms:
         the matrices as read, stacked, and fused. It does not grow with the number of layers."""
@@ -302,6 +303,7 @@ class TestSaving:
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
         assert relative(logits_of(model), before) < 0.1
 
+    @pytest.mark.integration
     def test_it_loads_without_the_package(self, dense_folder, quantized_folders, tmp_path):
         from tests.remote_code.test_remote_code import run_without_package
 

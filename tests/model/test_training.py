@@ -70,7 +70,12 @@ def repeated_draws(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "estimator, checkpointing", [("sparsemixer_v2", False), *((name, True) for name in ESTIMATORS)]
+    "estimator, checkpointing",
+    [
+        ("sparsemixer_v2", False),
+        ("topk", True),
+        *(pytest.param(name, True, marks=pytest.mark.integration) for name in ESTIMATORS if name != "topk"),
+    ],
 )
 def test_resume_is_bit_identical(tiny_model, dataset, tmp_path, estimator, checkpointing):
     """Sampled routing, input jitter and dropout included: 2 steps, a stop and 2 more are 4 steps."""

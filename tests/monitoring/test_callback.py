@@ -495,6 +495,7 @@ def on_two_processes(rank: int, folder: str) -> None:
     train_on_two(rank, folder)
 
 
+@pytest.mark.integration
 def test_two_processes_count_together_and_measure_whole_gradients(tmp_path):
     """Both in one, because processes take long to start."""
     run_on_two(on_two_processes, tmp_path, str(tmp_path / "trainer"))

@@ -9,6 +9,8 @@ from grinmoe.monitoring.callback import RoutingMonitor
 from grinmoe.monitoring.plots import plot_training
 from grinmoe.monitoring.record import RoutingRecord
 
+pytestmark = pytest.mark.newest_only  # draws numbers with matplotlib
+
 
 def many_layers(records: int, measured: bool) -> RoutingMonitor:
     """As of 32 layers of 16 experts, made up."""

@@ -267,6 +267,7 @@ def _two_ranks(rank: int, folder: str) -> None:
     assert transient == pytest.approx(measured, rel=0.1), (transient, measured)
 
 
+@pytest.mark.integration
 def test_prediction_is_what_fsdp2_allocates_on_each_of_two_ranks(tmp_path):
     from tests.distributed.two_ranks import run_on_two
 

@@ -22,6 +22,8 @@ from grinmoe.research.comparison import (
 )
 from grinmoe.research.comparison_report import summarise
 
+pytestmark = pytest.mark.newest_only  # experiments; the model and its estimators are tested elsewhere
+
 TINY = CompareSettings(
     steps=4,
     seeds=2,
@@ -106,6 +108,7 @@ def test_wrong_arguments_are_named(tmp_path, text, arms, settings, message):
         run_comparison(tmp_path, replace(TINY, **settings), arms=arms, text=text)
 
 
+@pytest.mark.integration
 def test_a_failed_run_is_named_and_the_others_are_kept(text, tmp_path, monkeypatch):
     """Diverging is a result; a run that cannot be made is not. In processes of their own."""
     monkeypatch.setitem(ARMS, "impossible", ARMS["v2"])  # unknown to the worker processes

@@ -7,8 +7,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from grinmoe.research.enumeration import LOSSES
 from tests import ROOT
+
+pytestmark = pytest.mark.newest_only  # pure torch
 
 STUDY = ROOT / "scripts" / "estimator_study.py"
 

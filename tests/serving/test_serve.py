@@ -76,6 +76,7 @@ def post(url: str, body: bytes, content_type: str = "application/json") -> tuple
         return error.code, json.load(error)
 
 
+@pytest.mark.integration
 class TestAnswers:
     def test_the_line_that_says_it_is_ready_names_model_address_and_limit(self, server):
         assert server.name == "tiny-chat"
@@ -213,6 +214,7 @@ class TestAnswers:
 MESSAGE = {"role": "user", "content": "Hello"}
 
 
+@pytest.mark.integration
 class TestWhatIsRefused:
     def test_a_prompt_that_is_too_long_is_told_the_limit(self, client):
         for stream in (False, True):
@@ -314,6 +316,7 @@ class TestWhatIsRefused:
         assert answer(client, QUESTIONS[0]) == by_generate[QUESTIONS[0]][0]
 
 
+@pytest.mark.integration
 class TestOneAtATime:
     @pytest.fixture(scope="class")
     def one(self, served_folder):

@@ -104,6 +104,7 @@ class TestAutoTokenizer:
         monkeypatch.delitem(TOKENIZER_MAPPING_NAMES, "grinmoe")
         assert ids(AutoTokenizer.from_pretrained(saved)) == ids(tokenizer)
 
+    @pytest.mark.integration
     def test_is_right_without_the_package_too(self, tokenizer, saved, released, tmp_path):
         """The checkpoint's own configuration file makes the entry: with our files over a released snapshot."""
         folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in (saved, released)]

@@ -33,7 +33,9 @@ def rewards(history: list[dict]) -> list[float]:
     return [entry["rewards/margins"] for entry in history if "rewards/margins" in entry]
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(name, marks=pytest.mark.integration) for name in ("full", "qlora"))]
+)
 def test_rewards_start_at_zero_exactly_and_grow(flags, method):
     """A reference of its own; the model with its adapter off; and that quantised."""
     settings = {"config_overrides": '{"expert_dropout": 0.2}', "gradient_accumulation_steps": 4, "max_steps": 6}
@@ -43,6 +45,7 @@ def test_rewards_start_at_zero_exactly_and_grow(flags, method):
     assert "eval_rewards/accuracies" in result.metrics
 
 
+@pytest.mark.integration
 def test_on_an_adapter_the_reference_is_that_adapter(flags):
     """Not the base model: TRL trains against a copy, which keeps its float32."""
     first, _ = run("sft", flags("sft", method="qlora", max_steps=8, eval_steps=8, save_steps=8))
@@ -56,6 +59,7 @@ def test_on_an_adapter_the_reference_is_that_adapter(flags):
     assert not (result.model / "ref").exists(), "the reference is not a part of the result"
 
 
+@pytest.mark.integration
 def test_without_the_same_draws_rewards_do_not_start_at_zero(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(SameDrawsForReference, "on_train_begin", lambda *args, **kwargs: None)
     for method in ("full", "lora"):
@@ -70,6 +74,7 @@ def test_dropout_of_the_config_is_off_unless_it_is_asked_for(flags):
     assert training.load_config(read_recipe("dpo", [*given, "--disable_dropout", "false"])).expert_dropout == 0.2
 
 
+@pytest.mark.integration
 def test_a_stopped_run_goes_on_to_the_same_end(flags, tmp_path):
     straight, _ = run("dpo", flags(method="lora", output_dir=tmp_path / "straight"))
     cut, _ = run("dpo", flags(method="lora", output_dir=tmp_path / "cut"))

@@ -95,12 +95,17 @@ class TestWhatARunLeaves:
 @pytest.mark.parametrize(
     "method, settings",
     [
-        ("full-8bit", {}),
         ("lora", {"packing": True}),
-        ("lora", {"lora_experts": "0,2", "lora_shared_a": True, "lora_router": True}),
-        ("lora", {"lora_experts": "none", "gradient_checkpointing": True}),
         ("qlora", {"gradient_checkpointing": True}),
-        ("qlora", {"quantization": "int8"}),
+        *(
+            pytest.param(method, settings, marks=pytest.mark.integration)
+            for method, settings in (
+                ("full-8bit", {}),
+                ("lora", {"lora_experts": "0,2", "lora_shared_a": True, "lora_router": True}),
+                ("lora", {"lora_experts": "none", "gradient_checkpointing": True}),
+                ("qlora", {"quantization": "int8"}),
+            )
+        ),
     ],
     ids=str,
 )
@@ -133,6 +138,7 @@ def test_qlora_trains_on_a_base_that_is_quantised(flags, monkeypatch):
     assert trained and all(p.dtype == torch.float32 for p in trained)
 
 
+@pytest.mark.integration
 def test_an_adapter_is_trained_on(flags, tmp_path):
     first = run("sft", flags(method="lora", eval_strategy="no", eval_share=0.0))
     again = flags(method="lora", adapter=first.model, output_dir=tmp_path / "on", learning_rate=0.0)
@@ -153,6 +159,7 @@ def test_pretraining_from_scratch(flags, chat_model):
     assert (result.model / "README.md").is_file()
 
 
+@pytest.mark.integration
 def test_early_stopping_and_the_best_model(flags):
     result = run("sft", flags(max_steps=40, eval_steps=1, save_steps=1, learning_rate=3.0, early_stopping_patience=2))
     history = json.loads((result.model.parent / "metrics.json").read_text())
@@ -163,6 +170,7 @@ def test_early_stopping_and_the_best_model(flags):
     assert all(torch.equal(t, kept[n]) for n, t in load_file(result.model / "model.safetensors").items())
 
 
+@pytest.mark.integration
 def test_the_held_out_loss_is_the_mean_over_target_tokens_however_rows_are_batched(flags, chat_model, tmp_path):
     losses = []
     given = {"messages_column": "talk", "train_data": uneven(tmp_path)}
@@ -303,6 +311,7 @@ class TestAFolderThatHoldsARun:
         with pytest.raises(ValueError, match="train_data="):
             run("sft", again(train_data=fewer))
 
+    @pytest.mark.integration
     def test_or_with_the_same_file_and_other_rows_in_it(self, chat_model, no_weights, tmp_path):
         data = write_rows(tmp_path / "data.jsonl", chats())
         given = small_run(chat_model, data, tmp_path / "run", method="lora")
@@ -313,6 +322,7 @@ class TestAFolderThatHoldsARun:
         with pytest.raises(ValueError, match="the data has changed"):
             run("sft", given)
 
+    @pytest.mark.integration
     def test_is_free_after_a_start_that_did_not_get_anywhere(self, flags, monkeypatch):
         def fail(*args, **kwargs):
             raise ValueError("no such luck")
