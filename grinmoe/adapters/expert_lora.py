@@ -16,6 +16,7 @@ r rank, R the ranks of all active adapters together.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,7 +39,7 @@ except ImportError as error:
 @dataclass
 class GrinMoeLoraConfig(LoraConfig):
     """
-    PEFT's `LoraConfig` whose fused experts are adapted by [`ExpertLora`]. `grinmoe.lora.lora_config` makes one.
+    PEFT's `LoraConfig` whose fused experts are adapted by [`ExpertLora`]. `grinmoe.adapters.lora_config` makes one.
 
     Args:
         experts: "all", or the indices of the experts to adapt, in every layer.
@@ -180,7 +181,13 @@ class ExpertLora(ParamWrapper):
 
     @classmethod
     def adopt(cls, wrapper: ParamWrapper) -> None:
-        """Make an `ExpertLora` of plain PEFT's wrapper, in place: the two differ in their class, and in what is set here."""
+        """
+        Turn plain PEFT's wrapper of a fused weight into an `ExpertLora`, in place.
+
+        A new module would have new parameters, which an optimizer or a second reference to the model does not know. The
+        two classes hold the same parameters under the same names, so it is enough to exchange the class and to set what
+        `__init__` adds to PEFT's: the choice of experts (plain PEFT trains all of them) and the state-dict hooks.
+        """
         wrapper.__class__ = cls
         adopted = cast(ExpertLora, wrapper)
         adopted.choices = {name: adopted._all_experts() for name in adopted.lora_A}
@@ -205,22 +212,27 @@ class ExpertLora(ParamWrapper):
         return (2 * width, hidden) if self.parameter_name == "gate_up_proj" else (hidden, width)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        choice = self._all_experts()
-        if isinstance(config, GrinMoeLoraConfig):
-            experts = choice.experts if isinstance(config.experts, str) else tuple(config.experts)
-            if min(experts) < 0 or max(experts) >= self.num_experts:
-                raise ValueError(f"experts={list(experts)}: the model's experts are 0 to {self.num_experts - 1}")
-            choice = ExpertChoice(self.num_experts, experts, config.shared_a)
-        self.choices[adapter_name] = choice
+        """Add an adapter, or make one anew. PEFT makes and initialises all experts' factors; the trained ones are kept."""
+        choice = self.choices[adapter_name] = self._choice_of(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         if choice.is_compact:
-            for name in ("lora_A", "lora_B"):
-                full = self.trained(name, adapter_name)
-                # Of PEFT's initial values; a shared A takes those of one expert.
-                trained = choice.contract(name, full.detach(), check=False).clone()
-                linear = getattr(self, name)[adapter_name]
-                linear.weight = nn.Parameter(trained, requires_grad=full.requires_grad)
-                linear.out_features, linear.in_features = trained.shape
+            self._keep_trained_factors(adapter_name, choice)
+
+    def _choice_of(self, config: LoraConfig) -> ExpertChoice:
+        if not isinstance(config, GrinMoeLoraConfig):  # plain PEFT's
+            return self._all_experts()
+        experts = range(self.num_experts) if isinstance(config.experts, str) else config.experts
+        if min(experts) < 0 or max(experts) >= self.num_experts:
+            raise ValueError(f"experts={list(experts)}: the model's experts are 0 to {self.num_experts - 1}")
+        return ExpertChoice(self.num_experts, tuple(experts), config.shared_a)
+
+    def _keep_trained_factors(self, adapter_name: str, choice: ExpertChoice) -> None:
+        for name in ("lora_A", "lora_B"):
+            linear = getattr(self, name)[adapter_name]
+            # The values are PEFT's initial ones; a shared A takes those of one expert.
+            trained = choice.contract(name, linear.weight.detach(), check=False).clone()
+            linear.weight = nn.Parameter(trained, requires_grad=linear.weight.requires_grad)
+            linear.out_features, linear.in_features = trained.shape
 
     def seed_dropout(self, *args: Any) -> None:
         """The sparse block calls this on its experts."""
@@ -311,7 +323,7 @@ class ExpertLora(ParamWrapper):
         if not parameter.is_floating_point() or parameter.dim() != 3:
             raise ValueError(
                 f"{self.parameter_name} is quantised (stored as {parameter.dtype}), and nothing can be added to it in "
-                "place; dequantise the model first (model.dequantize()), or use grinmoe.merge.merge_adapter"
+                "place; dequantise the model first (model.dequantize()), or use grinmoe.adapters.merge_adapter"
             )
         return parameter
 
@@ -342,21 +354,29 @@ def _check_base(experts: GrinMoeExperts) -> None:
         )
 
 
-def _expand_factors(module: ExpertLora, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
-    """State-dict hook: compact factors leave in PEFT's shapes."""
+def _compact_factors(
+    module: ExpertLora, state_dict: dict[str, Any], prefix: str
+) -> Iterator[tuple[str, str, str, ExpertChoice]]:
+    """Factors in a state dict that are trained compactly: key, lora_A or lora_B, name of the adapter, and its choice."""
     for adapter_name, choice in module.choices.items():
         for name in ("lora_A", "lora_B"):
             key = f"{prefix}{name}.{adapter_name}.weight"
             if choice.is_compact and key in state_dict:
-                weight = state_dict[key].detach()
-                if isinstance(weight, DTensor):
-                    if weight.is_meta:
-                        raise ValueError(
-                            "experts=[...] or shared_a=True under FSDP2 with weights that are loaded after sharding; set "
-                            "fsdp_cpu_ram_efficient_loading to false, or train PEFT's own form (experts='all')"
-                        )
-                    weight = weight.full_tensor()  # collective, as every state dict that is gathered
-                state_dict[key] = choice.expand(name, weight).contiguous()
+                yield key, name, adapter_name, choice
+
+
+def _expand_factors(module: ExpertLora, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
+    """State-dict hook: compact factors leave in PEFT's shapes."""
+    for key, name, _, choice in _compact_factors(module, state_dict, prefix):
+        weight = state_dict[key].detach()
+        if isinstance(weight, DTensor):
+            if weight.is_meta:
+                raise ValueError(
+                    "experts=[...] or shared_a=True under FSDP2 with weights that are loaded after sharding; set "
+                    "fsdp_cpu_ram_efficient_loading to false, or train PEFT's own form (experts='all')"
+                )
+            weight = weight.full_tensor()  # collective, as every state dict that is gathered
+        state_dict[key] = choice.expand(name, weight).contiguous()
 
 
 def _contract_factors(
@@ -370,26 +390,20 @@ def _contract_factors(
     error_msgs: list[str],
 ) -> None:
     """Load-state-dict hook: the way back."""
-    for adapter_name, choice in module.choices.items():
-        for name in ("lora_A", "lora_B"):
-            key = f"{prefix}{name}.{adapter_name}.weight"
-            if not choice.is_compact or key not in state_dict:
-                continue
-            full = state_dict[key]
-            target = module.trained(name, adapter_name)
-            rows = module.r[adapter_name] * module.num_experts
-            shape = (rows, module.in_features) if name == "lora_A" else (module.out_features, rows)
-            if full.shape != shape:
-                continue  # load_state_dict reports the shape
-            if isinstance(full, DTensor):
-                full = full.full_tensor()
-            try:
-                trained = choice.contract(name, full, check=not full.is_meta)
-            except ValueError as error:
-                error_msgs.append(
-                    f"{key}: {error}; load this adapter in PEFT's own form (experts='all', shared_a=False)"
-                )
-                continue
-            if isinstance(target, DTensor):
-                trained = distribute_tensor(trained, target.device_mesh, target.placements)
-            state_dict[key] = trained
+    for key, name, adapter_name, choice in _compact_factors(module, state_dict, prefix):
+        full = state_dict[key]
+        target = module.trained(name, adapter_name)
+        rows = module.r[adapter_name] * module.num_experts
+        shape = (rows, module.in_features) if name == "lora_A" else (module.out_features, rows)
+        if full.shape != shape:
+            continue  # load_state_dict reports the shape
+        if isinstance(full, DTensor):
+            full = full.full_tensor()
+        try:
+            trained = choice.contract(name, full, check=not full.is_meta)
+        except ValueError as error:
+            error_msgs.append(f"{key}: {error}; load this adapter in PEFT's own form (experts='all', shared_a=False)")
+            continue
+        if isinstance(target, DTensor):
+            trained = distribute_tensor(trained, target.device_mesh, target.placements)
+        state_dict[key] = trained
