@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 # What `--dtype` may be: "auto" is the checkpoint's own.
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -14,6 +18,31 @@ def atomic_write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def read_json_object(
+    file: Path, error_class: type[ValueError] = ValueError, remedy: str = "take the original file again"
+) -> dict[str, Any]:
+    """
+    Read a JSON file that holds an object.
+
+    Raises:
+        error_class: the file is not UTF-8 or not JSON, or holds something else. The message ends with `remedy`.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise error_class(f"{file} cannot be read: it is not JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise error_class(f"{file} cannot be read: it holds a {type(content).__name__}, not a JSON object; {remedy}")
+    return content
+
+
+def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Copy from one folder to another, of the files named, those that are there."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def default_mode(is_folder: bool = False) -> int:

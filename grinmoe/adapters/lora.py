@@ -10,7 +10,6 @@ How the experts are adapted is told in `expert_lora.py`, and how to merge in `me
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
 from dataclasses import fields, replace
@@ -26,6 +25,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..files import read_json_object
 from ..modeling_grinmoe import GrinMoeExperts
 from ..quantization_grinmoe import FUSED
 from .expert_lora import ExpertLora, GrinMoeLoraConfig
@@ -134,11 +134,8 @@ def read_lora_config(folder: str | os.PathLike) -> GrinMoeLoraConfig:
     file = Path(folder) / CONFIG_NAME
     if not file.is_file():
         raise AdapterError(f"{folder} holds no {CONFIG_NAME}; give the folder of a PEFT adapter")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{file} is not JSON ({error}); copy the adapter again") from error
-    kind = content.get("peft_type") if isinstance(content, dict) else None
+    content = read_json_object(file, AdapterError, "copy the adapter again")
+    kind = content.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{file} is of peft_type {kind!r}; only LORA adapters are supported here")
     # The two fields that plain PEFT does not know are kept from it, so that it can warn of others.

@@ -292,7 +292,7 @@ class TestUnusableAdapters:
         (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
         self.refused(tiny_model(), folder, "peft_type 'IA3'")
         (folder / "adapter_config.json").write_text("[]")
-        self.refused(tiny_model(), folder, "peft_type None")
+        self.refused(tiny_model(), folder, "holds a list, not a JSON object")
         self.refused(tiny_model(), folder / "nowhere", "holds no adapter_config.json")
 
     def test_a_name_that_is_taken(self, tiny_model, folder):
