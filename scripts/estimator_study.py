@@ -5,7 +5,7 @@
 
 Random decisions of one token among 6 experts, in float64: standard normal logits and experts' outputs, and a random loss
 of the block's output (linear, quadratic, cubic, a small tanh network). Nothing is sampled but the decisions: an
-estimator's mean and variance are sums over all of its outcomes (grinmoe/enumeration.py). Written, under --output:
+estimator's mean and variance are sums over all of its outcomes (grinmoe/research/enumeration.py). Written, under --output:
 DATE-estimator-study.json (all numbers), .md (tables) and .png (figure).
 """
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from grinmoe import modeling_grinmoe as block_grinmoe
+from grinmoe import modeling_grinmoe
 from grinmoe.distributed.sharding import shard_for
 from grinmoe.routing_grinmoe import route
 
@@ -66,7 +66,7 @@ def greedy_routing():
     def evaluate(router_logits, top_k, jitter_eps, training, *args, **kwargs):
         return route(router_logits, top_k, jitter_eps, False)
 
-    return mock.patch.object(block_grinmoe, "route", evaluate)
+    return mock.patch.object(modeling_grinmoe, "route", evaluate)
 
 
 class Gradients(TrainerCallback):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import grinmoe.routing_grinmoe as estimators
+from grinmoe.kernels import triton_router
 from grinmoe.research.enumeration import (
     Decision,
     cosine_and_error,
@@ -27,6 +28,7 @@ from grinmoe.research.enumeration import (
     random_loss,
 )
 from grinmoe.routing_grinmoe import ESTIMATORS, RoutingNoise, route
+from tests import ROOT
 
 EXACT = 1e-12
 SAMPLING = [name for name in ESTIMATORS if ESTIMATORS[name].draws]
@@ -274,7 +276,7 @@ class TestMoreThanOne:
     def test_the_baseline_is_the_mean_of_the_other_tokens_credit(self):
         contributions = torch.tensor([[1.0, 2.0], [3.0, 4.0], [8.0, 0.0]])  # to go: (3, 2), (7, 4), (8, 0)
         expected = torch.tensor([[3 - 7.5, 2 - 2.0], [7 - 5.5, 4 - 1.0], [8 - 5.0, 0 - 3.0]])
-        assert torch.equal(estimators._to_go_centred(contributions), expected)
+        assert torch.equal(estimators.centred_credit_to_go(contributions), expected)
 
     def test_without_another_token_there_is_no_baseline(self):
         (decision,) = decisions("mlp", 2, None, rows=1)
@@ -347,3 +349,20 @@ class TestExpertsGradient:
         """It evaluates the loss where the loss is."""
         for decision in decisions("mlp", top_k, kept):
             assert of_experts(decision, "sparsemixer_unscaled")[1] < EXACT
+
+
+def test_documented_estimators_are_those_of_the_specs():
+    lines = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8").splitlines()
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith(("| `sparse", "| `topk"))
+    ]
+    documented = {cells[0].strip("`"): (cells[1], cells[5]) for cells in table}
+    assert documented == {name: (spec.source, spec.exact_for) for name, spec in ESTIMATORS.items()}
+
+
+def test_estimators_with_a_kernel_have_their_credit_in_the_kernel():
+    assert {name for name, spec in ESTIMATORS.items() if spec.kernel} == {
+        name for name, spec in ESTIMATORS.items() if spec.draws and spec.credit in triton_router._CREDITS
+    }

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
-from grinmoe import GrinMoeForCausalLM
-from grinmoe import quantization_grinmoe as quantized_experts_grinmoe
+from grinmoe import GrinMoeForCausalLM, quantization_grinmoe
 from grinmoe.modeling_grinmoe import GrinMoeExperts, GrinMoeExperts4bit, GrinMoeExperts8bit
 from grinmoe.monitoring.callback import RoutingMonitor
 from grinmoe.quantization_grinmoe import FUSED, quantize_model, replace_experts
@@ -97,9 +96,9 @@ class TestExperts:
     def test_only_experts_with_tokens_are_unpacked_once_each_way(self, quantized_experts, method, monkeypatch):
         experts, unpacked = quantized_experts(method), []
         if method == "int8":
-            unpack = quantized_experts_grinmoe.dequantize_rows
+            unpack = quantization_grinmoe.dequantize_rows
             monkeypatch.setattr(
-                quantized_experts_grinmoe,
+                quantization_grinmoe,
                 "dequantize_rows",
                 lambda codes, *others: unpacked.append(codes.data_ptr()) or unpack(codes, *others),
             )

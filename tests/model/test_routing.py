@@ -194,7 +194,7 @@ def cases(draw, odd_numbers: tuple[float, ...] = ()) -> Case:
         top_k,
         eps,
         draw(st.booleans()),
-        draw(st.sampled_from(ESTIMATORS)),
+        draw(st.sampled_from(list(ESTIMATORS))),
         draw(st.integers(0, 2**32 - 1)),
     )
 

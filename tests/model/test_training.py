@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification
-from grinmoe import modeling_grinmoe as block_grinmoe
+from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, modeling_grinmoe
 from grinmoe.balance_grinmoe import load_balancing_loss
 from grinmoe.routing_grinmoe import ESTIMATORS, RoutingNoise, draw_routing_noise, route
 
@@ -53,7 +52,7 @@ def greedy_routing(monkeypatch):
     def evaluate(router_logits, top_k, jitter_eps, training, *args, **kwargs):
         return route(router_logits, top_k, jitter_eps, False)
 
-    monkeypatch.setattr(block_grinmoe, "route", evaluate)
+    monkeypatch.setattr(modeling_grinmoe, "route", evaluate)
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def repeated_draws(monkeypatch):
         noise = RoutingNoise(one.exponential.repeat(1, rows, 1), one.uniform.repeat(1, rows, 1))
         return route(router_logits, top_k, jitter_eps, training, noise, *args[1:], layer=layer, **kwargs)
 
-    monkeypatch.setattr(block_grinmoe, "route", with_draws)
+    monkeypatch.setattr(modeling_grinmoe, "route", with_draws)
 
 
 @pytest.mark.parametrize(

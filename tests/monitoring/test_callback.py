@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import grinmoe.modeling_grinmoe as block_grinmoe
+from grinmoe import modeling_grinmoe
 import grinmoe.monitoring.callback as monitoring
 from grinmoe.modeling_grinmoe import GrinMoeModel, GrinMoeRouter
 from grinmoe.monitoring.callback import RoutingMonitor
@@ -95,7 +95,7 @@ class Choices:
     def __init__(self, monkeypatch):
         self.experts: list[list[torch.Tensor]] = [[], []]  # of each layer, one (T, K) per call
         self.closed: list[int] = []
-        monkeypatch.setattr(block_grinmoe, "route", self._route)
+        monkeypatch.setattr(modeling_grinmoe, "route", self._route)
 
     def _route(self, router_logits, *arguments, layer=None, **options):
         if layer == 1 and self.closed:
@@ -425,7 +425,7 @@ def test_a_long_history_is_thinned_and_loses_nothing(tiny_model, tmp_path, monke
 def train_on_two(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     # Each rank has an expert without tokens, but it is another one: no collapse.
-    block_grinmoe.route = functools.partial(route_past, rank)
+    modeling_grinmoe.route = functools.partial(route_past, rank)
     mine = []
     monitoring.RankCounts.add = functools.partialmethod(note_and_add, mine, monitoring.RankCounts.add)
     trainer = trainer_of(

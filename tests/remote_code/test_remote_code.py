@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grinmoe.checkpoint_grinmoe import code_files
+from grinmoe.checkpoint_grinmoe import CODE_FILES, code_files
 from tests import ROOT
 
 
@@ -86,10 +86,10 @@ def test_released_snapshot_with_our_files(released_snapshot, goldens, tmp_path):
     )
     assert (found["config"], found["causal"]) == ("GrinMoeConfig", "GrinMoeForCausalLM")
     assert (found["base"], found["classifier"]) == ("GrinMoeModel", "GrinMoeForSequenceClassification")
-    assert found["experts"] == "grinmoe", "the experts' implementation is chosen for remote code as well"
+    assert found["experts"] == "grouped_mm", "without the package Transformers' own implementation runs"
     assert found["error"] < 2e-4 and found["error_again"] < 2e-4
     assert found["labels"] == [2, 3] and found["classifier_equal"]
-    assert {file.name for file in code_files()} <= set(found["saved"])
+    assert {name for name in found["saved"] if name.endswith(".py")} == set(CODE_FILES)
     assert "config.json" in found["saved"] and "model.safetensors.index.json" in found["saved"]
 
 
@@ -120,3 +120,109 @@ def test_every_file_of_the_flat_code_is_found_by_the_librarys_scan():
     model_file = Path(code_files()[0]).parent / "modeling_grinmoe.py"
     found = {Path(file).name for file in get_relative_import_files(model_file)} | {model_file.name}
     assert found == {file.name for file in code_files()}
+
+
+def test_remote_code_files_are_seven_and_under_four_thousand_lines():
+    assert sorted(path.name for path in ROOT.glob("*_grinmoe.py")) == sorted(CODE_FILES)
+    assert len(CODE_FILES) == 7
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code_files()) < 4000
+
+
+IN_A_PROCESS_WITH_OLDER_CODE = """
+    import json, shutil, torch
+    from pathlib import Path
+    from transformers import AutoModelForCausalLM
+    folder, output = sys.argv[1:]
+    options = {"trust_remote_code": True, "dtype": torch.float32}
+    ids = torch.arange(12)[None]
+    AutoModelForCausalLM.from_pretrained(folder, **options)
+    # Files of a former version, as they stay in the cache of remote code beside the current ones.
+    cached = Path(sys.modules[[m for m in sys.modules if m.endswith(".modeling_grinmoe")][0]].__file__).parent
+    for name in ("attention", "experts", "upload"):
+        (cached / f"{name}_grinmoe.py").write_text("raise RuntimeError('a file of a former version')")
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model.save_pretrained(output)
+    print(json.dumps(sorted(path.name for path in Path(output).glob("*.py"))))
+"""
+
+
+def test_save_pretrained_with_a_former_versions_files_in_the_cache_writes_the_current_ones(released_snapshot, tmp_path):
+    saved = run_without_package(IN_A_PROCESS_WITH_OLDER_CODE, tmp_path, str(released_snapshot), str(tmp_path / "saved"))
+    assert saved == sorted(CODE_FILES)
+
+
+ASK_FOR_THE_PACKAGES_EXPERTS = """
+    import json
+    from transformers import AutoModelForCausalLM
+    errors = []
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+    for name in ("grinmoe", "grinmoe_cpu", "grinmoe_triton"):
+        for ask in (
+            lambda: AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, experts_implementation=name),
+            lambda: model.set_experts_implementation(name),
+        ):
+            try:
+                ask()
+            except ImportError as error:
+                errors.append(str(error))
+    print(json.dumps({"errors": errors, "experts": model.config._experts_implementation}))
+"""
+
+
+def test_experts_implementation_of_the_package_without_it_is_an_error_that_names_pip_install(
+    released_snapshot, tmp_path
+):
+    found = run_without_package(ASK_FOR_THE_PACKAGES_EXPERTS, tmp_path, str(released_snapshot))
+    assert len(found["errors"]) == 6 and all("pip install grinmoe" in error for error in found["errors"])
+    assert found["experts"] == "grouped_mm"
+
+
+BESIDE_THE_PACKAGE = """
+    import json, sys, torch
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    folder, order = sys.argv[1:]
+    sys.path.insert(0, {root!r})
+    def remote(name):
+        return get_class_from_dynamic_module("modeling_grinmoe." + name, folder)
+    if order == "package first":
+        import grinmoe
+        model_class = remote("GrinMoeForCausalLM")
+    else:
+        model_class = remote("GrinMoeForCausalLM")
+        import grinmoe
+    model = model_class.from_pretrained(folder, dtype=torch.float32).train()
+    ids = torch.arange(12)[None]
+    def loss():
+        torch.manual_seed(0)
+        return model(ids, labels=ids, routing_seed=3).loss.item()
+    found = {{"module": type(model).__module__, "experts": model.config._experts_implementation, "default": loss()}}
+    model.set_experts_implementation("eager")
+    found["eager"] = loss()
+    own = grinmoe.GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    for name, either in (("remote", model), ("own", own)):
+        either.set_experts_implementation("grinmoe_triton")
+        torch.manual_seed(0)
+        found[name] = either(ids, labels=ids, routing_seed=3).loss.item()
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("order", ["package first", "remote code first"])
+def test_remote_code_beside_the_imported_package_gets_its_experts_and_router(released_snapshot, tmp_path, order):
+    """The fused router draws by counting, so that its loss differs from the reference's and is that of the package."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+    script = textwrap.dedent(BESIDE_THE_PACKAGE.format(root=str(ROOT)))
+    completed = subprocess.run(
+        [sys.executable, "-c", script, str(released_snapshot), order],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    found = json.loads(completed.stdout.strip().splitlines()[-1])
+    assert found["module"].startswith("transformers_modules.") and found["experts"] == "grinmoe"
+    assert found["default"] == pytest.approx(found["eager"], abs=1e-5)
+    assert found["remote"] == pytest.approx(found["own"], abs=1e-6)
+    assert abs(found["remote"] - found["eager"]) > 1e-4
