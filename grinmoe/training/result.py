@@ -1,4 +1,4 @@
-"""What a training leaves: a model or an adapter in its own folder, with tokenizer and card, ready for `grinmoe push`."""
+"""Save a trained model or adapter in a folder of its own, with tokenizer and card, ready for `grinmoe push`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from ..distributed import export_sharded, is_sharded
 from ..hub import CARD_NAME, CardFacts, Evaluation, card_for
 from .recipe import Recipe
+from .run_directory import PICTURE_NAME
 from .stop import last_whole_checkpoint
 
 _ALGORITHM = {
@@ -77,12 +78,10 @@ def _sharded_source(trainer: Any, run_folder: Path) -> Path | None:
 
 
 def _write_card(recipe: Recipe, folder: Path, run_folder: Path, metrics: dict[str, float], trainer: Any) -> None:
-    from .run import PICTURE
-
     picture = None
-    if (run_folder / PICTURE).is_file():
-        picture = PICTURE
-        shutil.copyfile(run_folder / PICTURE, folder / PICTURE)
+    if (run_folder / PICTURE_NAME).is_file():
+        picture = PICTURE_NAME
+        shutil.copyfile(run_folder / picture, folder / picture)
     run, adapter = recipe.run, recipe.run.uses_adapter
     data = recipe.data.train_data
     on_hub = not Path(data).exists()

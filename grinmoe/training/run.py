@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from rich.console import Console
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, set_seed
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from ..adapters import quantization_config
+from ..adapters import check_adapter, load_adapter, lora_config, quantization_config
 from ..configuration_grinmoe import GrinMoeConfig
 from ..data import PreparedData, RowCollator, load_data
 from ..distributed import load_for_sharding, shard_for
 from ..modeling_grinmoe import GrinMoeForCausalLM
-from ..monitoring import RoutingMonitor
+from ..monitoring import RoutingMonitor, plot_training
 from ..tokenization import answer_ends, load_tokenizer
+from .dpo import SameDrawsForReference
 from .progress import TrainingProgress, peak_gib
 from .recipe import Recipe, launched_for_fsdp
 from .result import save_trained
-from .run_directory import COMPLETE, STOPPED, RunFolder
+from .run_directory import COMPLETE, PICTURE_NAME, STOPPED, RunFolder
 from .stop import StopAtSignal
 from .trainer import TokenMeanTrainer
-
-PICTURE = "training.png"
 
 
 @dataclass
@@ -224,8 +224,6 @@ def _check_model(recipe: Recipe, config: GrinMoeConfig, tokenizer: Any) -> None:
             "config_overrides.router_aux_loss_coef to 0"
         )
     if recipe.run.uses_adapter:
-        from ..adapters import check_adapter
-
         if recipe.run.adapter is not None:
             check_adapter(recipe.run.adapter, GrinMoeForCausalLM, config)
         else:
@@ -233,8 +231,6 @@ def _check_model(recipe: Recipe, config: GrinMoeConfig, tokenizer: Any) -> None:
 
 
 def _lora_config(recipe: Recipe, config: GrinMoeConfig):
-    from ..adapters import lora_config
-
     run = recipe.run
     return lora_config(
         config,
@@ -248,10 +244,6 @@ def _lora_config(recipe: Recipe, config: GrinMoeConfig):
 
 
 def _with_adapter(recipe: Recipe, model: GrinMoeForCausalLM):
-    from peft import get_peft_model
-
-    from ..adapters import load_adapter
-
     if recipe.run.adapter is not None:
         return load_adapter(model, recipe.run.adapter, is_trainable=True)
     return get_peft_model(model, _lora_config(recipe, model.config))
@@ -259,8 +251,6 @@ def _with_adapter(recipe: Recipe, model: GrinMoeForCausalLM):
 
 def _dpo_trainer(recipe: Recipe, config: GrinMoeConfig, common: dict[str, Any]) -> Trainer:
     from trl import DPOTrainer
-
-    from .dpo import SameDrawsForReference
 
     arguments: Any = recipe.training
     if arguments.router_aux_loss_coef is None:
@@ -315,9 +305,7 @@ def _finish(recipe, folder, trainer, monitor, interruption, console, seconds: fl
         )
         return RunResult(STOPPED, state.global_step, None, metrics, interruption.received)
     if state.is_world_process_zero and monitor is not None and monitor.records:
-        from ..monitoring import plot_training
-
-        plot_training(monitor, folder.path / PICTURE)
+        plot_training(monitor, folder.path / PICTURE_NAME)
     final = save_trained(recipe, trainer, folder.result, metrics)
     if state.is_world_process_zero:
         folder.end(COMPLETE, state.log_history, step=state.global_step, metrics=metrics)

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from ..files import atomic_write_text
 from ..provenance import environment
 from .recipe import Recipe
 from .stop import last_whole_checkpoint, remove_partial_checkpoints
 
-RUN_NAME, METRICS_NAME = "run.json", "metrics.json"
+RUN_NAME, METRICS_NAME, PICTURE_NAME = "run.json", "metrics.json", "training.png"
 RUNNING, STOPPED, COMPLETE = "running", "stopped", "complete"
 
 # Settings that say how a run is watched, where its time goes or how often it is saved, not what it computes. The two of
@@ -165,7 +167,7 @@ class RunFolder:
 
 def _name_best_here(checkpoint: Path) -> None:
     """The Trainer writes down the best checkpoint as output_dir was typed; the folder may be named otherwise by now."""
-    file = checkpoint / "trainer_state.json"
+    file = checkpoint / TRAINER_STATE_NAME
     state = json.loads(file.read_text(encoding="utf-8"))
     best = state.get("best_model_checkpoint")
     here = None if best is None else checkpoint.parent / Path(best).name

@@ -27,11 +27,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..distributed import sharded_checkpoint
-
-_STATE = "trainer_state.json"
+from ..distributed import is_sharded, is_whole
 
 
 class _EvaluationInterrupted(Exception):
@@ -169,13 +168,13 @@ def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 def _is_whole(folder: Path) -> bool:
     """The Trainer writes the state last. What it wrote before is looked at too: a machine may have lost its cache."""
     try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     weights = list(folder.glob("*.safetensors"))
     if not isinstance(state, dict) or any(folder.glob(".saving-*")):
         return False
-    if not (sharded_checkpoint.is_whole(folder) if sharded_checkpoint.is_sharded(folder) else weights):
+    if not (is_whole(folder) if is_sharded(folder) else weights):
         return False
     index = next(folder.glob("*.safetensors.index.json"), None)
     if index is not None and not _holds_all(index):
