@@ -1,6 +1,6 @@
 """Rows of chats, prompts, texts and preferences, read, checked and packed into batches."""
 
-from .dataset import DataOptions, PreparedData, load_data
+from .dataset import DataOptions, PreparedData, held_out, load_data
 from .formats import SUFFIXES, Columns, Message, checked_messages, checked_text, checked_turns, read_rows
 from .packing import RowCollator
 
@@ -14,6 +14,7 @@ __all__ = [
     "checked_messages",
     "checked_text",
     "checked_turns",
+    "held_out",
     "load_data",
     "read_rows",
 ]

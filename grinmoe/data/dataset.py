@@ -162,10 +162,6 @@ class DataReport:
             lines.append(f"evaluation data: {self.evaluation.summary()}")
         return "\n".join(lines)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For a run's metrics file."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -250,7 +246,7 @@ class _Rows:
             if not self.data_format:
                 self.data_format = format_of(place, row, options.columns, options.data_format, self.formats)
             format_of(place, row, options.columns, self.data_format, ())
-            is_held_out = options.eval_share > 0 and _hash_of(row, options.columns) < options.eval_share
+            is_held_out = options.eval_share > 0 and held_out(_question_of(row, options.columns), options.eval_share)
             if options.eval_share == 0 or is_held_out == (self.part == "evaluation"):
                 yield place, row
         if is_empty:
@@ -275,8 +271,14 @@ class _Rows:
         return ValueError(f"nothing is left for {self.part} of {self.source}: {counts.summary()}; {remedy}")
 
 
-def _hash_of(row: dict[str, Any], columns: Columns) -> float:
-    """A number in [0, 1) from what the row asks, so that one question with two answers stays in one part."""
+def held_out(text: str, share: float) -> bool:
+    """Whether a text is in the held-out part. A hash decides, so the part does not depend on order, seed or machine."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _question_of(row: dict[str, Any], columns: Columns) -> str:
+    """What the row asks, as JSON: one question with two answers stays in one part."""
     for column in (columns.prompt, columns.messages, columns.chosen, columns.text):
         value = row.get(column)
         if value is not None:
@@ -285,8 +287,7 @@ def _hash_of(row: dict[str, Any], columns: Columns) -> float:
         value = (
             list(takewhile(lambda turn: not isinstance(turn, dict) or turn.get("role") != "assistant", value)) or value
         )
-    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 class _Encoder:

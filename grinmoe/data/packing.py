@@ -142,17 +142,14 @@ class RowCollator:
 
     Args:
         pad_token_id: what padding consists of. It has no loss and no sample sees it.
-        pad_to_multiple_of: make S a multiple of this, for kernels that like it.
     """
 
     pad_token_id: int
-    pad_to_multiple_of: int = 1
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        longest = max(len(row["input_ids"]) for row in rows)
-        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        width = max(len(row["input_ids"]) for row in rows)
         filling = {"input_ids": self.pad_token_id, "labels": NO_LOSS, "position_ids": 0}
         batch = {
             name: torch.tensor([[*row[name], *[filling[name]] * (width - len(row[name]))] for row in rows])

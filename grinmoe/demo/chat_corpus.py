@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data import Message, held_out
+
 # In these files an entry is a dialogue; everywhere else it is a question and one or more answers to it.
 _DIALOGUES = ("conversations", "health")
 # Entries with more lines than this are lists (trivia has one of 88), not talk.
 _LONGEST_ENTRY = 30
 
-Message = dict[str, str]
 Conversation = list[Message]
 
 
@@ -54,7 +54,8 @@ def load_corpus(held_out_share: float = 0.1) -> Corpus:
                 if key in seen:
                     continue
                 seen.add(key)
-                part = corpus.held_out if _is_held_out(key[0], held_out_share) else corpus.train
+                question = key[0].strip().lower()
+                part = corpus.held_out if held_out(question, held_out_share) else corpus.train
                 part.append(conversation)
     return corpus
 
@@ -70,11 +71,6 @@ def _conversations(lines: list[str], dialogue: bool) -> list[Conversation]:
 
 def _message(side: int, text: str) -> Message:
     return {"role": ("user", "assistant")[side], "content": text}
-
-
-def _is_held_out(question: str, share: float) -> bool:
-    digest = hashlib.sha256(question.strip().lower().encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def texts(conversations: list[Conversation]) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..data import held_out
 
 _SHORTEST = 120  # characters; below it is "See base class."
 _CODE_OF_OTHERS = frozenset({"test", "tests", "idle_test", "site-packages"})
@@ -22,9 +23,7 @@ class Document:
     domain: str
 
     def is_held_out(self, share: float) -> bool:
-        """Decided by a hash of the text, so that it does not depend on order or seed."""
-        digest = hashlib.sha256(self.text.encode()).digest()
-        return int.from_bytes(digest[:8], "big") < share * 2**64
+        return held_out(self.text, share)
 
 
 def installed_documentation(packages: tuple[str, ...]) -> list[Document]:

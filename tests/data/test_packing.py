@@ -268,9 +268,9 @@ def test_the_balance_loss_counts_no_padding(tiny_model, rows, scope):
     model = tiny_model(
         sliding_window=WINDOW, router_aux_loss_coef=0.5, router_aux_loss_scope=scope, router_z_loss_coef=0.1
     )
-    padded = model(**RowCollator(pad_token_id=95, pad_to_multiple_of=32)(rows), output_router_logits=True)
+    padded = model(**RowCollator(pad_token_id=95)(rows), output_router_logits=True)
     dense = model(**collated(rows, "flattened"), output_router_logits=True)
-    assert padded.router_logits[0].shape[0] == 64 > dense.router_logits[0].shape[0] == sum(LENGTHS)
+    assert padded.router_logits[0].shape[0] > dense.router_logits[0].shape[0] == sum(LENGTHS)
     torch.testing.assert_close(padded.aux_loss, dense.aux_loss)
     torch.testing.assert_close(padded.z_loss, dense.z_loss)
     torch.testing.assert_close(padded.loss, dense.loss)
@@ -328,12 +328,12 @@ def as_dataset(rows):
 
 
 def test_the_collator_fills_up_on_the_right():
-    batch = RowCollator(pad_token_id=7, pad_to_multiple_of=4)(
+    batch = RowCollator(pad_token_id=7)(
         [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [-100]}]
     )
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 7], [4, 7, 7, 7]]
-    assert batch["labels"].tolist() == [[-100, 2, 3, -100], [-100] * 4]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100] * 3]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     assert batch.keys() == {"input_ids", "labels", "attention_mask"}
 
