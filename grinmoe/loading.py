@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
 from .configuration_grinmoe import GrinMoeConfig
 from .files import check_dtype, folder_or_repository
@@ -34,10 +34,10 @@ def load_for_use(source: str, dtype: str = "auto", device: str | None = None) ->
     device = _usable(device)
     source = folder_or_repository(source, "--model")
     folder = Path(source)
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
         raise ValueError(
-            f"--model {source} is no model's folder: it has no config.json and no adapter_config.json; give the folder that "
-            "save_pretrained, a training command or grinmoe pull has made"
+            f"--model {source} is no model's folder: it has no {CONFIG_NAME} and no {ADAPTER_CONFIG_NAME}; give the folder "
+            "that save_pretrained, a training command or grinmoe pull has made"
         )
     base = base_of_model(source)
     # The small files first: what is wrong with them is said before gigabytes have been read.
@@ -70,7 +70,7 @@ def load_for_use(source: str, dtype: str = "auto", device: str | None = None) ->
 
 def base_of_model(source: str) -> str:
     """`source` itself, or the model that it names as its base if it is an adapter's folder."""
-    if not (Path(source) / "adapter_config.json").is_file():
+    if not (Path(source) / ADAPTER_CONFIG_NAME).is_file():
         return source
     from .adapters import base_of
 
@@ -88,6 +88,3 @@ def _usable(device: str | None) -> str:
             f"--device {device} cannot be used here ({error}); leave it out for the best there is"
         ) from error
     return device
-
-
-__all__ = ["base_of_model", "load_for_use"]

@@ -1,6 +1,6 @@
 """Sharded checkpoints of FSDP2 (torch.distributed.checkpoint): which are whole, and their export in the official layout.
 
-    python -m grinmoe.sharded_checkpoint --checkpoint run/checkpoint-200 --output model
+    python -m grinmoe.distributed.sharded_checkpoint --checkpoint run/checkpoint-200 --output model
 
 The Trainer writes and resumes them itself, also on another number of ranks; docs/sharding.md says how. What is here runs
 on one process without GPU and process group.
@@ -17,14 +17,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME
 
-from .. import CheckpointError, CheckpointFileError, GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification
-from ..checkpoint_grinmoe import replaced_when_whole
+from ..checkpoint_grinmoe import CheckpointError, CheckpointFileError, replaced_when_whole
+from ..configuration_grinmoe import GrinMoeConfig
+from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification
 
 # Accelerate's names; a change of them shows in tests/distributed/test_fsdp2.py.
 _MODEL, _OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 _METADATA = ".metadata"
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def is_sharded(checkpoint: str | os.PathLike) -> bool:
@@ -39,7 +41,7 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
     torch writes the metadata of weights and optimizer when all ranks have written their parts, and the Trainer its state
     last. A job that was killed while it saved leaves a folder without one of them.
     """
-    parts = (f"{_MODEL}/{_METADATA}", f"{_OPTIMIZER}/{_METADATA}", "scheduler.pt", "trainer_state.json")
+    parts = (f"{_MODEL}/{_METADATA}", f"{_OPTIMIZER}/{_METADATA}", "scheduler.pt", TRAINER_STATE_NAME)
     return all(Path(checkpoint, part).is_file() for part in parts)
 
 
@@ -78,9 +80,9 @@ def export_sharded(
     if any(name.startswith("base_model.") for name in stored):
         _export_adapter(folder, stored, source, output)
         return
-    if config is None and not (source / "config.json").is_file():
+    if config is None and not (source / CONFIG_NAME).is_file():
         raise CheckpointFileError(
-            f"{source} has no config.json; give config=, the folder of the model that was trained"
+            f"{source} has no {CONFIG_NAME}; give config=, the folder of the model that was trained"
         )
     model = _empty_model(GrinMoeConfig.from_pretrained(config or checkpoint), stored, dtype)
     _read(folder, dict(model.state_dict()))
@@ -127,13 +129,13 @@ def _empty_model(config: GrinMoeConfig, stored: dict, dtype: torch.dtype):
 
 
 def _export_adapter(folder: Path, stored: dict, source: Path, output: str | os.PathLike) -> None:
-    if not (source / _ADAPTER_CONFIG).is_file():
-        raise CheckpointFileError(f"{source} has no {_ADAPTER_CONFIG}; give config=, a folder that has it")
+    if not (source / ADAPTER_CONFIG_NAME).is_file():
+        raise CheckpointFileError(f"{source} has no {ADAPTER_CONFIG_NAME}; give config=, a folder that has it")
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
     _read(folder, tensors)
     with replaced_when_whole(output) as staging:
-        save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-        shutil.copyfile(source / _ADAPTER_CONFIG, staging / _ADAPTER_CONFIG)
+        save_file(tensors, staging / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        shutil.copyfile(source / ADAPTER_CONFIG_NAME, staging / ADAPTER_CONFIG_NAME)
 
 
 def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -145,7 +147,8 @@ def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m grinmoe.sharded_checkpoint", description=export_sharded.__doc__)
+    program = "python -m grinmoe.distributed.sharded_checkpoint"
+    parser = argparse.ArgumentParser(prog=program, description=export_sharded.__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the Trainer's folder: run/checkpoint-200")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the model or adapter")
     parser.add_argument("--config", metavar="DIR_OR_HUB_ID", help="of the weights (default: the checkpoint's own)")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import is_fsdp_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import GrinMoeConfig, GrinMoeForCausalLM
+from ..configuration_grinmoe import GrinMoeConfig
+from ..modeling_grinmoe import GrinMoeForCausalLM
 
 LAYER = "GrinMoeDecoderLayer"
 """Class name of what is gathered and freed as one. By name: remote code and this package have different classes."""
@@ -271,10 +273,9 @@ def shard_for(trainer: Any) -> None:
         from_rank_0=plugin.cpu_ram_efficient_loading,
     )
     check_sharded(trainer.model)
-    plugin.auto_wrap_policy = (
-        None  # nothing is left to wrap, and Accelerate would look for the layers by their old class
-    )
-    trainer.add_callback(_checkpoint_callback())
+    # Nothing is left to wrap, and Accelerate would look for the layers by their old class.
+    plugin.auto_wrap_policy = None
+    trainer.add_callback(CompleteShardedCheckpoints())
 
 
 def _check_settings(trainer: Any, plugin: Any) -> None:
@@ -318,38 +319,25 @@ def check_sharded(model: nn.Module) -> None:
         )
 
 
-def _checkpoint_callback() -> Any:
-    from transformers import TrainerCallback
+class CompleteShardedCheckpoints(TrainerCallback):
+    """Adds what sharded checkpoints of the Trainer lack: the config to export them with, and which is the best."""
 
-    class CompleteShardedCheckpoints(TrainerCallback):
-        """What sharded checkpoints of the Trainer lack: the config to export them with, and which is the best."""
-
-        def on_save(self, args, state, control, **kwargs):
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            if state.best_global_step == state.global_step:
-                # The Trainer looks for the folder before sharded weights are written to it, and keeps an older one.
-                state.best_model_checkpoint = str(folder)
-            if state.is_world_process_zero:
-                save_configs(kwargs["model"], folder)
-                state.save_to_json(str(folder / "trainer_state.json"))
-
-    return CompleteShardedCheckpoints()
-
-
-def save_configs(model: Any, folder: str | os.PathLike) -> None:
-    """Write config.json of a model, and adapter_config.json if it is a PEFT model, into a folder that exists."""
-    model.config.save_pretrained(folder)
-    for adapter in _active_adapters(model):
-        model.peft_config[adapter].save_pretrained(folder)
-
-
-def _active_adapters(model: Any) -> Iterable[str]:
-    return [model.active_adapter] if hasattr(model, "peft_config") else []
+    def on_save(self, args, state, control, model=None, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.best_global_step == state.global_step:
+            # The Trainer looks for the folder before sharded weights are written to it, and keeps an older one.
+            state.best_model_checkpoint = str(folder)
+        if state.is_world_process_zero:
+            model.config.save_pretrained(folder)
+            if hasattr(model, "peft_config"):
+                model.peft_config[model.active_adapter].save_pretrained(folder)
+            state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m grinmoe.sharding", description="Check that this machine has the GPUs that a launch needs."
+        prog="python -m grinmoe.distributed.sharding",
+        description="Check that this machine has the GPUs that a launch needs.",
     )
     parser.add_argument("launch", metavar="FILE", help="configuration for accelerate launch (recipes/accelerate/)")
     try:
