@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..monitoring import routing_sums
-from ..routing_grinmoe import masked_softmax, sparsemixer
+from ..monitoring import kept_experts, routing_sums
+from ..routing_grinmoe import sparsemixer
 
 _ENTROPY = 1  # the column of `routing_sums`
 _FITTING_STEPS = 500
@@ -164,12 +164,7 @@ def choices_in_detail(
     num_layers, _, top_k = selected_experts.shape
     flat = router_logits.flatten(0, 1)  # (L * T, E)
     weights, _ = sparsemixer(flat, top_k, jitter_eps, training=False, estimator=estimator)
-    remaining, kept = router_logits, []
-    for choice in selected_experts.unbind(-1):
-        _, dropped = masked_softmax(router_logits, remaining, jitter_eps)
-        kept.append((~dropped).sum(-1))
-        remaining = remaining.scatter(-1, choice.unsqueeze(-1), float("-inf"))
-    return weights.unflatten(0, (num_layers, -1)), torch.stack(kept, dim=-1)
+    return weights.unflatten(0, (num_layers, -1)), kept_experts(router_logits, selected_experts, jitter_eps)
 
 
 @torch.no_grad()

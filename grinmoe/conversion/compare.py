@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..tokenization import load_tokenizer
 
 # Of texts that are compared; the released window and some more.
 _LONGEST_TEXT = 2304
-_TOKENS_COMPARED = 256
+TOKENS_COMPARED = 256
 
 
 def text_lengths(config: GrinMoeConfig) -> list[int]:
@@ -54,6 +54,17 @@ def warn_of_difference(record: dict[str, Any]) -> None:
             )
 
 
+def random_tokens(config: GrinMoeConfig, lengths: Iterable[int]) -> list[torch.Tensor]:
+    """A text (1, S) of random tokens for each length S, the same ones in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(config.vocab_size, (1, length), generator=generator) for length in lengths]
+
+
+def load_float32(folder: Path, model_class: Any = GrinMoeForCausalLM) -> Any:
+    """A checkpoint's model for comparisons, in float32 and evaluation mode."""
+    return model_class.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def compare_logits(source: tuple[Any, Path], result: tuple[Any, Path], config: GrinMoeConfig) -> list[dict[str, Any]]:
     """
     Largest difference of logits on random tokens, in float32: of a text that fits into the window, and of a longer one.
@@ -63,8 +74,7 @@ def compare_logits(source: tuple[Any, Path], result: tuple[Any, Path], config: G
         config: of both, as ours.
     """
     window = config.visible_keys or config.max_position_embeddings
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(config.vocab_size, (1, length), generator=generator) for length in text_lengths(config)]
+    texts = random_tokens(config, text_lengths(config))
     expected, found = _logits(*source, texts), _logits(*result, texts)
     return [
         {
@@ -78,7 +88,7 @@ def compare_logits(source: tuple[Any, Path], result: tuple[Any, Path], config: G
 
 
 def _logits(model_class: Any, folder: Path, texts: list[torch.Tensor]) -> list[torch.Tensor]:
-    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_float32(folder, model_class)
     with torch.no_grad():
         logits = [model(text, use_cache=False).logits for text in texts]
     del model
@@ -94,7 +104,7 @@ def distribution_difference(folder: Path, config: GrinMoeConfig, change: Callabl
         tokens; text, what they are of; next_token_differs, the share of positions where the likeliest next token is
         another; kl, the mean divergence of the next token's distribution in nats.
     """
-    model = GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_float32(folder)
     ids, text = _tokens(folder, config)
     with torch.no_grad():
         own = model(ids, use_cache=False).logits[0].log_softmax(-1)
@@ -111,12 +121,11 @@ def distribution_difference(folder: Path, config: GrinMoeConfig, change: Callabl
 
 
 def _tokens(folder: Path, config: GrinMoeConfig) -> tuple[torch.Tensor, str]:
-    length = min(_TOKENS_COMPARED, config.max_position_embeddings)
-    # Whose tokenizer cannot be used is told by others; tokens are tokens.
+    length = min(TOKENS_COMPARED, config.max_position_embeddings)
+    # A checkpoint without a usable tokenizer is compared on random tokens.
     with contextlib.suppress(ValueError, OSError):
         from pydoc_data.topics import topics
 
         ids = load_tokenizer(folder)("\n\n".join(topics.values())[: 20 * length])["input_ids"][:length]
         return torch.tensor([ids]), "Python's documentation"
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab_size, (1, length), generator=generator), "random tokens"
+    return random_tokens(config, [length])[0], "random tokens"

@@ -20,6 +20,7 @@ import torch
 from transformers.utils import CONFIG_NAME
 
 from ..configuration_grinmoe import GrinMoeConfig
+from ..files import copy_files
 from ..tokenization import TOKENIZER_FILES
 from .configs import ConversionError, phimoe_fields
 from .phimoe import complete
@@ -137,9 +138,7 @@ def write_gguf(
     content["original_max_position_embeddings"] = original
     content["rope_parameters"] = {**content["rope_parameters"], "original_max_position_embeddings": original}
     (between / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, between / name)
+    copy_files(TOKENIZER_FILES, folder, between)
     write_shards(centred(entries, config), between, shard_size, "writing what the converter reads")
     file = staging / f"model-{OUTTYPES[dtype]}.gguf"
     command = [sys.executable, str(converter), str(between), "--outfile", str(file), "--outtype", OUTTYPES[dtype]]

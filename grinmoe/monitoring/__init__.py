@@ -2,7 +2,7 @@
 
 from .callback import ExpertCollapseError, ExpertCollapseWarning, RoutingMonitor
 from .plots import draw_load, load_reach, plot_training
-from .record import RoutingRecord, routing_sums
+from .record import RoutingRecord, kept_experts, routing_sums
 
 __all__ = [
     "ExpertCollapseError",
@@ -10,6 +10,7 @@ __all__ = [
     "RoutingMonitor",
     "RoutingRecord",
     "draw_load",
+    "kept_experts",
     "load_reach",
     "plot_training",
     "routing_sums",

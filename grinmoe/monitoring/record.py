@@ -104,6 +104,26 @@ class RoutingRecord:
         return self.sums[:, column] / self.sums[:, _TOKENS]
 
 
+def kept_experts(router_logits: torch.Tensor, selected_experts: torch.Tensor, jitter_eps: float) -> torch.Tensor:
+    """
+    Count the experts that the mask keeps for each choice.
+
+    Args:
+        router_logits: (..., E).
+        selected_experts: (..., K), in the order of the choices.
+        jitter_eps: eps of the mask.
+
+    Returns:
+        (..., K) int64, 1 or more.
+    """
+    remaining, kept = router_logits, []
+    for choice in selected_experts.unbind(-1):
+        _, dropped = masked_softmax(router_logits, remaining, jitter_eps)
+        kept.append((~dropped).sum(-1))
+        remaining = remaining.scatter(-1, choice.unsqueeze(-1), float("-inf"))
+    return torch.stack(kept, dim=-1)
+
+
 @torch.no_grad()
 def routing_sums(
     router_logits: torch.Tensor,
