@@ -7,14 +7,19 @@ and `grinmoe --help` should not. Each command imports what it needs when it runs
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import shlex
 import sys
 import warnings
+from typing import Any
 
-from . import publishing, training, using
+from .commands import COMMANDS, GROUPS, Command
+from .flags import add_flags, make_options, read_options
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. What it parses has the [`Command`] as `entry`, and flags that were given."""
     parser = argparse.ArgumentParser(
         prog="grinmoe",
         description="GRIN-MoE for Hugging Face Transformers: train, load and talk to mixture-of-experts models.",
@@ -22,8 +27,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for group in (training, using, publishing):
-        group.add_commands(commands)
+    groups = {}
+    for entry in COMMANDS:
+        *group, name = entry.name.split()
+        if group and group[0] not in groups:
+            group_parser = commands.add_parser(group[0], **GROUPS[group[0]])
+            groups[group[0]] = group_parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+        command = (groups[group[0]] if group else commands).add_parser(name, **entry.parser())
+        command.set_defaults(entry=entry)
+        add_flags(command, read_options(entry.room, entry.options))
     return parser
 
 
@@ -31,22 +43,24 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
     parser = build_parser()
     arguments, arguments_left = parser.parse_known_args(argv)
-    if getattr(arguments, "takes_settings", False):
-        arguments.settings = arguments_left
-    elif arguments_left:
+    entry: Command | None = getattr(arguments, "entry", None)
+    if arguments_left and not (entry and entry.takes_settings):
         parser.error(f"unrecognized arguments: {' '.join(arguments_left)}")
     if arguments.version:
         print(f"grinmoe {_version()}")
         return 0
-    if arguments.command is None:
+    if entry is None:
         parser.print_help()
         return 0
-    if getattr(arguments, "output", None) is not None:
-        arguments.output = os.path.expanduser(arguments.output)  # a shell leaves it in --output=~/model
+    given = vars(arguments)
+    if entry.takes_settings:
+        given |= {"task": entry.name, "settings": tuple(arguments_left)}
+    if "output" in given:
+        given["output"] = os.path.expanduser(given["output"])  # a shell leaves it in --output=~/model
     # Of the libraries among themselves; nothing that a user of a command could change.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        return arguments.run(arguments) or 0
+        return _run(entry, given)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -57,6 +71,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"grinmoe {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _run(entry: Command, given: dict[str, Any]) -> int:
+    room = importlib.import_module(f"grinmoe.{entry.room}")
+    options = make_options(getattr(room, entry.options), given)
+    recorded = {"command": shlex.join(["grinmoe", *sys.argv[1:]])} if entry.is_recorded else {}
+    code = getattr(room, entry.run)(options, **recorded)
+    return code if isinstance(code, int) else 0
 
 
 def _version() -> str:

@@ -31,7 +31,7 @@ FLAT = {
 }
 # Left never imports right, and within a step nobody imports a neighbour.
 STEPS = [
-    {"flat", "files", "tokenization"},
+    {"flat", "files", "options", "tokenization"},
     {"provenance"},
     {"kernels", "data", "planning", "monitoring"},
     {"adapters", "distributed"},
@@ -107,7 +107,7 @@ def test_the_root_holds_the_remote_code_and_is_not_a_package():
     assert not (ROOT / "__init__.py").exists()
 
 
-def test_the_package_holds_links_rooms_and_four_modules():
+def test_the_package_holds_links_rooms_and_five_modules():
     links = {path.name: os.readlink(path) for path in PACKAGE.iterdir() if path.is_symlink()}
     assert links == {
         **{name: f"../{name}" for name in CODE_FILES},
@@ -116,8 +116,8 @@ def test_the_package_holds_links_rooms_and_four_modules():
     }
     assert all((PACKAGE / name).exists() for name in links), "a link leads nowhere"
     modules = {path.name for path in PACKAGE.glob("*.py") if not path.is_symlink()}
-    assert modules == {"__init__.py", "files.py", "loading.py", "provenance.py"}
-    assert set(ROOMS) == STEP_OF.keys() - {"flat", "files", "provenance", "loading", "tokenization"}
+    assert modules == {"__init__.py", "files.py", "loading.py", "options.py", "provenance.py"}
+    assert set(ROOMS) == STEP_OF.keys() - {"flat", "files", "options", "provenance", "loading", "tokenization"}
 
 
 @named(MODULES)

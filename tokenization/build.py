@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast, TokenizersBackend
 
 from .loading import vocab_size_beside
+from .options import BuildOptions
 from .sources import BYTE_TOKENS, FIRST_TOKENS, SPECIAL_TOKENS, Vocabulary, read_vocabulary, vocabulary_of_json
 from .template import chat_template
 
@@ -141,25 +142,19 @@ def _normalizer() -> normalizers.Normalizer:
     return normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
 
 
-def run_build(source: str | os.PathLike, output: str | os.PathLike, model_max_length: int = 4096) -> None:
+def run_build(options: BuildOptions) -> None:
     """
     The command `grinmoe tokenizer build`: read a source, write the family's tokenizer, say so in one line.
 
-    Args:
-        source: tokenizer.model, *.gguf or tokenizer.json.
-        output: as of `write_tokenizer`; the source may lie in it.
-        model_max_length: the length from which the tokenizer warns.
-
     Raises:
-        ValueError: source or output cannot be used (see `read_vocabulary`, `write_tokenizer`), the model in `output` has
-            fewer ids, or the length is below 1.
+        ValueError: source or output cannot be used (see `read_vocabulary`, `write_tokenizer`), or the model in the output
+            folder has fewer ids.
         ImportError: the package that reads the source is not installed.
     """
-    if model_max_length < 1:
-        raise ValueError(f"--model-max-length {model_max_length} is no length; give 1 or more")
+    source, output = options.source, options.output
     folder = _checked_output(output)  # before the work
     vocabulary = read_vocabulary(source)
-    tokenizer = assemble_tokenizer(vocabulary, model_max_length)
+    tokenizer = assemble_tokenizer(vocabulary, options.model_max_length)
     vocab_size = vocab_size_beside(folder) if folder.is_dir() else None
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise ValueError(

@@ -34,6 +34,7 @@ import jinja2
 from transformers import AutoTokenizer
 
 from .loading import TokenizerError, check_tokenizer, load_tokenizer, vocab_size_beside
+from .options import VerifyOptions
 
 _CONVERSATION = [
     {"role": "system", "content": "You are a helpful AI assistant."},
@@ -251,25 +252,21 @@ def _shortened(text: str) -> str:
     return f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
-def run_verify(folder: str | os.PathLike, vectors: str | os.PathLike, auto: bool = False) -> bool:
+def run_verify(options: VerifyOptions) -> int:
     """
     The command `grinmoe tokenizer verify`: print what differs, string by string, and a summary.
 
-    Args:
-        folder: of a tokenizer, or of a model with one.
-        vectors: file as of `read_vectors`.
-        auto: load with `AutoTokenizer` instead of `load_tokenizer`.
-
     Returns:
-        Whether the tokenizer agrees with all vectors.
+        Exit code: 0 if the tokenizer agrees with all vectors, else 1.
 
     Raises:
         ValueError: the vectors cannot be read, or the tokenizer cannot be loaded.
     """
-    wanted = read_vectors(vectors)
+    folder = options.tokenizer
+    wanted = read_vectors(options.vectors)
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}; give the folder of a tokenizer, or of a model with one")
-    tokenizer = _load_auto(folder) if auto else load_tokenizer(folder, check=False)
+    tokenizer = _load_auto(folder) if options.auto else load_tokenizer(folder, check=False)
     differences = verify_tokenizer(tokenizer, wanted)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Tokens are of any script, and some terminals of one only.
@@ -281,7 +278,7 @@ def run_verify(folder: str | os.PathLike, vectors: str | os.PathLike, auto: bool
         check_tokenizer(tokenizer, vocab_size_beside(folder))
     except TokenizerError as error:  # what may be behind the differences, and how to mend it
         print(f"note: {error}")
-    return not differences
+    return 1 if differences else 0
 
 
 def _load_auto(folder: str | os.PathLike) -> Any:

@@ -3,6 +3,7 @@
 from .expert_lora import ExpertLora, GrinMoeLoraConfig
 from .lora import AdapterError, base_of, check_adapter, load_adapter, lora_config
 from .merge import merge_adapter, run_merge
+from .options import MergeOptions
 from .presets import QUANTIZATIONS, quantization_config
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "AdapterError",
     "ExpertLora",
     "GrinMoeLoraConfig",
+    "MergeOptions",
     "base_of",
     "check_adapter",
     "load_adapter",

@@ -25,6 +25,7 @@ from ..files import check_dtype
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
 from ..tokenization import TOKENIZER_FILES
 from .lora import AdapterError, base_of, check_adapter, load_adapter, may_be_there, read_lora_config, stored_shapes
+from .options import MergeOptions
 from .presets import quantization_config
 
 
@@ -76,14 +77,12 @@ def merge_adapter(
     return Path(output)
 
 
-def run_merge(
-    adapter: str, output: str, base: str | None = None, dtype: str = "auto", quantized_base: str | None = None
-) -> None:
-    """`grinmoe merge`: arguments as typed; `quantized_base` is nf4, fp4 (both with double quantisation) or int8."""
+def run_merge(options: MergeOptions) -> None:
+    """`grinmoe merge`. A quantised base in 4 bits has double quantisation."""
     from_quantized = None
-    if quantized_base is not None:
-        from_quantized = quantization_config(quantized_base, torch.float32)
-    path = merge_adapter(adapter, output, base, dtype, from_quantized)
+    if options.quantized_base is not None:
+        from_quantized = quantization_config(options.quantized_base, torch.float32)
+    path = merge_adapter(options.adapter, options.output, options.base, options.dtype, from_quantized)
     print(f"merged: {path}")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from transformers import BitsAndBytesConfig
 
-QUANTIZATIONS = ("nf4", "fp4", "int8")
+from .options import Quantization
+
+QUANTIZATIONS = get_args(Quantization)
 
 
 def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -1,6 +1,7 @@
 """`grinmoe analyze`: a report of how a checkpoint routes texts to its experts."""
 
-from .run import AnalyzeOptions, run_analyze
+from .options import AnalyzeOptions
+from .run import run_analyze
 
 __all__ = [
     "AnalyzeOptions",

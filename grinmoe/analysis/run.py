@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..checkpoint_grinmoe import official_shapes
-from ..files import check_dtype, default_mode
+from ..files import default_mode
 from ..loading import load_for_use
 from ..provenance import environment
+from .options import AnalyzeOptions
 from .report import PAGE, SUMMARY, write_report
 from .statistics import RoutingAnalysis, RoutingCounts, SentenceRouting, count_routing, route_sentence
 from .texts import first_piece, first_sentence, rendered, token_rows
@@ -35,50 +35,13 @@ _LONGEST_ROW = 512
 _LONGEST_SENTENCE, _LONGEST_DEFAULT_SENTENCE = 128, 32
 
 
-@dataclass(frozen=True)
-class AnalyzeOptions:
-    """
-    What to analyze. Wrong values are a ValueError that names the flag.
-
-    Attributes:
-        model: folder of a model or adapter, or Hub repository.
-        text: files, one domain each, named by their stems; what they may hold: [`domain_text.read_pieces`].
-        output: folder to be made.
-        sentence: to be shown token by token; None: the first one of the first text.
-        max_tokens: of each domain, from its beginning.
-        max_length: tokens of a row; None: 512, or what the model was made for if that is less.
-        dtype, device: as in [`load_for_use`].
-        command: as typed, for the report.
-    """
-
-    model: str
-    text: tuple[str, ...]
-    output: str
-    sentence: str | None = None
-    max_tokens: int = 16384
-    max_length: int | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    command: str = "grinmoe analyze"
-
-    def __post_init__(self):
-        if not self.text:
-            raise ValueError("--text names no file; give one or more")
-        for flag, value, least in (("--max-tokens", self.max_tokens, 1), ("--max-length", self.max_length, 2)):
-            if value is not None and value < least:
-                raise ValueError(f"{flag} {value} is too little; give {least} or more")
-        if self.sentence is not None and not self.sentence.strip():
-            raise ValueError("--sentence is empty; give some text, or leave it out for the first one of the text")
-        names = [Path(file).stem for file in self.text]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"--text: several files are named {name}, and domains go by that name; rename one")
-        check_dtype(self.dtype)
-
-
-def run_analyze(options: AnalyzeOptions) -> RoutingAnalysis:
+def run_analyze(options: AnalyzeOptions, command: str = "grinmoe analyze") -> RoutingAnalysis:
     """
     The command: read the texts, route them, and write the report's folder, which appears when it is complete.
+
+    Args:
+        options: what to analyze.
+        command: as typed, for the report.
 
     Raises:
         ValueError: a wrong option, a file that is not there, empty or no UTF-8, an output that is not empty, or a
@@ -94,14 +57,14 @@ def run_analyze(options: AnalyzeOptions) -> RoutingAnalysis:
     for file in files:
         first_piece(file)
     with _appears_when_whole(Path(options.output)) as folder:
-        analysis = analyze(options, files, console)
+        analysis = analyze(options, files, console, command)
         write_report(analysis, folder)
     output = Path(options.output)
     console.print(f"report: {output / PAGE}\ndata:   {output / SUMMARY} and the Parquet files beside it")
     return analysis
 
 
-def analyze(options: AnalyzeOptions, files: list[Path], console: Console) -> RoutingAnalysis:
+def analyze(options: AnalyzeOptions, files: list[Path], console: Console, command: str) -> RoutingAnalysis:
     """Load the model and count. Memory does not grow with the texts."""
 
     def tokens_of(both: tuple[RoutingCounts, RoutingCounts]) -> int:
@@ -150,7 +113,7 @@ def analyze(options: AnalyzeOptions, files: list[Path], console: Console) -> Rou
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "time": f"{loaded - start:.1f} s to load, {seconds:.1f} s for {tokens:,} tokens ({tokens / seconds:,.0f} tokens/s)",
-        **{name: value for name, value in environment(_as_text(options.command)).items() if value is not None},
+        **{name: value for name, value in environment(_as_text(command)).items() if value is not None},
     }
     return RoutingAnalysis(names, halves, sentence, config.router_jitter_noise, facts)
 

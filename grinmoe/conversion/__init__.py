@@ -1,8 +1,9 @@
 """Checkpoints of other models and formats: export, import and upcycling."""
 
 from .configs import ConversionError
-from .export import ExportOptions, export_checkpoint, run_export
-from .upcycle import UpcycleOptions, run_upcycle, upcycle_checkpoint
+from .export import export_checkpoint, run_export
+from .options import ExportOptions, UpcycleOptions
+from .upcycle import run_upcycle, upcycle_checkpoint
 
 __all__ = [
     "ConversionError",

@@ -18,9 +18,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -49,40 +48,17 @@ from ..tokenization import TOKENIZER_FILES
 from .compare import compare_logits, warn_of_difference, why_not_compared
 from .configs import ConversionError, from_mixtral, to_mixtral, to_phimoe
 from .gguf import check_gguf, find_converter, write_gguf
+from .options import ExportOptions, Target
 from .phimoe import as_it_was, complete, engine_causes, engine_difference, has_spare_head, routing_difference
 from .shards import Entry, WeightSource, write_shards
 
-TARGETS = ("safetensors", "phimoe", "mixtral", "gguf")
+TARGETS = get_args(Target)
 DTYPES = (*files.DTYPES, "int8")
 _RECORD = "export.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 # bitsandbytes would convert them too, and they are 4 % of the weights.
 _NOT_IN_8_BITS = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """
-    Args:
-        model: folder or Hub id of a GRIN-MoE, phimoe or Mixtral checkpoint.
-        to: one of `TARGETS`.
-        output: new or empty folder.
-        dtype: one of `DTYPES`; auto keeps every tensor's own. int8: of safetensors the experts, by rows, and the rest as
-            it is; of gguf q8_0.
-        max_shard_size: bytes, or as in "5GB".
-        compare: load the result and the source, and show how far their logits are apart (phimoe; from Mixtral), or what
-            another routing does to them (gguf); where memory allows.
-        converter: of llama.cpp, the script or its folder; None: the one on the PATH (gguf).
-    """
-
-    model: str
-    to: str
-    output: str
-    dtype: str = "auto"
-    max_shard_size: int | str = "5GB"
-    compare: bool = True
-    converter: str | None = None
 
 
 def export_checkpoint(options: ExportOptions) -> dict[str, Any]:

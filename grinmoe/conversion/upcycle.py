@@ -15,7 +15,6 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,58 +25,18 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoint_grinmoe import CheckpointError, add_remote_code, official_shapes, replaced_when_whole
 from ..configuration_grinmoe import GrinMoeConfig
-from ..files import atomic_write_text, check_dtype
+from ..files import atomic_write_text
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..provenance import markdown_table
 from ..routing_grinmoe import ESTIMATORS, masked_softmax, mix_seed, routing_generator
 from .compare import compare_logits, why_not_compared
 from .configs import ConversionError
 from .export import check_output, copy_companions, local_folder, model_type_of
+from .options import UpcycleOptions
 from .shards import Entry, WeightSource, write_shards
 
 _DENSE = (LlamaConfig.model_type, MistralConfig.model_type, Phi3Config.model_type)
 _RECORD = "upcycle.json"
-
-
-@dataclass(frozen=True)
-class UpcycleOptions:
-    """
-    Args:
-        model: folder or Hub id of a dense checkpoint in Llama's, Mistral's or Phi-3's layout.
-        experts, top_k: E and K.
-        output: new or empty folder.
-        noise: standard deviation of what is added to every copy, over that of the matrix.
-        reinit: share of every expert's I neurons that start anew, others in each expert.
-        estimator: router_estimator of the result.
-        seed: of the router, the noise and the neurons.
-        dtype: auto (as it is), bfloat16, float16 or float32.
-        max_shard_size: bytes, or as in "5GB".
-        compare: load both and show how far their logits are apart, where memory allows.
-    """
-
-    model: str
-    experts: int
-    top_k: int
-    output: str
-    noise: float = 0.0
-    reinit: float = 0.0
-    estimator: str = "sparsemixer_v2"
-    seed: int = 0
-    dtype: str = "auto"
-    max_shard_size: int | str = "5GB"
-    compare: bool = True
-
-    def __post_init__(self):
-        possible = [name for name, spec in ESTIMATORS.items() if spec.equal_experts_sum is not None]
-        if self.estimator not in possible:
-            raise ValueError(
-                f"--estimator {self.estimator!r} does not begin where the dense model is; choose one of "
-                f"{', '.join(possible)}"
-            )
-        for name in ("noise", "reinit"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)} is not between 0 and 1")
-        check_dtype(self.dtype)
 
 
 def upcycle_checkpoint(options: UpcycleOptions) -> dict[str, Any]:
@@ -92,6 +51,11 @@ def upcycle_checkpoint(options: UpcycleOptions) -> dict[str, Any]:
         CheckpointError: the source is broken or incomplete.
         ValueError: a wrong option (E, K, ...), or an output that is no new or empty folder.
     """
+    possible = [name for name, spec in ESTIMATORS.items() if spec.equal_experts_sum is not None]
+    if options.estimator not in possible:
+        raise ValueError(
+            f"--estimator {options.estimator!r} does not begin where the dense model is; choose one of {', '.join(possible)}"
+        )
     check_output(options.output, options.max_shard_size)
     folder = local_folder(options.model)
     dense = _dense_config(folder)

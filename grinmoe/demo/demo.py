@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import resource
 import shlex
 import shutil
@@ -33,6 +32,7 @@ from ..monitoring import RoutingMonitor, plot_training
 from ..tokenization import answer_ends, build_tokenizer
 from ..training import TrainingProgress, peak_gib
 from .chat_corpus import encode, load_corpus, texts
+from .options import DemoOptions
 
 # The first two questions are in the training text, the third is held out.
 PROMPTS = ("What is a computer?", "I forgot my password.", "What are you?")
@@ -101,14 +101,12 @@ class DemoResult:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def run_demo(output: str | os.PathLike, steps: int | None = None, seed: int = 0) -> DemoResult:
+def run_demo(options: DemoOptions) -> DemoResult:
     """
     Run the demo.
 
     Args:
-        output: new or empty folder, or one that an earlier demo left (it is replaced when this one is complete).
-        steps: optimizer steps; None takes the default.
-        seed: of initialisation, data order and routing.
+        options: where it goes (a folder of an earlier demo is replaced when this one is complete) and how long it trains.
 
     Returns:
         What was measured. `output` then holds `model/`, `training.png` and `demo.json`.
@@ -118,8 +116,9 @@ def run_demo(output: str | os.PathLike, steps: int | None = None, seed: int = 0)
         ImportError: a package that training needs is not installed.
         LoadElsewhereError: the checkpoint did not load elsewhere, or gave other logits.
     """
-    settings = DemoSettings(seed=seed) if steps is None else DemoSettings(steps=steps, seed=seed)
-    target = Path(output).resolve()
+    steps = {} if options.steps is None else {"steps": options.steps}
+    settings = DemoSettings(seed=options.seed, **steps)
+    target = Path(options.output).resolve()
     _check_target(target)
     _require("accelerate", "chatterbot_corpus", "matplotlib", "yaml")
     console = Console(highlight=False, soft_wrap=True)
@@ -135,7 +134,7 @@ def run_demo(output: str | os.PathLike, steps: int | None = None, seed: int = 0)
         _replace(target, workspace)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
-    _print_summary(result, Path(output), console)
+    _print_summary(result, Path(options.output), console)
     return result
 
 

@@ -1,6 +1,7 @@
 """`grinmoe evaluate`: scores by lm-eval, with those of the paper beside them."""
 
-from .run import EvaluateOptions, evaluate, run_evaluate
+from .options import EvaluateOptions
+from .run import evaluate, run_evaluate
 
 __all__ = [
     "EvaluateOptions",

@@ -8,17 +8,18 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from rich.console import Console
 
-from ..files import atomic_write_text, check_dtype, folder_or_repository
+from ..files import atomic_write_text, folder_or_repository
 from ..hub import Evaluation, metric_name
 from ..loading import base_of_model, load_for_use
 from ..provenance import environment, markdown_table
+from .options import EvaluateOptions
 from .suite import PAPER_SUITE, SuiteTask, local_task
 
 _SUITE = {task.name: task for task in PAPER_SUITE}
@@ -29,46 +30,6 @@ _SHARES = frozenset(
 _MISSING = "lm-eval is not installed; pip install 'grinmoe[eval]'"
 # Tokens of an answer to tasks that name no other length; lm-eval's own default.
 _LONGEST_ANSWER = 256
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """
-    Args:
-        model: folder or Hub id.
-        tasks: names of the paper's suite ("paper" is all of it), names of lm-eval, or files of JSON lines.
-        output: folder; one of an earlier start goes on.
-        limit: questions of a task; a smaller number than all measures nothing that a card may say.
-        shots: examples in the prompt, in place of the suite's.
-        batch_size: rows at a time.
-        dtype, device: as in `grinmoe generate`.
-        chat: put the prompts into the chat template.
-        allow_code: run the programs that the model writes (HumanEval, MBPP).
-    """
-
-    model: str
-    tasks: tuple[str, ...]
-    output: str
-    limit: int | None = None
-    shots: int | None = None
-    batch_size: int = 8
-    dtype: str = "auto"
-    device: str | None = None
-    chat: bool = False
-    allow_code: bool = False
-
-    def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit {self.limit} asks nothing; give 1 or more")
-        if self.shots is not None and self.shots < 0:
-            raise ValueError(f"--shots {self.shots} is negative; give 0 or more")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size {self.batch_size} takes no row; give 1 or more")
-        check_dtype(self.dtype)
-
-    def shots_of(self, task: SuiteTask) -> int | None:
-        """Examples in the prompts of `task`; None for lm-eval's."""
-        return task.shots if self.shots is None else self.shots
 
 
 def find_tasks(names: Iterable[str], allow_code: bool) -> list[SuiteTask]:
@@ -177,6 +138,11 @@ def run_evaluate(options: EvaluateOptions, command: str) -> None:
 # --- running -----------------------------------------------------------------------------------------------------------
 
 
+def _shots(options: EvaluateOptions, task: SuiteTask) -> int | None:
+    """Examples in the prompts of `task`; None for lm-eval's."""
+    return task.shots if options.shots is None else options.shots
+
+
 def _settings(options: EvaluateOptions, source: str) -> dict[str, Any]:
     """What makes results of two starts results of one evaluation."""
     shown = {name: getattr(options, name) for name in ("limit", "shots", "dtype", "chat")}
@@ -223,7 +189,7 @@ def _rehearse(tasks: list[SuiteTask], options: EvaluateOptions) -> dict[str, int
 
     longest, failed = {}, {}
     for task in tasks:
-        task.check_shots(options.shots_of(task))
+        task.check_shots(_shots(options, task))
         try:
             loaded = get_task_dict([task.task], _manager(task))
         # A task is somebody's code, which reaches for data and packages: anything can be raised.
@@ -290,7 +256,7 @@ def _run(model: Any, task: SuiteTask, options: EvaluateOptions) -> dict[str, Any
         model=model,
         tasks=[task.task],
         task_manager=_manager(task),
-        num_fewshot=options.shots_of(task),
+        num_fewshot=_shots(options, task),
         limit=options.limit,
         gen_kwargs=None if task.longest_answer is None else {"max_gen_toks": task.longest_answer},
         log_samples=False,

@@ -1,13 +1,13 @@
 """Checkpoints to and from the Hub: release checks, push, pull and model cards."""
 
-from .card import CARD_NAME, CardOverrides, card_for
+from .card import CARD_NAME, card_for
 from .card_facts import CardFacts, Evaluation, metric_name
 from .checks import ReleaseError
-from .download import pull
+from .download import pull, run_pull
 from .errors import HubError
 from .isolated_load import load_elsewhere
-from .publish import PushOptions, push
-from .release import ReleaseOptions
+from .options import CardOverrides, PullOptions, PushOptions, ReleaseOptions
+from .publish import push
 
 __all__ = [
     "CARD_NAME",
@@ -15,6 +15,7 @@ __all__ = [
     "CardOverrides",
     "Evaluation",
     "HubError",
+    "PullOptions",
     "PushOptions",
     "ReleaseError",
     "ReleaseOptions",
@@ -23,4 +24,5 @@ __all__ = [
     "metric_name",
     "pull",
     "push",
+    "run_pull",
 ]

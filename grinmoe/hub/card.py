@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from ..provenance import markdown_table
 from .card_facts import FACTS_NAME, CardFacts, Evaluation, read_evaluations
 from .card_metadata import BASE_MODEL_TAG, as_list, card_data, check_metadata, check_repo_id, data_of, eval_results
+from .options import CardOverrides
 from .trainer_card import what_the_trainer_wrote
 
 CARD_NAME = "README.md"
@@ -79,50 +80,28 @@ print(model(**tokenizer("Some text", return_tensors="pt")).logits)
 """
 
 
-@dataclass(frozen=True)
-class CardOverrides:
+def _changes(said: CardOverrides) -> dict[str, Any]:
     """
-    What a user says about a card when publishing it; wins over card.json, README.md and config.json. None: not said.
+    The fields of `CardFacts` that a user has said, with the results read from their file.
 
-    Args:
-        license: the Hub's id; `license_name` and `license_link` of an earlier license go with it.
-        evaluations: JSON file of results (see `read_evaluations`), which replace those of the card.
-        picture: name of an image file in the folder.
-        others: as in `CardFacts`.
+    Raises:
+        ValueError: the license has no name, or the file cannot be used.
+        OSError: there is no such file.
     """
-
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    base_model: str | None = None
-    base_model_relation: str | None = None
-    datasets: tuple[str, ...] | None = None
-    language: tuple[str, ...] | None = None
-    evaluations: str | os.PathLike | None = None
-    picture: str | None = None
-
-    def changes(self) -> dict[str, Any]:
-        """
-        The fields of `CardFacts` that were said, with the results read from their file.
-
-        Raises:
-            ValueError: the license has no name, or the file cannot be used.
-            OSError: there is no such file.
-        """
-        said: dict[str, Any] = {}
-        if self.license == "other" and not self.license_name:
-            raise ValueError("license='other' needs a license_name; give one, and a license_link to its text")
-        if self.license is not None:
-            said |= {"license": self.license, "license_name": None, "license_link": None}
-        for name in ("license_name", "license_link", "base_model", "base_model_relation", "picture"):
-            if (value := getattr(self, name)) is not None:
-                said[name] = value
-        for name in ("datasets", "language"):
-            if (values := getattr(self, name)) is not None:
-                said[name] = list(values)
-        if self.evaluations is not None:
-            said["evaluations"] = read_evaluations(self.evaluations)
-        return said
+    changes: dict[str, Any] = {}
+    if said.license == "other" and not said.license_name:
+        raise ValueError("license='other' needs a license_name; give one, and a license_link to its text")
+    if said.license is not None:
+        changes |= {"license": said.license, "license_name": None, "license_link": None}
+    for name in ("license_name", "license_link", "base_model", "base_model_relation", "picture"):
+        if (value := getattr(said, name)) is not None:
+            changes[name] = value
+    for name in ("datasets", "language"):
+        if (values := getattr(said, name)) is not None:
+            changes[name] = list(values)
+    if said.evaluations is not None:
+        changes["evaluations"] = read_evaluations(said.evaluations)
+    return changes
 
 
 def render_card(facts: CardFacts, repo_id: str | None = None) -> ModelCard:
@@ -194,8 +173,7 @@ def card_for(
         raise FileNotFoundError(f"there is no folder {folder}; give that of a checkpoint")
     if repo_id is not None:
         check_repo_id(repo_id)
-    overrides = overrides or CardOverrides()
-    changes = overrides.changes()
+    changes = _changes(overrides or CardOverrides())
     described = _config_of(folder, config)
     text = _text_of(folder / CARD_NAME)
     has_facts = (folder / FACTS_NAME).is_file()

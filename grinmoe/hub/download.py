@@ -23,6 +23,7 @@ from ..configuration_grinmoe import GrinMoeConfig
 from ..tokenization import TokenizerError, load_tokenizer
 from .checks import PICKLE_SUFFIXES, sha256_of
 from .errors import WAIT_S, HubError, check_repo, readable_size, said_clearly
+from .options import PullOptions
 from .release import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _CLIENT_STATE = ".cache"  # what the client keeps in a folder that it downloads to
@@ -82,6 +83,11 @@ def pull(repo: str, output: str | os.PathLike, revision: str | None = None) -> P
             return _pull(repo, target, output, revision)
     except Timeout as error:
         raise HubError(f"another pull into {output} is running; wait for it, or choose another --output") from error
+
+
+def run_pull(options: PullOptions) -> None:
+    """`grinmoe pull`."""
+    pull(options.repo, options.output, options.revision)
 
 
 def _pull(repo: str, target: Path, output: str | os.PathLike, revision: str | None) -> Path:

@@ -8,10 +8,9 @@ so an interrupted push goes on where it was), and one commit publishes all or no
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import (
@@ -32,73 +31,21 @@ from .card import CARD_NAME
 from .checks import ReleaseError
 from .download import pull
 from .errors import COMMIT_WAIT_S, WAIT_S, HubError, check_repo, first_line, readable_size, said_clearly, status_of
-from .release import Release, ReleaseOptions, make_release
+from .options import PushOptions
+from .release import Release, make_release
 
 # Held in memory from the check to the commit, so that they cannot change in between; larger ones are hashed again.
 _SMALL_BYTES = 10 * 2**20
-# Letters of a git reference, without what git refuses: "..", a part that begins with "." or ends with ".lock".
-_REFERENCE = re.compile(r"(?!.*\.\.)(?!.*\.lock(/|$))[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*(?<!\.)", re.ASCII)
 _PULL_REQUEST = re.compile(r"refs/pr/\d+")
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 
 
-@dataclass(frozen=True)
-class PushOptions:
-    """
-    Where and how to publish.
-
-    Args:
-        repo: "name" (the user's own) or "owner/name"; made if it is not there.
-        private: make it private; an error if it is there and public.
-        revision: branch, made if it is not there; or a pull request that is there (refs/pr/N). None: main.
-        tag: name for the commit; an error if it is there.
-        create_pr: open a pull request in place of a commit, on a repository that may be another's.
-        message: of the commit.
-        dry_run: assemble, check and show, and send nothing.
-        release: how to assemble.
-    """
-
-    repo: str
-    private: bool = False
-    revision: str | None = None
-    tag: str | None = None
-    create_pr: bool = False
-    message: str = "Upload GRIN-MoE"
-    dry_run: bool = False
-    release: ReleaseOptions = field(default_factory=ReleaseOptions)
-
-    def __post_init__(self):
-        check_repo(self.repo)
-        if self.create_pr and self.tag:
-            raise ValueError(
-                "--create-pr and --tag exclude each other: a pull request has no commit to tag before it is merged"
-            )
-        if self.create_pr and self.revision:
-            raise ValueError("--create-pr and --revision exclude each other: a pull request is opened against main")
-        if self.create_pr and self.private:
-            raise ValueError(
-                "--create-pr and --private exclude each other: a pull request is for a repository that is there"
-            )
-        for name, value in (("--tag", self.tag), ("--revision", self.revision)):
-            if value is not None and not _REFERENCE.fullmatch(value):
-                raise ValueError(
-                    f"{name} {value!r} is no name for a git reference; use letters, digits, '.', '-' and '_'"
-                )
-        if self.revision and re.fullmatch(r"[0-9a-f]{40}", self.revision):
-            raise ValueError(f"--revision {self.revision} is a commit, which cannot be changed; give a branch")
-        if self.tag and self.tag == self.revision:
-            raise ValueError(f"--tag and --revision are both {self.tag!r}; give the tag another name")
-        if not self.message.strip():
-            raise ValueError("--message is empty; say what this commit is")
-
-
-def push(model: str | os.PathLike, options: PushOptions) -> str | None:
+def push(options: PushOptions) -> str | None:
     """
     Publish a model or an adapter.
 
     Args:
-        model: its folder. Nothing is written into it.
-        options: see there.
+        options: what to publish, where and how. Nothing is written into the model's folder.
 
     Returns:
         Address of the commit (of the pull request), or None for a dry run.
@@ -108,13 +55,14 @@ def push(model: str | os.PathLike, options: PushOptions) -> str | None:
         HubError: the Hub refused, or cannot be reached. Nothing is published then, unless the message says that only the tag
             is missing, or that the Hub did not confirm the commit.
     """
+    check_repo(options.repo)
     # Not markup: what stands in brackets in a file's name is part of it.
     console = Console(highlight=False, soft_wrap=True, markup=False)
     with tempfile.TemporaryDirectory(prefix="grinmoe-release-") as name:
         folder = Path(name) / "release"
         folder.mkdir()
         if options.dry_run:
-            _show(make_release(model, folder, options.repo, options.release), options.repo, console)
+            _show(make_release(options.model, folder, options.repo, options.release), options.repo, console)
             if "/" not in options.repo:
                 console.print("note: your name is put before the repository's when it is sent, in the card too")
             console.print("dry run: nothing was sent")
@@ -126,7 +74,7 @@ def push(model: str | os.PathLike, options: PushOptions) -> str | None:
         # Before the release is made: that may take minutes, and what the Hub will refuse can often be told at once.
         with said_clearly(options.repo, "push"):
             place = _find_place(options, api)
-        release = make_release(model, folder, place.repo, options.release)
+        release = make_release(options.model, folder, place.repo, options.release)
         _show(release, place.repo, console)
         return _publish(release, place, options, api, console)
 

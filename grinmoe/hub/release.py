@@ -32,10 +32,11 @@ from ..configuration_grinmoe import GrinMoeConfig
 from ..files import physical_memory_bytes
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
 from ..tokenization import check_tokenizer, load_tokenizer, template_difference
-from .card import CARD_NAME, CardOverrides, card_for
+from .card import CARD_NAME, card_for
 from .card_facts import FACTS_NAME
 from .checks import ReleaseError, check_files, check_finite, sha256_of
 from .isolated_load import load_elsewhere
+from .options import ReleaseOptions
 from .private_text import Private, secrets_of_environment
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -48,24 +49,6 @@ _CLASSES: dict[str, Any] = {
     "AutoModel": GrinMoeModel,
 }
 _PROBE_TEXTS = ("Hello", "<|user|>\nHello<|end|>\n<|assistant|>\n", " two  spaces\n\ttab", "Zoë 😀", "")
-
-
-@dataclass(frozen=True)
-class ReleaseOptions:
-    """
-    How to assemble a release.
-
-    Args:
-        tokenizer: folder of the tokenizer; None: it lies beside the weights.
-        card: what the user says about the model (license, base model, ...).
-        own_template: publish a chat template that renders differently from the family's.
-        load_check: load the release without this package, and compare logits; needs memory for the model.
-    """
-
-    tokenizer: str | None = None
-    card: CardOverrides = field(default_factory=CardOverrides)
-    own_template: bool = False
-    load_check: bool = True
 
 
 @dataclass(frozen=True)

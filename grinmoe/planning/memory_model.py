@@ -18,8 +18,6 @@ import torch
 from ..configuration_grinmoe import GrinMoeConfig
 from ..modeling_grinmoe import GrinMoeForCausalLM
 
-METHODS = ("full", "full-8bit", "lora", "qlora")
-
 FLOAT32 = 4
 # 8-bit AdamW of bitsandbytes, and of torchao, which FSDP2 takes: a float32 scale for each block of a state; smaller
 # tensors keep float32 states.

@@ -17,85 +17,14 @@ from typing import Any
 
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import folder_or_repository
-from .memory_model import METHODS, Adapters, Step, resident_bytes
+from .memory_model import Adapters, Step, resident_bytes
 from .memory_step import PARTS, predict
-from .roofline import PEAK_TFLOPS, SpeedBound, speed_bound
+from .options import GPUS_PER_NODE, METHODS, RELEASED, PlanOptions
+from .roofline import SpeedBound, speed_bound
 
 GIB = 2**30
-RELEASED = "microsoft/GRIN-MoE"
-GPUS_PER_NODE = 8
 # Not measured: CUDA context and kernels, cuBLAS workspaces, NCCL's buffers, and what the allocator cannot hand out.
 ALLOWANCE_GIB, ALLOWANCE_NCCL_GIB, FRAGMENTATION = 1.0, 1.0, 0.03
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """
-    What is planned.
-
-    Attributes:
-        model: folder with a config.json, or repository of the Hub.
-        method: full, full-8bit, lora or qlora.
-        gpus: of all nodes; beyond 8 in whole nodes of 8.
-        gpu_memory_gib: of one GPU.
-        seq_length, batch_size: of one GPU's micro-batch.
-        gradient_accumulation_steps: micro-batches of an optimizer step.
-        lora_r, lora_attention, lora_experts, shared_a: of LoRA and QLoRA.
-        shard_across_nodes: beyond 8 GPUs, share the weights among all of them instead of within each node.
-        packing: rows hold several texts, so attention has a mask.
-        tflops: TFLOP/s of one GPU in bf16, for the bound on tokens/s.
-    """
-
-    model: str = RELEASED
-    method: str = "qlora"
-    gpus: int = 1
-    gpu_memory_gib: float = 80.0
-    seq_length: int = 2048
-    batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = True
-    cpu_offload: bool = False
-    shard_across_nodes: bool = False
-    lora_r: int = 16
-    lora_attention: bool = True
-    lora_experts: bool = True
-    shared_a: bool = False
-    packing: bool = False
-    tflops: float = PEAK_TFLOPS
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for what no training can have."""
-        if self.method not in METHODS:
-            raise ValueError(f"--method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
-        for name in ("gpus", "seq_length", "batch_size", "gradient_accumulation_steps", "lora_r"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is too few; give 1 or more")
-        for name in ("gpu_memory_gib", "tflops"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number; give one")
-        if self.gpus > GPUS_PER_NODE and self.gpus % GPUS_PER_NODE:
-            raise ValueError(
-                f"--gpus {self.gpus} is no number of whole nodes of {GPUS_PER_NODE}; give a multiple of it"
-            )
-        if self.method in ("lora", "qlora") and not (self.lora_attention or self.lora_experts):
-            raise ValueError("LoRA on neither attention nor experts trains nothing; leave one of them")
-        if self.cpu_offload and not self.sharded:
-            raise ValueError(
-                f"--cpu-offload with --method {self.method} on {self.gpus} GPU(s): only FSDP2 offloads, which all but qlora "
-                "use on 2 GPUs or more; leave it out"
-            )
-
-    @property
-    def sharded(self) -> bool:
-        """By FSDP2. 4-bit weights cannot be: replicas there."""
-        return self.gpus > 1 and self.method != "qlora"
-
-    @property
-    def shards(self) -> int | None:
-        """GPUs that share one copy of the weights."""
-        if not self.sharded:
-            return None
-        return self.gpus if self.shard_across_nodes else min(self.gpus, GPUS_PER_NODE)
 
 
 @dataclass(frozen=True)
@@ -143,7 +72,9 @@ class Plan:
 
     def to_json(self) -> str:
         """All of it as one JSON object."""
-        content = {"inputs": asdict(self.options), **{k: v for k, v in vars(self).items() if k != "options"}}
+        inputs = {name: value for name, value in asdict(self.options).items() if name not in ("json", "lora_targets")}
+        inputs |= {"lora_attention": self.options.lora_attention, "lora_experts": self.options.lora_experts}
+        content = {"inputs": inputs, **{k: v for k, v in vars(self).items() if k != "options"}}
         content["speed"] = {**asdict(self.speed), "limit": self.speed.limit}
         content["alternatives"] = [asdict(alternative) for alternative in self.alternatives]
         return json.dumps(content, indent=2)
@@ -385,10 +316,10 @@ def print_plan(plan: Plan, console: Any = None) -> None:
         console.print(f"Note: {note}.")
 
 
-def run_plan(options: PlanOptions, as_json: bool = False) -> None:
+def run_plan(options: PlanOptions) -> None:
     """Plan and print, as tables or as one JSON object."""
     plan = make_plan(options)
-    if as_json:
+    if options.json:
         print(plan.to_json())
     else:
         print_plan(plan)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from ..configuration_grinmoe import GrinMoeConfig
 from ..quantization_grinmoe import FUSED
 from .memory_model import FLOAT32, Step, lora_targets, parameters_of
+from .options import PEAK_TFLOPS
 
-# TFLOP/s of a bf16 matrix product of random data on one H200, and about what an H100 of 700 W does; the data sheet has 989.
-PEAK_TFLOPS = 790.0
 # GB/s that one GPU sends: NVLink 4, half of the 900 of the data sheet; one 400 Gbit/s adapter per GPU between nodes; PCIe 5.
 NVLINK_GB_PER_S, NETWORK_GB_PER_S, PCIE_GB_PER_S = 450.0, 50.0, 64.0
 

@@ -1,6 +1,6 @@
 """The router's gradient estimators side by side: enumerated exactly, and trained."""
 
-from .comparison import CompareSettings, RunsFailedError, prepare_corpus, run_comparison, settings_here
+from .comparison import CompareSettings, prepare_corpus, run_compare, run_comparison
 from .enumeration import (
     LOSSES,
     cosine_and_error,
@@ -10,11 +10,12 @@ from .enumeration import (
     own_objective,
     random_decision,
 )
+from .options import CompareOptions
 
 __all__ = [
     "LOSSES",
+    "CompareOptions",
     "CompareSettings",
-    "RunsFailedError",
     "cosine_and_error",
     "exact_gradients",
     "moments",
@@ -22,6 +23,6 @@ __all__ = [
     "own_objective",
     "prepare_corpus",
     "random_decision",
+    "run_compare",
     "run_comparison",
-    "settings_here",
 ]

@@ -31,6 +31,7 @@ from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..provenance import environment
 from ..tokenization import build_tokenizer
 from ..training import NarrowingMask
+from .options import CompareOptions
 
 
 class RunsFailedError(RuntimeError):
@@ -178,6 +179,17 @@ def run_comparison(
     runs = [json.loads(_run_file(folder, name, seed).read_text()) for name in names for seed in range(settings.seeds)]
     facts["environment"] = environment(command)
     return write_report(folder, facts, runs, {name: ARMS[name].label for name in names})
+
+
+def run_compare(options: CompareOptions, command: str) -> None:
+    """`grinmoe compare`. Raises SystemExit with a message where runs failed."""
+    settings = settings_here(seeds=options.seeds, steps=options.steps)
+    arms = None if options.arms is None else list(options.arms)
+    try:
+        report = run_comparison(options.output, settings, arms, options.text, options.workers, command)
+    except RunsFailedError as error:
+        raise SystemExit(f"grinmoe compare: {error}") from error
+    print(f"table and figure: {report}")
 
 
 def _check_same(folder: Path, facts: dict[str, Any]) -> None:

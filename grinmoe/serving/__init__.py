@@ -4,15 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chat import Chat, ChatOptions, run_generate
-    from .serve import ServeOptions, run_serve
+    from .chat import Chat, run_generate
+    from .options import ChatOptions, GenerateOptions, ServeOptions
+    from .serve import run_serve
 
 # Each name is imported when it is first asked for: these modules need different optional packages.
 _MODULES = {
     "Chat": "chat",
-    "ChatOptions": "chat",
+    "ChatOptions": "options",
+    "GenerateOptions": "options",
     "run_generate": "chat",
-    "ServeOptions": "serve",
+    "ServeOptions": "options",
     "run_serve": "serve",
 }
 
@@ -26,6 +28,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Chat",
     "ChatOptions",
+    "GenerateOptions",
     "ServeOptions",
     "run_generate",
     "run_serve",

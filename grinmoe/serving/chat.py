@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,29 +10,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from ..files import check_dtype
 from ..loading import load_for_use
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """How to answer."""
-
-    max_new_tokens: int = 128
-    temperature: float | None = None  # None: as the checkpoint's generation config says; 0: the likeliest token
-    seed: int = 0
-    dtype: str = "auto"
-    device: str | None = None
-    system: str | None = None
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {self.max_new_tokens} makes no answer; give 1 or more")
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"--temperature {self.temperature} is no temperature; give 0 (the likeliest token) or more"
-            )
-        check_dtype(self.dtype)
+from .options import ChatOptions, GenerateOptions
 
 
 @dataclass
@@ -106,22 +84,21 @@ def load_chat(model: str, options: ChatOptions) -> Chat:
     return Chat(loaded, tokenizer, options)
 
 
-def run_generate(model: str, prompt: str | None, options: ChatOptions) -> None:
+def run_generate(options: GenerateOptions) -> None:
     """
-    The command: one answer to `prompt`, or without it a conversation read from standard input.
+    The command: one answer to the prompt, or without it a conversation read from standard input.
 
     Args:
-        model: folder or Hub repository.
-        prompt: one message, or None.
-        options: how to answer.
+        options: the model, the prompt and how to answer.
 
     Raises:
         ValueError: the prompt is empty, or the checkpoint cannot be used (see GrinMoeForCausalLM.from_pretrained).
         OSError: there is no such folder or repository.
     """
+    prompt = options.prompt
     if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty; give some text, or leave --prompt out for a conversation")
-    chat = load_chat(model, options)
+    chat = load_chat(options.model, options)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer may hold letters that the terminal has not.
         sys.stdout.reconfigure(errors="backslashreplace")

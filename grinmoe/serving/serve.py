@@ -8,7 +8,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,9 @@ from transformers import ContinuousBatchingConfig
 from transformers.utils import logging
 from transformers.utils.import_utils import is_psutil_available, is_serve_available
 
-from ..files import check_dtype, folder_or_repository
+from ..files import folder_or_repository
 from ..loading import load_for_use
+from .options import ServeOptions
 
 if TYPE_CHECKING:
     from .batching import Batches, OneAtATime, ServedModel
@@ -26,39 +26,6 @@ if TYPE_CHECKING:
 CPU_CACHE_TOKENS = 16384
 # Tokens that a CPU computes in one step. Longer prompts are computed in parts, between which other requests go on.
 CPU_STEP_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What to serve, and where."""
-
-    model: str
-    name: str | None = None  # what requests call it; None: the folder's name, or the Hub id
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: a free one
-    dtype: str = "auto"
-    device: str | None = None
-    continuous_batching: bool = True
-    max_length: int | None = None  # tokens of a prompt and its answer; None: what the model was made for
-    max_new_tokens: int | None = None  # tokens of an answer; None: what the prompt leaves
-    cache_tokens: int | None = None  # of all requests together; None: what memory allows, on a CPU CPU_CACHE_TOKENS
-
-    def __post_init__(self):
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"--port {self.port} is no port; give 1 to 65535, or 0 for a free one")
-        for option in ("max_length", "max_new_tokens", "cache_tokens"):
-            value, lowest = getattr(self, option), 2 if option == "max_length" else 1
-            if value is not None and value < lowest:
-                raise ValueError(
-                    f"--{option.replace('_', '-')} {value} leaves no room for an answer; give {lowest} or more"
-                )
-        if self.cache_tokens is not None and not self.continuous_batching:
-            raise ValueError(
-                "--cache-tokens is for continuous batching; leave out one of it and --no-continuous-batching"
-            )
-        if self.name is not None and not self.name.strip():
-            raise ValueError("--name is empty; give the name that requests call the model by, or leave it out")
-        check_dtype(self.dtype)
 
 
 def run_serve(options: ServeOptions) -> None:

@@ -4,11 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .command import run_recipe
     from .dpo import SameDrawsForReference
     from .hub_callback import CodeWithEveryPush
     from .jitter_schedule import NarrowingMask
+    from .options import RecipeOptions
     from .progress import TrainingProgress, peak_gib
-    from .recipe import Recipe, option_help, read_recipe
+    from .recipe import Recipe, read_recipe
     from .run import train
     from .run_directory import METRICS_NAME
     from .stop import StopAtSignal
@@ -22,8 +24,9 @@ _MODULES = {
     "TrainingProgress": "progress",
     "peak_gib": "progress",
     "Recipe": "recipe",
-    "option_help": "recipe",
+    "RecipeOptions": "options",
     "read_recipe": "recipe",
+    "run_recipe": "command",
     "train": "run",
     "METRICS_NAME": "run_directory",
     "StopAtSignal": "stop",
@@ -42,12 +45,13 @@ __all__ = [
     "CodeWithEveryPush",
     "NarrowingMask",
     "Recipe",
+    "RecipeOptions",
     "SameDrawsForReference",
     "StopAtSignal",
     "TokenMeanTrainer",
     "TrainingProgress",
-    "option_help",
     "peak_gib",
     "read_recipe",
+    "run_recipe",
     "train",
 ]

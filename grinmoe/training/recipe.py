@@ -28,9 +28,9 @@ from ..adapters import QUANTIZATIONS
 from ..data import DataOptions
 from ..distributed import check_gpus
 from ..files import DTYPES, folder_or_repository
+from ..planning import METHODS
 
 TASKS = ("sft", "dpo", "pretrain")
-METHODS = ("full", "full-8bit", "lora", "qlora")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification
-from grinmoe.adapters import merge
+from grinmoe.adapters import MergeOptions, merge, merge_adapter, run_merge
 from grinmoe.adapters.lora import AdapterError, load_adapter, lora_config
-from grinmoe.adapters.merge import merge_adapter, run_merge
 from grinmoe.checkpoint_grinmoe import official_shapes, official_state_dict, read_shapes
 
 IDS = torch.arange(24).view(2, 12)
@@ -128,7 +127,7 @@ def test_the_base_can_be_elsewhere_and_in_another_dtype(make, tmp_path, capsys):
     with pytest.raises(AdapterError, match="as its base, which is not there; give it"):
         merge_adapter(adapter, tmp_path / "merged")
     with pytest.warns(UserWarning, match="was made for"):
-        run_merge(str(adapter), str(tmp_path / "merged"), str(tmp_path / "moved"), "bfloat16")
+        run_merge(MergeOptions(str(adapter), str(tmp_path / "merged"), str(tmp_path / "moved"), "bfloat16"))
     assert str(tmp_path / "merged") in capsys.readouterr().out
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
     before = load_file(tmp_path / "moved" / "model.safetensors")
@@ -159,9 +158,9 @@ def test_what_does_not_fit_is_refused_before_any_weight_is_read(make, tmp_path, 
     for place in ("base", "adapter"):
         with pytest.raises(ValueError, match="is the folder of the adapter or of its base"):
             merge_adapter(adapter, tmp_path / place)
-    with pytest.raises(ValueError, match="dtype='int3'; choose one of auto"):
-        run_merge(str(adapter), str(tmp_path / "merged"), dtype="int3")
-    with pytest.raises(ValueError, match="dtype='int8'; choose one of auto"):
+    with pytest.raises(ValueError, match="'int3' is unknown; choose one of auto"):
+        run_merge(MergeOptions(str(adapter), str(tmp_path / "merged"), dtype="int3"))
+    with pytest.raises(ValueError, match="'int8' is unknown; choose one of auto"):
         merge_adapter(adapter, tmp_path / "merged", dtype=torch.int8)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file; give a folder"):
@@ -208,7 +207,7 @@ def test_an_adapter_of_quantised_weights_merges_into_what_it_was_trained_on(make
     expected = load_adapter(quantised, adapter)
     results = {}
     for name, quantized_base in (("own", kind), ("dense", None)):
-        run_merge(str(adapter), str(tmp_path / name), quantized_base=quantized_base)
+        run_merge(MergeOptions(str(adapter), str(tmp_path / name), quantized_base=quantized_base))
         merged = GrinMoeForCausalLM.from_pretrained(tmp_path / name)
         assert merged.dtype == torch.float32 and getattr(merged.config, "quantization_config", None) is None
         results[name] = _error(kind, merged, expected.get_base_model())

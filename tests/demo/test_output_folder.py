@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import grinmoe.demo.demo as demo
+from grinmoe.demo import DemoOptions
 from grinmoe.demo.chat_corpus import load_corpus
 
 pytestmark = pytest.mark.newest_only  # reads and writes files
@@ -34,7 +35,7 @@ def test_a_failed_demo_leaves_the_earlier_one_whole_and_nothing_beside_it(tmp_pa
     (target / "demo.json").write_text("{}")
     monkeypatch.setattr(demo, "_run_stages", broken_stages)
     with pytest.raises(OSError, match="No space left"):
-        demo.run_demo(target)
+        demo.run_demo(DemoOptions(str(target)))
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     assert (target / "demo.json").read_text() == "{}"
 
@@ -46,7 +47,7 @@ def test_an_earlier_demo_is_replaced(tmp_path, monkeypatch):
     (target / "demo.json").write_text("{}")
     monkeypatch.setattr(demo, "_run_stages", lambda settings, workspace, result, console: None)
     monkeypatch.setattr(demo, "_print_summary", lambda result, output, console: None)
-    demo.run_demo(target)
+    demo.run_demo(DemoOptions(str(target)))
     assert [path.name for path in target.iterdir()] == ["demo.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
@@ -54,7 +55,7 @@ def test_an_earlier_demo_is_replaced(tmp_path, monkeypatch):
 def test_a_mount_point_is_refused_before_anything_is_trained():
     """It cannot be replaced by a rename, which is the last step."""
     with pytest.raises(ValueError, match="is a mount point"):
-        demo.run_demo("/")
+        demo.run_demo(DemoOptions("/"))
 
 
 @pytest.mark.parametrize("names", [["thesis.txt"], ["demo.json", "thesis.txt"], ["model"]], ids=str)
@@ -62,5 +63,5 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path, names):
     for name in names:
         (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match="not just what an earlier demo left"):
-        demo.run_demo(tmp_path)
+        demo.run_demo(DemoOptions(str(tmp_path)))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)

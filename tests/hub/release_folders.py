@@ -102,7 +102,7 @@ def truncated(weights: bytes) -> bytes:
 def push_quick(folder: Path, repo: str = REPO, base_model: str | None = None, **options) -> str | None:
     """Push without the check that takes seconds."""
     release = ReleaseOptions(load_check=False, card=CardOverrides(base_model=base_model))
-    return push(folder, PushOptions(repo, release=release, **options))
+    return push(PushOptions(folder, repo, release=release, **options))
 
 
 def run_cli(capsys, *arguments: str) -> tuple[int, str, str]:

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, constants
 
 from grinmoe import GrinMoeForCausalLM, load_tokenizer
 from grinmoe.checkpoint_grinmoe import CheckpointError
-from grinmoe.hub.publish import HubError, pull
+from grinmoe.hub import HubError, pull
 from tests.fake_hub.server import OTHER
 from tests.hub.release_folders import (
     INDEX,

@@ -343,7 +343,7 @@ def test_full_fine_tuning_does_not_fit_8_gpus_of_80_gib_and_what_does_is_said(re
 
 
 def test_the_parts_add_up_and_json_has_them(released, capsys):
-    run_plan(PlanOptions(model=released, method="lora", gpus=8, batch_size=2), as_json=True)
+    run_plan(PlanOptions(model=released, method="lora", gpus=8, batch_size=2, json=True))
     content = json.loads(capsys.readouterr().out)
     parts = content["per_gpu_gib"]
     assert parts["total"] == pytest.approx(sum(gib for part, gib in parts.items() if part != "total"))
@@ -407,7 +407,7 @@ def test_communication_of_the_bound():
         ({"batch_size": 0}, "--batch-size 0"),
         ({"method": "sgd"}, "--method 'sgd'"),
         ({"cpu_offload": True}, "--cpu-offload"),
-        ({"lora_attention": False, "lora_experts": False}, "trains nothing"),
+        ({"lora_targets": "none"}, "--lora-targets"),
         ({"seq_length": 4097}, "max_position_embeddings=4096"),
         ({"method": "full", "gpus": 7}, "do not spread over 7 GPUs"),
     ],

@@ -11,7 +11,8 @@ import torch
 
 import grinmoe.generation_grinmoe as generation
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
-from grinmoe.serving.chat import Chat, ChatOptions, load_chat, run_generate
+from grinmoe.serving import Chat, ChatOptions, GenerateOptions, run_generate
+from grinmoe.serving.chat import load_chat
 from grinmoe.tokenization import build_tokenizer
 
 TEXT = ["Hello there, how are you today?", "What is a mixture of experts?", "I am fine, thank you."] * 10
@@ -98,7 +99,7 @@ def test_an_empty_prompt_is_refused(chat, checkpoint, prompt):
     with pytest.raises(ValueError, match="the prompt is empty"):
         chat.answer(prompt)
     with pytest.raises(ValueError, match="the prompt is empty"):
-        run_generate(str(checkpoint), prompt, ChatOptions())
+        run_generate(GenerateOptions(model=str(checkpoint), prompt=prompt))
     assert chat.messages == []
 
 
@@ -149,14 +150,14 @@ def test_the_same_seed_samples_the_same_answers(checkpoint):
 
 def test_a_conversation_on_standard_input(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/reset\nHello\n/quit\nnever read\n"))
-    run_generate(str(checkpoint), None, ChatOptions(max_new_tokens=6, temperature=0, device="cpu"))
+    run_generate(GenerateOptions(model=str(checkpoint), max_new_tokens=6, temperature=0, device="cpu"))
     answers = [line for line in capsys.readouterr().out.splitlines() if line]
     assert len(answers) % 2 == 0 and answers[: len(answers) // 2] == answers[len(answers) // 2 :]
 
 
 def test_the_end_of_standard_input_ends_the_conversation(checkpoint, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    run_generate(str(checkpoint), None, ChatOptions(device="cpu"))
+    run_generate(GenerateOptions(model=str(checkpoint), device="cpu"))
 
 
 def test_a_device_that_is_not_there_is_named(checkpoint):
@@ -181,7 +182,7 @@ def test_no_model_at_all_is_not_the_current_folder(checkpoint, monkeypatch):
 def test_bytes_that_are_no_text_are_answered_too(checkpoint, monkeypatch, capsys):
     piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr("sys.stdin", piped)
-    run_generate(str(checkpoint), None, ChatOptions(max_new_tokens=6, temperature=0, device="cpu"))
+    run_generate(GenerateOptions(model=str(checkpoint), max_new_tokens=6, temperature=0, device="cpu"))
     assert capsys.readouterr().out.strip()
 
 

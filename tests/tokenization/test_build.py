@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 import grinmoe_cli
 from grinmoe import GrinMoeConfig, load_tokenizer
-from grinmoe.tokenization import build_tokenizer
-from grinmoe.tokenization.build import assemble_tokenizer, run_build, write_tokenizer
+from grinmoe.tokenization import BuildOptions, build_tokenizer, run_build
+from grinmoe.tokenization.build import assemble_tokenizer, write_tokenizer
 from grinmoe.tokenization.sources import read_vocabulary
 from tests import ROOT
 from tests.tokenization.tokenizer_files import (
@@ -95,7 +95,7 @@ def test_special_tokens_follow_the_vocabulary_with_the_familys_flags(built, proc
 
 def test_the_written_folder_gives_the_same_ids_through_every_loader(built, model_file, tmp_path):
     folder = tmp_path / "new" / "folder"
-    run_build(model_file, folder, model_max_length=77)
+    run_build(BuildOptions(model_file, folder, model_max_length=77))
     assert {path.name for path in folder.iterdir()} == FILES
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
     GrinMoeConfig(vocab_size=500).save_pretrained(folder)
@@ -118,7 +118,7 @@ def test_only_the_tokenizer_of_a_models_folder_is_replaced(built, model_file, tm
     (tmp_path / "tokenizer.json").write_text("old")
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("old")
-    run_build(model_file, tmp_path)
+    run_build(BuildOptions(model_file, tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == FILES | others.keys()
     assert {name: (tmp_path / name).read_text() for name in others} == others
     assert (
@@ -134,20 +134,20 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_not_put_into_its_folder(
     (tmp_path / "config.json").write_text('{"model_type": "grinmoe", "vocab_size": 430}')
     (tmp_path / "tokenizer.json").write_text("the model's own")
     with pytest.raises(ValueError, match="has 431 tokens, the model in .* has a vocab_size of 430; take "):
-        run_build(model_file, tmp_path)
+        run_build(BuildOptions(model_file, tmp_path))
     assert (tmp_path / "tokenizer.json").read_text() == "the model's own"
 
 
 def test_a_vocabulary_in_which_a_piece_would_lose_its_id_is_refused(processor, tmp_path):
     file = write_gguf(tmp_path / "empty.gguf", processor, end=[("<|endoftext|>", CONTROL), ("", CONTROL)])
     with pytest.raises(ValueError, match=r"'' has id 421 in the source and would get None"):
-        run_build(file, tmp_path / "out")
+        run_build(BuildOptions(file, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_tokenizer_is_restored_in_its_place(built, saved):
     LlamaTokenizer.from_pretrained(saved).save_pretrained(saved)
-    run_build(saved / "tokenizer.json", saved)
+    run_build(BuildOptions(saved / "tokenizer.json", saved))
     assert json.loads((saved / "tokenizer.json").read_text()) == file_content(built)
     assert json.loads((saved / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
 
@@ -266,7 +266,7 @@ def assert_released(folder: Path) -> None:
 
 @needs_released
 def test_the_released_tokenizer_is_built_from_its_sentencepiece_model(tmp_path):
-    run_build(RELEASED / "tokenizer.model", tmp_path)
+    run_build(BuildOptions(RELEASED / "tokenizer.model", tmp_path))
     assert_released(tmp_path)
 
 
@@ -274,7 +274,7 @@ def test_the_released_tokenizer_is_built_from_its_sentencepiece_model(tmp_path):
 def test_the_released_tokenizer_is_restored_after_damage(tmp_path):
     LlamaTokenizer.from_pretrained(RELEASED / "grinmoe").save_pretrained(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]["type"] == "Metaspace"
-    run_build(tmp_path / "tokenizer.json", tmp_path)
+    run_build(BuildOptions(tmp_path / "tokenizer.json", tmp_path))
     assert_released(tmp_path)
 
 
@@ -283,8 +283,10 @@ def test_the_released_tokenizer_is_built_from_a_gguf(tmp_path):
     processor = SentencePieceProcessor(model_file=str(RELEASED / "tokenizer.model"))
     padding = [(f"[PAD{number}]", UNUSED) for number in range(32011, 32064)]
     run_build(
-        write_gguf(tmp_path / "vocab.gguf", processor, [*((token, CONTROL) for token in SPECIAL), *padding]),
-        tmp_path / "out",
+        BuildOptions(
+            write_gguf(tmp_path / "vocab.gguf", processor, [*((token, CONTROL) for token in SPECIAL), *padding]),
+            tmp_path / "out",
+        )
     )
     assert_released(tmp_path / "out")
 
@@ -308,6 +310,6 @@ def released_pair():
 def test_the_released_model_beside_its_tokenizer_is_built_in_place(tmp_path):
     shutil.copytree(RELEASED / "grinmoe", tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile)
     shutil.copyfile(RELEASED / "tokenizer.model", tmp_path / "tokenizer.model")
-    run_build(tmp_path / "tokenizer.model", tmp_path)
+    run_build(BuildOptions(tmp_path / "tokenizer.model", tmp_path))
     assert_released(tmp_path)
     assert (tmp_path / "tokenizer.model").exists()

@@ -1,0 +1,22 @@
+"""Options of `grinmoe merge` (see `grinmoe/options.py`)."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from ..options import NewFolder
+
+Quantization = Literal["nf4", "fp4", "int8"]
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What to merge, and into what."""
+
+    adapter: Annotated[str, "folder of a PEFT adapter", "DIR"]
+    output: NewFolder
+    base: Annotated[str | None, "base model (default: as the adapter says)", "DIR_OR_HUB_ID"] = None
+    dtype: Annotated[str, "of the result: auto (the base's), bfloat16, float16, float32"] = "auto"
+    quantized_base: Annotated[
+        Quantization | None,
+        "merge into the base as qlora saw it: quantised and back (default: into the base's own weights)",
+    ] = None

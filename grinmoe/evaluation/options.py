@@ -1,0 +1,34 @@
+"""Options of `grinmoe evaluate` (see `grinmoe/options.py`)."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from ..files import check_dtype
+from ..options import Device, Dtype, KeptFolder, Model
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to evaluate, on which tasks."""
+
+    model: Model
+    tasks: Annotated[
+        tuple[str, ...], "names of the paper's suite (paper is all of it) or of lm-eval, or .jsonl files", "NAME"
+    ]
+    output: KeptFolder
+    limit: Annotated[int | None, "questions of a task, to try it (measures nothing)", "N"] = None
+    shots: Annotated[int | None, "examples in the prompt (default: the suite's)", "N"] = None
+    batch_size: Annotated[int, "rows at a time", "B"] = 8
+    dtype: Dtype = "auto"
+    device: Device = None
+    chat: Annotated[bool, "put prompts into the chat template"] = False
+    allow_code: Annotated[bool, "run the programs that the model writes (HumanEval, MBPP)"] = False
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit {self.limit} asks nothing; give 1 or more")
+        if self.shots is not None and self.shots < 0:
+            raise ValueError(f"--shots {self.shots} is negative; give 0 or more")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size} takes no row; give 1 or more")
+        check_dtype(self.dtype)

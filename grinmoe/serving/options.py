@@ -1,0 +1,76 @@
+"""Options of `grinmoe generate` and `grinmoe serve` (see `grinmoe/options.py`)."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from ..files import check_dtype
+from ..options import Device, Dtype, Model
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How to answer."""
+
+    max_new_tokens: Annotated[int, "longest answer", "N"] = 128
+    temperature: Annotated[float | None, "0: the likeliest token (default: as the checkpoint says)", "T"] = None
+    seed: Annotated[int, "of sampling with a temperature", "N"] = 0
+    dtype: Dtype = "auto"
+    device: Device = None
+    system: Annotated[str | None, "system message that opens the conversation", "TEXT"] = None
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} makes no answer; give 1 or more")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature {self.temperature} must be 0 (the likeliest token) or a number above it")
+        check_dtype(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ChatOptions):
+    """What to chat with, and how."""
+
+    model: Model
+    prompt: Annotated[str | None, "one message; without it, a conversation", "TEXT"] = None
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve, and where."""
+
+    model: Model
+    name: Annotated[str | None, "what requests call the model (default: the folder's name, or the Hub id)", "NAME"] = (
+        None
+    )
+    host: Annotated[str, "address to listen at; 127.0.0.1 is this machine alone"] = "127.0.0.1"
+    port: Annotated[int, "0: a free one", "N"] = 8000
+    dtype: Dtype = "auto"
+    device: Device = None
+    continuous_batching: Annotated[bool, "one request after the other, with generate()"] = True
+    max_length: Annotated[
+        int | None, "most tokens of a prompt and its answer together (default: what the model was made for)", "N"
+    ] = None
+    max_new_tokens: Annotated[int | None, "longest answer (default: what the prompt leaves)", "N"] = None
+    cache_tokens: Annotated[
+        int | None,
+        "tokens that are kept in memory, of all requests (default: what an accelerator has room for; 16384 on a CPU)",
+        "N",
+    ] = None
+
+    def __post_init__(self):
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"--port {self.port} is no port; give 1 to 65535, or 0 for a free one")
+        for option in ("max_length", "max_new_tokens", "cache_tokens"):
+            value, lowest = getattr(self, option), 2 if option == "max_length" else 1
+            if value is not None and value < lowest:
+                raise ValueError(
+                    f"--{option.replace('_', '-')} {value} leaves no room for an answer; give {lowest} or more"
+                )
+        if self.cache_tokens is not None and not self.continuous_batching:
+            raise ValueError(
+                "--cache-tokens is for continuous batching; leave out one of it and --no-continuous-batching"
+            )
+        if self.name is not None and not self.name.strip():
+            raise ValueError("--name is empty; give the name that requests call the model by, or leave it out")
+        check_dtype(self.dtype)

@@ -1,0 +1,30 @@
+"""`grinmoe sft`, `dpo` and `pretrain`: read a recipe, then train."""
+
+from __future__ import annotations
+
+import shlex
+
+from .options import RecipeOptions
+from .recipe import option_help, read_recipe
+
+
+def run_recipe(options: RecipeOptions) -> int:
+    """
+    Train by a recipe, or list the settings that it may have.
+
+    Returns:
+        Exit code: 130 where Ctrl-C ended the run, else 0.
+
+    Raises:
+        ValueError: a wrong setting (see `read_recipe`), or whatever `train` raises.
+    """
+    if options.options:
+        print(option_help(options.task))
+        return 0
+    arguments = [*([] if options.config is None else ["--config", options.config]), *options.settings]
+    recipe = read_recipe(options.task, arguments)
+    # Mistakes in a recipe are told before the libraries that training needs are loaded.
+    from .run import train
+
+    command = shlex.join(["grinmoe", options.task, *arguments])
+    return 130 if train(recipe, command).signal == "SIGINT" else 0
