@@ -72,37 +72,31 @@ class ServedProcess:
     def client(self) -> openai.OpenAI:
         import openai
 
-        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=600)
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
         """Exit code after a signal, and what else was printed."""
         self.process.send_signal(number)
-        output, _ = self.process.communicate(timeout=60)
+        output, _ = self.process.communicate(timeout=600)
         return self.process.returncode, output
 
 
 def start(folder: Path, *options: str) -> ServedProcess:
     """Start the command on a free port, and wait for the line that says it is ready."""
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "grinmoe_cli",
-            "serve",
-            "--model",
-            str(folder),
-            "--port",
-            "0",
-            "--device",
-            "cpu",
-            *options,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [sys.executable, "-m", "grinmoe_cli", "serve", "--model", str(folder), "--port", "0", "--device", "cpu"]
+    # A shell starts its background jobs with SIGINT ignored, which processes inherit; the server is ended by one.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [*command, *options],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert process.stdout is not None
     printed = []
     for line in process.stdout:
