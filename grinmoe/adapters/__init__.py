@@ -1,7 +1,7 @@
 """LoRA for fused experts in PEFT's format, and merging it into the weights."""
 
 from .expert_lora import ExpertLora, GrinMoeLoraConfig
-from .lora import AdapterError, base_of, check_adapter, load_adapter, lora_config
+from .lora import AdapterError, base_of, check_adapter, load_adapter, lora_config, use_expert_lora
 from .merge import merge_adapter, run_merge
 from .options import MergeOptions
 from .presets import QUANTIZATIONS, quantization_config
@@ -19,4 +19,5 @@ __all__ = [
     "merge_adapter",
     "quantization_config",
     "run_merge",
+    "use_expert_lora",
 ]

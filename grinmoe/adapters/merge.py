@@ -11,7 +11,6 @@ rounding. An adapter trained on 4-bit weights was trained to correct *those*: me
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoint_grinmoe import refuse_checkout, replaced_when_whole
 from ..configuration_grinmoe import GrinMoeConfig
-from ..files import check_dtype
+from ..files import check_dtype, copy_files
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
 from ..tokenization import TOKENIZER_FILES
 from .lora import AdapterError, base_of, check_adapter, load_adapter, may_be_there, read_lora_config, stored_shapes
@@ -137,9 +136,7 @@ def _load_base(
 
 def _copy_tokenizer(sources: tuple[Path, ...], target: Path) -> None:
     for folder in sources:
-        files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-        # A lone chat template is no tokenizer.
-        if any(file.name in ("tokenizer.json", "tokenizer.model") for file in files):
-            for file in files:
-                shutil.copyfile(file, target / file.name)
+        # A chat template alone is not a tokenizer.
+        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            copy_files(TOKENIZER_FILES, folder, target)
             return

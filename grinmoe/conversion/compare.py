@@ -29,16 +29,12 @@ def text_lengths(config: GrinMoeConfig) -> list[int]:
     return sorted({short, long if long <= _LONGEST_TEXT else short})
 
 
-def comparison_bytes(config: GrinMoeConfig, parameters: int) -> int:
-    """What comparing takes: one model in float32, and the logits of all texts from both."""
-    return 4 * (parameters + 3 * sum(text_lengths(config)) * config.vocab_size)
-
-
 def why_not_compared(config: GrinMoeConfig, parameters: int, asked: bool) -> str | None:
     """A note, or None where memory has room."""
     if not asked:
         return "logits were not compared, as asked"
-    needed = comparison_bytes(config, parameters)
+    # One model in float32, and the logits of all texts from both.
+    needed = 4 * (parameters + 3 * sum(text_lengths(config)) * config.vocab_size)
     if needed > physical_memory_bytes() / 2:
         return f"logits were not compared: that takes {needed / 1e9:.0f} GB, more than half of this machine's memory"
     return None

@@ -1,6 +1,6 @@
 """Configs of related models: Mixtral's and phimoe's into ours, and ours into theirs.
 
-All three have the same keys on disk (`layout_grinmoe.official_shapes`), so that what a conversion has to decide is in
+All three have the same keys on disk (`checkpoint_grinmoe.official_shapes`), so that what a conversion has to decide is in
 config.json: norm, biases, window, gating.
 """
 
@@ -9,24 +9,24 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers import MixtralConfig, PhimoeConfig
+from transformers import MixtralConfig, PhimoeConfig, PreTrainedConfig
 
 from ..configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig
 from ..routing_grinmoe import ESTIMATORS
 
-# Spelled alike in both.
-_SHARED = (
+# Fields that are spelled alike in our config and in those of dense models, of phimoe and of Mixtral.
+_SHARED_WITH_DENSE = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
     "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
-    "tie_word_embeddings attention_dropout num_experts_per_tok num_local_experts output_router_logits "
-    "router_aux_loss_coef router_jitter_noise input_jitter_noise attention_bias lm_head_bias"
+    "tie_word_embeddings attention_dropout"
 ).split()
-_SHARED_WITH_MIXTRAL = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
-    "tie_word_embeddings attention_dropout num_experts_per_tok num_local_experts output_router_logits "
-    "router_aux_loss_coef id2label label2id problem_type dtype"
-).split()
+_OF_EXPERTS = "num_experts_per_tok num_local_experts output_router_logits router_aux_loss_coef".split()
+_SHARED_WITH_PHIMOE = (
+    *_SHARED_WITH_DENSE,
+    *_OF_EXPERTS,
+    *"router_jitter_noise input_jitter_noise attention_bias lm_head_bias".split(),
+)
+_SHARED_WITH_MIXTRAL = (*_SHARED_WITH_DENSE, *_OF_EXPERTS, *"id2label label2id problem_type dtype".split())
 # What others have no field for. They are kept beside its fields, where nothing else reads them, for the way back.
 _EXTRAS = (
     "sliding_window router_estimator router_aux_loss_scope router_z_loss_coef router_capacity_factor hidden_dropout "
@@ -40,6 +40,20 @@ class ConversionError(ValueError):
     """A checkpoint that the target cannot represent."""
 
 
+def fields_of_dense(config: PreTrainedConfig) -> dict[str, Any]:
+    """Fields of our config that a dense model of Llama's kind has, and a Mixtral. Their window counts visible keys."""
+    window, head_dim = getattr(config, "sliding_window", None), getattr(config, "head_dim", None)
+    fields = {name: getattr(config, name) for name in _SHARED_WITH_DENSE}
+    fields |= {
+        "norm_type": "rms_norm",
+        "sliding_window": None if window is None else window - 1,
+        "lm_head_bias": False,
+    }
+    if head_dim is not None and head_dim * config.num_attention_heads != config.hidden_size:
+        fields["head_dim"] = head_dim
+    return fields
+
+
 def from_mixtral(config: MixtralConfig) -> GrinMoeConfig:
     """
     The GRIN-MoE that computes what a Mixtral does: RMSNorm, renormalised top-k gating, W visible keys.
@@ -48,21 +62,15 @@ def from_mixtral(config: MixtralConfig) -> GrinMoeConfig:
     `router_jitter_noise`, the width of the mask, is not used by this gating and gets its default, for those who go on
     training with `router_estimator="sparsemixer_v2"`.
     """
-    window = config.sliding_window
     fields: dict[str, Any] = {
         **{name: getattr(config, name) for name in _SHARED_WITH_MIXTRAL},
-        "norm_type": "rms_norm",
+        **fields_of_dense(config),
         "rope_parameters": dict(config.rope_parameters or {}),
-        "sliding_window": None if window is None else window - 1,
         "attention_bias": False,
-        "lm_head_bias": False,
         "router_estimator": "topk_renormalized",
         "input_jitter_noise": config.router_jitter_noise,
         **(getattr(config, FOREIGN_EXTRAS, None) or {}),
     }
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is not None and head_dim * config.num_attention_heads != config.hidden_size:
-        fields["head_dim"] = head_dim
     return GrinMoeConfig(**fields)
 
 
@@ -115,7 +123,7 @@ def to_phimoe(config: GrinMoeConfig) -> dict[str, Any]:
 def phimoe_fields(config: GrinMoeConfig) -> dict[str, Any]:
     """As `to_phimoe`, whatever the config says: for programs whose PhiMoE is another one (llama.cpp).
 
-    It is the config of all tensors that `phimoe_engines.complete` writes out.
+    It is the config of all tensors that `phimoe.complete` writes out.
     """
     whole = {"attention_bias": True, "lm_head_bias": True, "tie_word_embeddings": False}
     before = {name: getattr(config, name) for name, value in whole.items() if getattr(config, name) != value}
@@ -123,10 +131,10 @@ def phimoe_fields(config: GrinMoeConfig) -> dict[str, Any]:
         # As in the released Phi-3.5-MoE: vLLM, SGLang and llama.cpp look for it. Transformers goes by model_type.
         "architectures": ["PhiMoEForCausalLM"],
         "model_type": PhimoeConfig.model_type,
-        **{name: getattr(config, name) for name in _SHARED},
+        **{name: getattr(config, name) for name in _SHARED_WITH_PHIMOE},
         **whole,
         "sliding_window": config.visible_keys,
-        "dtype": _spelled(config.dtype),
+        "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
         "rope_parameters": dict(config.rope_parameters or {}),
@@ -177,7 +185,3 @@ def _longrope(config: GrinMoeConfig) -> dict[str, Any]:
         "rope_scaling": released,
         "original_max_position_embeddings": original,
     }
-
-
-def _spelled(dtype: Any) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")

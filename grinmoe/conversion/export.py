@@ -5,7 +5,7 @@
 | `safetensors` | a GRIN-MoE checkpoint of another dtype or shard size; also from a phimoe or a Mixtral |
 | `phimoe` | a checkpoint that Transformers' own class, vLLM and SGLang load without code |
 | `mixtral` | the same, of a model with RMSNorm and renormalised top-k gating |
-| `gguf` | a file for llama.cpp, whose routing is another (`gguf_export.py`) |
+| `gguf` | a file for llama.cpp, whose routing is another (`gguf.py`) |
 
 Tensors are read, converted and written shard by shard, and the folder appears when it is whole.
 """
@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, PhimoeConfig, PhimoeForCausalLM
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .. import files
 from ..checkpoint_grinmoe import (
@@ -40,7 +37,7 @@ from ..checkpoint_grinmoe import (
     replaced_when_whole,
 )
 from ..configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig
-from ..files import atomic_write_text, folder_or_repository
+from ..files import atomic_write_text, copy_files, folder_or_repository, read_json_object
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..provenance import markdown_table
 from ..quantization_grinmoe import FUSED, dense_shape, quantize_rows
@@ -55,7 +52,8 @@ from .shards import Entry, WeightSource, write_shards
 TARGETS = get_args(Target)
 DTYPES = (*files.DTYPES, "int8")
 _RECORD = "export.json"
-_ADAPTER_CONFIG = "adapter_config.json"
+# What lies beside the weights and goes with them.
+COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG_NAME)
 # bitsandbytes would convert them too, and they are 4 % of the weights.
 _NOT_IN_8_BITS = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja"]
@@ -97,7 +95,7 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
             if options.dtype == "int8":
                 entries = _in_8_bits(entries, config)
             _write_config(options, config, entries, staging)
-            copy_companions(folder, staging)
+            copy_files(COMPANIONS, folder, staging)
             record["bytes"] = write_shards(entries, staging, options.max_shard_size, f"writing {options.to}")
         _compare(options, source, config, parameters, staging, record)
         if options.to == "safetensors" and _reads_one_key_more(folder, config):
@@ -175,7 +173,7 @@ def read_config(folder: Path) -> GrinMoeConfig:
     """
     file = folder / CONFIG_NAME
     if not file.is_file():
-        if (folder / _ADAPTER_CONFIG).is_file():
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
             raise ConversionError(
                 f"{folder} is an adapter, which is not exported by itself; merge it into its base before (grinmoe merge "
                 f"--adapter {folder} --output merged)"
@@ -195,14 +193,7 @@ def model_type_of(folder: Path) -> str | None:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG_NAME
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{file} cannot be read ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} cannot be read (it is no JSON object); download it again")
-    return content
+    return read_json_object(folder / CONFIG_NAME, ConversionError, "download it again")
 
 
 def _speaks(source: WeightSource, config: GrinMoeConfig) -> bool:
@@ -334,13 +325,6 @@ def _write_config(options: ExportOptions, config: GrinMoeConfig, entries: list[E
         config.quantization_config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_IN_8_BITS)
     config.save_pretrained(staging)
     add_remote_code(staging)
-
-
-def copy_companions(folder: Path, staging: Path) -> None:
-    """Tokenizer and generation config, where they are there."""
-    names = filter_repo_objects(os.listdir(folder), allow_patterns=[*TOKENIZER_FILES, GENERATION_CONFIG_NAME])
-    for name in names:
-        shutil.copyfile(folder / name, staging / name)
 
 
 # --- how far apart they are --------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ ties) a weight is smaller, and with it the output. `topk_renormalized` has weigh
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import re
@@ -25,13 +24,14 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoint_grinmoe import CheckpointError, add_remote_code, official_shapes, replaced_when_whole
 from ..configuration_grinmoe import GrinMoeConfig
-from ..files import atomic_write_text
+from ..files import atomic_write_text, copy_files
 from ..modeling_grinmoe import GrinMoeForCausalLM
+from ..monitoring import kept_experts
 from ..provenance import markdown_table
-from ..routing_grinmoe import ESTIMATORS, masked_softmax, mix_seed, routing_generator
-from .compare import compare_logits, why_not_compared
-from .configs import ConversionError
-from .export import check_output, copy_companions, local_folder, model_type_of
+from ..routing_grinmoe import ESTIMATORS, mix_seed, routing_generator
+from .compare import TOKENS_COMPARED, compare_logits, load_float32, random_tokens, why_not_compared
+from .configs import ConversionError, fields_of_dense
+from .export import COMPANIONS, check_output, local_folder, model_type_of
 from .options import UpcycleOptions
 from .shards import Entry, WeightSource, write_shards
 
@@ -68,7 +68,7 @@ def upcycle_checkpoint(options: UpcycleOptions) -> dict[str, Any]:
         config.architectures = ["GrinMoeForCausalLM"]
         config.save_pretrained(staging)
         add_remote_code(staging)
-        copy_companions(folder, staging)
+        copy_files(COMPANIONS, folder, staging)
         record["bytes"] = write_shards(entries, staging, options.max_shard_size)
         _compare(options, folder, staging, config, entries, record)
         atomic_write_text(staging / _RECORD, json.dumps(record, indent=2) + "\n")
@@ -115,29 +115,14 @@ def sparse_config(dense: PreTrainedConfig, options: UpcycleOptions) -> GrinMoeCo
     rope = dict(dense.rope_parameters)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ConversionError("partial_rotary_factor is not 1: this architecture rotates whole heads")
-    window = getattr(dense, "sliding_window", None)
-    fields: dict[str, Any] = {
-        name: getattr(dense, name)
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-            "max_position_embeddings initializer_range rms_norm_eps use_cache bos_token_id eos_token_id pad_token_id "
-            "tie_word_embeddings attention_dropout"
-        ).split()
-    }
-    fields |= {
-        "norm_type": "rms_norm",
+    fields = fields_of_dense(dense) | {
         "rope_parameters": rope,
-        "sliding_window": None if window is None else window - 1,  # visible keys there
         "attention_bias": bool(getattr(dense, "attention_bias", False)),
-        "lm_head_bias": False,
         "num_local_experts": options.experts,
         "num_experts_per_tok": options.top_k,
         "router_estimator": options.estimator,
         "dtype": dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
     }
-    head_dim = getattr(dense, "head_dim", None)
-    if head_dim is not None and head_dim * dense.num_attention_heads != dense.hidden_size:
-        fields["head_dim"] = head_dim
     return GrinMoeConfig(**fields)
 
 
@@ -263,18 +248,10 @@ def single_candidate_share(folder: Path, config: GrinMoeConfig) -> float:
     """Of all draws on a random text, those whose mask leaves one expert; 1 for a gating without a mask."""
     if config.router_estimator == "topk_renormalized":
         return 1.0
-    model = GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    length = min(256, config.max_position_embeddings)
-    text = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    (text,) = random_tokens(config, [min(TOKENS_COMPARED, config.max_position_embeddings)])
     with torch.no_grad():
-        output = model(text, use_cache=False, output_router_logits=True)
-    single = []
-    for logits, experts in zip(output.router_logits, output.selected_experts, strict=True):
-        remaining = logits
-        for k in range(config.num_experts_per_tok):
-            _, dropped = masked_softmax(logits, remaining, config.router_jitter_noise)
-            single.append((~dropped).sum(-1) == 1)
-            remaining = remaining.scatter(-1, experts[:, k : k + 1], float("-inf"))
-    del model
-    gc.collect()
-    return torch.cat(single).double().mean().item()
+        output = load_float32(folder)(text, use_cache=False, output_router_logits=True)
+    kept = kept_experts(
+        torch.stack(output.router_logits), torch.stack(output.selected_experts), config.router_jitter_noise
+    )
+    return (kept == 1).double().mean().item()

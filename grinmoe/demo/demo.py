@@ -199,7 +199,7 @@ def demo_config(settings: DemoSettings, tokenizer) -> GrinMoeConfig:
 
 def count_parameters(model: GrinMoeForCausalLM) -> tuple[int, int]:
     """All parameters, and those that work on one token: K of the E experts."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = model.num_parameters()
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     idle = 1 - model.config.num_experts_per_tok / model.config.num_local_experts
     return total, round(total - experts * idle)

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from rich.console import Console
 
-from ..files import atomic_write_text, folder_or_repository
+from ..files import atomic_write_text, folder_or_repository, read_json_object
 from ..hub import Evaluation, metric_name
 from ..loading import base_of_model, load_for_use
 from ..provenance import environment, markdown_table
@@ -279,30 +279,39 @@ def score_of(task: SuiteTask, result: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: lm-eval has no such metric (any more); it says which it has.
     """
-    name = task.task["task"] if isinstance(task.task, dict) else task.task
-    parts = [key for key in result["results"] if key != name] if name not in result["results"] else [name]
-    scores = result.get("groups", {}).get(name) or result["results"].get(name)
-    metric = task.metric
-    if scores is None or (metric and metric not in scores):
-        scores, metric = _mean_of_parts(task, result, parts)
-    if not metric:
-        numbers = (key for key, value in scores.items() if "," in key and isinstance(value, float))
-        metric = next((key for key in numbers if "stderr" not in key), "")
-        if not metric:
-            raise ValueError(f"lm-eval gives no score for {task.name}, but {', '.join(map(str, scores))}")
+    metric, value = _metric_and_value(task, result)
     shots = {value for key, value in result.get("n-shot", {}).items() if type(value) is int}
     questions = sum(one["effective"] for one in result.get("n-samples", {}).values())
     return {
-        "value": float(scores[metric]) * (100 if metric.split(",")[0] in _SHARES else 1),
+        "value": value * (100 if metric.split(",")[0] in _SHARES else 1),
         "metric": metric,
         "shots": shots.pop() if len(shots) == 1 else None,
         "questions": questions,
     }
 
 
-def _mean_of_parts(task: SuiteTask, result: dict[str, Any], parts: list[str]) -> tuple[dict[str, Any], str]:
-    """Of a tag (anli, say), which lm-eval gives no score of its own: the mean over its tasks, weighted by questions."""
-    metrics = {key for part in parts for key in result["results"][part] if "," in key and "stderr" not in key}
+def _metric_and_value(task: SuiteTask, result: dict[str, Any]) -> tuple[str, float]:
+    """lm-eval's key of a task's score, the task's own or else the first that there is, and the score under it."""
+    name = task.task["task"] if isinstance(task.task, dict) else task.task
+    results = result["results"]
+    # lm-eval averages a group itself; a tag (such as anli) has no score but those of its tasks.
+    scores = result.get("groups", {}).get(name) or results.get(name)
+    if scores is None or (task.metric and task.metric not in scores):
+        return _mean_of_parts(task, result, [name] if name in results else list(results))
+    metric = task.metric or next((key for key in _metrics(scores) if isinstance(scores[key], float)), "")
+    if not metric:
+        raise ValueError(f"lm-eval gives no score for {task.name}, but {', '.join(map(str, scores))}")
+    return metric, float(scores[metric])
+
+
+def _metrics(scores: dict[str, Any]) -> list[str]:
+    """lm-eval's keys of metrics, such as "acc,none", without those of their standard errors."""
+    return [key for key in scores if "," in key and "stderr" not in key]
+
+
+def _mean_of_parts(task: SuiteTask, result: dict[str, Any], parts: list[str]) -> tuple[str, float]:
+    """Mean of a metric over several tasks, weighted by their questions."""
+    metrics = {key for part in parts for key in _metrics(result["results"][part])}
     metric = task.metric or min(metrics, default="")
     weights = {part: result["n-samples"][part]["effective"] for part in parts if metric in result["results"][part]}
     if not weights:
@@ -310,7 +319,7 @@ def _mean_of_parts(task: SuiteTask, result: dict[str, Any], parts: list[str]) ->
             f"lm-eval gives no {task.metric} for {task.name}, but {', '.join(sorted(metrics)) or 'nothing'}"
         )
     total = sum(result["results"][part][metric] * weight for part, weight in weights.items())
-    return {metric: total / sum(weights.values())}, metric
+    return metric, total / sum(weights.values())
 
 
 # --- what is written ---------------------------------------------------------------------------------------------------
@@ -375,7 +384,4 @@ def _file(output: Path, task: SuiteTask) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); remove it to ask again") from error
+    return read_json_object(file, remedy="remove it to ask again")

@@ -384,7 +384,7 @@ def run_arm(folder: Path, settings: CompareSettings, name: str, seed: int) -> No
         "seconds": seconds,
         "tokens_per_s": settings.steps * settings.tokens_per_step / seconds,
         "environment": environment(f"run of {name} with seed {seed}"),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters(),
     }
     if not arm.dense:
         result["routing"] = routing_report(model, corpus["held_out"], corpus["held_out_domain"])
