@@ -6,16 +6,18 @@ built, its data is read as it is there, its shots are the paper's, and the score
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from grinmoe.evaluation import run as evaluation
-from grinmoe.evaluation.run import EvaluateOptions, find_tasks, score_of
-from grinmoe.evaluation.suite import PAPER_SUITE
+from grinmoe.evaluation.run import EvaluateOptions, evaluate, find_tasks, score_of
+from grinmoe.evaluation.suite import PAPER_SUITE, SuiteTask
 
 lm_eval = pytest.importorskip("lm_eval")
 datasets = pytest.importorskip("datasets")
@@ -201,27 +203,39 @@ def in_unit_tests(name: str) -> tuple[pytest.MarkDecorator, ...]:
 
 
 @pytest.fixture
-def made_up_data(monkeypatch):
-    import evaluate
-
+def score_by(monkeypatch, tmp_path):
+    """Evaluate a model of lm-eval, in place of a checkpoint's, on made-up data; `room`: the longest text that it takes."""
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(evaluate, "load", lambda name: CodeMetric())
+    monkeypatch.setattr("evaluate.load", lambda name: CodeMetric())
+
+    def score(model: LM, task: SuiteTask, room: int = 10**6) -> dict[str, Any]:
+        checkpoint = (
+            SimpleNamespace(config=SimpleNamespace(max_position_embeddings=room)),
+            SimpleNamespace(eos_token_id=0),
+        )
+        monkeypatch.setattr(evaluation, "load_for_use", lambda *arguments: checkpoint)
+        monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **options: model)
+        output = tmp_path / f"out-{room}"
+        evaluate(EvaluateOptions(str(tmp_path), (task.name,), str(output), allow_code=True), "X")
+        return score_of(task, json.loads((output / "tasks" / f"{task.name}.json").read_text()))
+
+    return score
 
 
 @pytest.mark.parametrize(
     "task", [pytest.param(task, id=task.name, marks=in_unit_tests(task.name)) for task in PAPER_SUITE]
 )
-def test_who_knows_all_answers_has_all_points(task, made_up_data):
+def test_who_knows_all_answers_has_all_points(task, score_by):
     """And the shots are those of the paper; TruthfulQA's of lm-eval are in its prompt, BBH's three in its own files."""
-    options = EvaluateOptions("model", (task.name,), "out", allow_code=True)
-    longest = evaluation._rehearse([task], options)[task.name]
     model = Knowing(True)
-    score = score_of(task, evaluation._run(model, task, options))
+    score = score_by(model, task)
     assert score["value"] == pytest.approx(100) and score["questions"] >= 12
     assert score["shots"] == {"truthfulqa": 0, "bbh": 3}.get(task.name, task.shots)
     assert score["metric"] == task.metric and len(model.prompts) >= 12
     # lm-eval passes its default length on as none.
-    assert longest == max((tokens or 256 for tokens in model.longest), default=0)
+    if longest := max((tokens or 256 for tokens in model.longest), default=0):
+        with pytest.raises(ValueError, match=f"{task.name}: answers of up to {longest} tokens are asked for"):
+            score_by(model, task, room=longest)
 
 
 @pytest.mark.parametrize(
@@ -231,10 +245,9 @@ def test_who_knows_all_answers_has_all_points(task, made_up_data):
         for name in "anli gsm8k math agieval triviaqa arc_c truthfulqa humaneval mbpp".split()
     ],
 )
-def test_who_knows_none_has_none(name, made_up_data):
+def test_who_knows_none_has_none(name, score_by):
     (task,) = find_tasks([name], allow_code=True)
-    options = EvaluateOptions("model", (name,), "out", allow_code=True)
-    assert score_of(task, evaluation._run(Knowing(False), task, options))["value"] == pytest.approx(0, abs=1e-6)
+    assert score_by(Knowing(False), task)["value"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_model_card_has_the_same_numbers():
@@ -247,13 +260,13 @@ def test_the_model_card_has_the_same_numbers():
         assert int(shots.split(",")[0]) == {"truthfulqa": 10, "bbh": 3}.get(task.name, task.shots)
 
 
-def test_what_cannot_be_loaded_is_said_at_once(monkeypatch):
-    """Of all tasks, before a model is loaded."""
+def test_what_cannot_be_loaded_is_said_at_once(monkeypatch, tmp_path):
+    """Of all tasks, before a model is loaded: there is none in the folder."""
 
     def unreachable(path: str, *_: Any, **__: Any) -> None:
         raise ConnectionError(f"Couldn't reach {path} on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    tasks = find_tasks(["arc_c", "boolq"], allow_code=False)
+    options = EvaluateOptions(str(tmp_path), ("arc_c", "boolq"), str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"2 of 2 cannot be loaded.*arc_c: ConnectionError: .*ai2_arc.*boolq: Conn"):
-        evaluation._rehearse(tasks, EvaluateOptions("model", ("arc_c", "boolq"), "out"))
+        evaluate(options, "X")
