@@ -8,7 +8,7 @@ What differs from the library's, each with its reason:
 - a seed is that of its own request's draws, whatever came in between;
 - a request ends with its client, and all end when the server is told to.
 
-`tests/test_serve_inside.py` says what of Transformers has moved when a new version moves it.
+`tests/serving/test_serve_inside.py` says what of Transformers has moved when a new version moves it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The server of Transformers (`transformers serve`) for one loaded model.
 
-All that `grinmoe serve` takes from inside Transformers is in this file and in `transformers_generation.py`, and
-`tests/test_serve_inside.py` says what has moved when a new version moves it. `transformers serve` itself cannot load a
-GRIN-MoE: it looks the class of a checkpoint up among the attributes of the transformers module, where remote code never is.
-Here its handlers, its routes and its batching are given a model that is loaded already. What differs, each with its reason:
+All that `grinmoe serve` takes from inside Transformers is in this file and in `batching.py`, and
+`tests/serving/test_serve_inside.py` says what has moved when a new version moves it. `transformers serve` itself cannot
+load a GRIN-MoE: it looks for the class of a checkpoint among the attributes of the transformers module, where remote code
+never is. Here its handlers, its routes and its batching get a loaded model. What differs, each with its reason:
 
 - one model, which no request unloads, exchanges or downloads another beside;
 - requests are checked before they reach the model, which a single bad one could stop for all;
@@ -91,9 +91,12 @@ async def _as_openai_streams(chunks: Any) -> AsyncIterator[str]:
 class _Checked:
     """Mixin for Transformers' handlers: the body is checked, and sampling is as the request says."""
 
-    served: ServedModel
-    longest_token: int
     body: type[ChatRequest] | type[CompletionRequest]
+
+    def __init__(self, served: ServedModel, models: OneModel, state: OneModelState):
+        super().__init__(model_manager=models, generation_state=state)  # type: ignore[call-arg]
+        self.served = served
+        self.longest_token = max(map(len, served.tokenizer.get_vocab()))
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         response = await super().handle_request(body, request_id)  # type: ignore[misc]
@@ -160,19 +163,9 @@ class _Checked:
 class ChatRequests(_Checked, ChatCompletionHandler):
     body = ChatRequest
 
-    def __init__(self, served: ServedModel, manager: OneModel, state: OneModelState):
-        super().__init__(model_manager=manager, generation_state=state)
-        self.served = served
-        self.longest_token = max(map(len, served.tokenizer.get_vocab()))
-
 
 class CompletionRequests(_Checked, CompletionHandler):
     body = CompletionRequest
-
-    def __init__(self, served: ServedModel, manager: OneModel, state: OneModelState):
-        super().__init__(model_manager=manager, generation_state=state)
-        self.served = served
-        self.longest_token = max(map(len, served.tokenizer.get_vocab()))
 
 
 def build_app(served: ServedModel, manager: OneAtATime | Batches) -> FastAPI:
@@ -229,10 +222,9 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(_request: Request, error: StarletteHTTPException) -> Response:
-        detail = error.detail
-        if isinstance(detail, dict):
-            return error_response(error.status_code, **detail)
-        return error_response(error.status_code, str(detail))
+        detail: Any = error.detail
+        fields = detail if isinstance(detail, dict) else {"message": str(detail)}
+        return error_response(error.status_code, **fields)
 
     @app.exception_handler(RequestValidationError)
     async def no_object(_request: Request, error: RequestValidationError) -> Response:
