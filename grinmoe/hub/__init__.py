@@ -1,6 +1,6 @@
 """Checkpoints to and from the Hub: release checks, push, pull and model cards."""
 
-from .card import CARD_NAME, card_for
+from .card import card_for
 from .card_facts import CardFacts, Evaluation, metric_name
 from .checks import ReleaseError
 from .download import pull, run_pull
@@ -8,6 +8,7 @@ from .errors import HubError
 from .isolated_load import load_elsewhere
 from .options import CardOverrides, PullOptions, PushOptions, ReleaseOptions
 from .publish import push
+from .readme import CARD_NAME
 
 __all__ = [
     "CARD_NAME",

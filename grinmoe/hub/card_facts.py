@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +14,11 @@ from ..files import atomic_write_text
 
 FACTS_NAME = "card.json"
 RELATIONS = ("finetune", "adapter", "quantized", "merge")
-LIBRARIES = ("transformers", "peft")
-PIPELINES = ("text-generation", "text-classification")
+_CHOICES = {
+    "base_model_relation": (None, *RELATIONS),
+    "library_name": ("transformers", "peft"),
+    "pipeline_tag": ("text-generation", "text-classification"),
+}
 
 _Entry = TypeVar("_Entry")
 
@@ -54,9 +57,9 @@ class Evaluation:
         if self.dataset_type.startswith(("/", ".", "~")):
             raise ValueError(f"dataset_type={self.dataset_type!r} is a path on this machine; give the dataset's name")
         if not _is_number(self.value) or not math.isfinite(self.value):
-            raise ValueError(f"value={self.value!r} is no finite number; leave this evaluation out or repeat it")
+            raise ValueError(f"value={self.value!r} is not a finite number; leave this evaluation out or repeat it")
         if self.shots is not None and (type(self.shots) is not int or self.shots < 0):
-            raise ValueError(f"shots={self.shots!r} is no number of examples; give 0 or more, or null")
+            raise ValueError(f"shots={self.shots!r} is not a number of examples; give 0 or more, or null")
 
 
 @dataclass
@@ -81,7 +84,7 @@ class CardFacts:
         architecture: sizes, name -> text. Left empty, `card_for` fills it from the folder's config.json.
         picture: name of an image file in the folder.
         library_name: "transformers", or "peft" for an adapter.
-        pipeline_tag: one of `PIPELINES`.
+        pipeline_tag: "text-generation" or "text-classification".
         tags: besides those that every card of this architecture has.
     """
 
@@ -118,18 +121,15 @@ class CardFacts:
             _check_text(name, getattr(self, name))
         for name in ("data", "procedure"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}={getattr(self, name)!r} is no text; describe it in words")
+                raise ValueError(f"{name}={getattr(self, name)!r} is not text; describe it in words")
         for name in ("language", "datasets", "tags"):
             _check_texts(name, getattr(self, name))
-        if isinstance(self.base_model, list):
-            _check_texts("base_model", self.base_model)
-        else:
-            _check_text("base_model", self.base_model)
+        (_check_texts if isinstance(self.base_model, list) else _check_text)("base_model", self.base_model)
         if self.license == "other" and not self.license_name:
             raise ValueError("license='other' needs a license_name; give one, and a license_link to its text")
-        _check_choice("base_model_relation", self.base_model_relation, (None, *RELATIONS))
-        _check_choice("library_name", self.library_name, LIBRARIES)
-        _check_choice("pipeline_tag", self.pipeline_tag, PIPELINES)
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose of {', '.join(c for c in choices if c)}")
         if self.base_model_relation and not self.base_model:
             raise ValueError(
                 f"base_model_relation={self.base_model_relation!r} has no base_model to relate to; name it"
@@ -137,12 +137,17 @@ class CardFacts:
         if self.library_name == "peft" and not self.base_model:
             raise ValueError("library_name='peft' is an adapter's, which needs a base_model; name it")
         if self.picture is not None and Path(self.picture).name != self.picture:
-            raise ValueError(f"picture={self.picture!r} is no file name; put the picture into the folder and name it")
-        _check_table("measurements", self.measurements)
-        _check_table("architecture", self.architecture)
-        _check_hyperparameters(self.hyperparameters)
+            raise ValueError(
+                f"picture={self.picture!r} is not a file name; put the picture into the folder and name it"
+            )
+        for name in ("measurements", "architecture"):
+            for key, text in _table(name, getattr(self, name)):
+                _check_text(f"{name}[{key!r}]", text, required=True)
+        for key, entry in _table("hyperparameters", self.hyperparameters):
+            for item in entry if isinstance(entry, list) else [entry]:
+                _check_scalar(f"hyperparameters[{key!r}]={entry!r}", item)
         if not isinstance(self.evaluations, list) or not all(isinstance(e, Evaluation) for e in self.evaluations):
-            raise ValueError(f"evaluations={self.evaluations!r} is no list of Evaluation; make it one")
+            raise ValueError(f"evaluations={self.evaluations!r} is not a list of Evaluation; make it one")
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> CardFacts:
@@ -263,64 +268,46 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path} is not JSON ({error}); correct it, or make it anew") from error
+        raise ValueError(f"{path} is not JSON ({error}); correct it, or write it anew") from error
 
 
 def _build(kind: type[_Entry], entry: Any, where: str) -> _Entry:
     """An object of a dataclass from a JSON object, with errors that say where."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {entry!r}, no JSON object; give the fields of {kind.__name__}")
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(entry.keys() - known.keys()):
+        raise ValueError(f"{where} is {entry!r}, not a JSON object; give the fields of {kind.__name__}")
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(entry.keys() - set(known)):
         raise ValueError(f"{where}: unknown {', '.join(unknown)}; take out, or choose of {', '.join(known)}")
-    required = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in required if name not in entry]:
-        raise ValueError(f"{where}: {', '.join(missing)} missing; add it")
     try:
         return kind(**entry)
+    except TypeError as error:  # a field is missing: Python names it
+        raise ValueError(f"{where}: {error}; add it") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
 def _check_text(name: str, value: Any, required: bool = False) -> None:
-    if value is None and not required:
-        return
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name}={value!r} is no text; give one{'' if required else ', or null'}")
+    if (value is not None or required) and not (isinstance(value, str) and value.strip()):
+        raise ValueError(f"{name}={value!r} is not text; give one{'' if required else ', or null'}")
 
 
 def _check_texts(name: str, value: Any) -> None:
     if not isinstance(value, list):
-        raise ValueError(f"{name}={value!r} is no list; give a list of texts, such as [{json.dumps(str(value))}]")
+        raise ValueError(f"{name}={value!r} is not a list; give a list of texts, such as [{json.dumps(str(value))}]")
     for i, item in enumerate(value):
         _check_text(f"{name}[{i}]", item, required=True)
 
 
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose of {', '.join(c for c in choices if c)}")
-
-
-def _check_table(name: str, value: Any) -> None:
+def _table(name: str, value: Any) -> Iterable[tuple[str, Any]]:
     if not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r} is no table; give an object of names and texts")
-    for key, text in value.items():
+        raise ValueError(f"{name}={value!r} is not a table; give an object of names and values")
+    for key in value:
         _check_text(f"a name in {name}", key, required=True)
-        _check_text(f"{name}[{key!r}]", text, required=True)
+    return value.items()
 
 
-def _check_hyperparameters(value: Any) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"hyperparameters={value!r} is no table; give an object of names and values")
-    for key, entry in value.items():
-        _check_text("a name in hyperparameters", key, required=True)
-        for item in entry if isinstance(entry, list) else [entry]:
-            if not isinstance(item, str | int | float | None):
-                raise ValueError(
-                    f"hyperparameters[{key!r}]={entry!r} is no scalar and no list of them; write it as text"
-                )
-            if isinstance(item, float) and not math.isfinite(item):
-                raise ValueError(f"hyperparameters[{key!r}]={entry!r} is not finite; leave it out or write it as text")
-
-
-__all__ = ["FACTS_NAME", "CardFacts", "Evaluation", "metric_name", "read_evaluations"]
+def _check_scalar(where: str, value: Any) -> None:
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(f"{where} is neither a scalar nor a list of them; write it as text")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is not finite; leave it out or write it as text")

@@ -1,4 +1,4 @@
-"""The metadata of a model card as the Hub wants it: made of facts, and checked as far as that goes without the Hub."""
+"""Metadata of a model card: built from facts, and checked as far as possible without the Hub."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ from .card_facts import RELATIONS, CardFacts, Evaluation
 
 # The Hub makes such tags of base_model by itself.
 BASE_MODEL_TAG = "base_model:"
+# Facts that are metadata under the same name.
+_SHARED_FIELDS = (
+    *("license", "license_name", "license_link", "language", "library_name", "pipeline_tag"),
+    *("base_model", "base_model_relation", "datasets"),
+)
 
 
 def data_of(card: ModelCard) -> ModelCardData:
@@ -29,7 +34,7 @@ def data_of(card: ModelCard) -> ModelCardData:
 
 def card_data(facts: CardFacts, tags: list[str], repo_id: str | None) -> ModelCardData:
     """
-    The metadata of one checkpoint.
+    Build the metadata of one checkpoint.
 
     Args:
         facts: what is known of it.
@@ -37,16 +42,9 @@ def card_data(facts: CardFacts, tags: list[str], repo_id: str | None) -> ModelCa
         repo_id: names the model beside its results.
     """
     name = repo_id.split("/")[-1] if repo_id else " ".join(facts.title.split())
+    shared: dict[str, Any] = {name: getattr(facts, name) or None for name in _SHARED_FIELDS}
     return ModelCardData(
-        license=facts.license,
-        license_name=facts.license_name,
-        license_link=facts.license_link,
-        language=facts.language or None,
-        library_name=facts.library_name,
-        pipeline_tag=facts.pipeline_tag,
-        base_model=facts.base_model or None,
-        base_model_relation=facts.base_model_relation,
-        datasets=facts.datasets or None,
+        **shared,
         tags=[*tags, *facts.tags],
         model_name=name if facts.evaluations else None,
         eval_results=eval_results(facts.evaluations) or None,
@@ -55,7 +53,7 @@ def card_data(facts: CardFacts, tags: list[str], repo_id: str | None) -> ModelCa
 
 def eval_results(evaluations: Iterable[Evaluation]) -> list[EvalResult]:
     """
-    Evaluations in the Hub's form, those on the same data together.
+    Convert evaluations to the Hub's form, those on the same data together.
 
     That form has one name and one number of shots for all results on the same data. Where they differ, the name of the
     metric says it.
@@ -81,15 +79,15 @@ def eval_results(evaluations: Iterable[Evaluation]) -> list[EvalResult]:
             names.add(name)
             results.append(
                 EvalResult(
-                    task_type=e.task_type,
-                    dataset_type=e.dataset_type,
-                    dataset_name=e.dataset_name,
+                    e.task_type,
+                    e.dataset_type,
+                    e.dataset_name,
+                    e.metric_type,
+                    metric_value=e.value,
                     dataset_config=e.dataset_config,
                     dataset_split=e.dataset_split,
                     dataset_args={"num_few_shot": e.shots} if one_shots and e.shots is not None else None,
-                    metric_type=e.metric_type,
                     metric_name=name,
-                    metric_value=e.value,
                 )
             )
     return results
@@ -97,90 +95,77 @@ def eval_results(evaluations: Iterable[Evaluation]) -> list[EvalResult]:
 
 def check_metadata(card: ModelCard) -> None:
     """
-    Check a card's metadata as far as that goes without the Hub, on the text that it would be sent.
+    Check a card's metadata without the Hub, on the text that the Hub would get.
 
-    Checked: form of license ids and language codes, ids of base models and datasets (which must not be paths of this
-    machine), how the base model is related, tags, results, and that the text gives the metadata back. Not checked, and
-    left to the Hub's own answer (`card.validate()`): whether a license, a language or a repository exists.
+    This checks the form of license ids and language codes, the ids of base models and datasets (which must not be paths of
+    this machine), the relation to the base model, tags, results, and that the text gives the metadata back. Only the Hub
+    (`card.validate()`) can say whether a license, a language or a repository exists.
 
     Raises:
         ValueError: with all that is wrong.
     """
-    data = data_of(ModelCard(str(card)))
-    problems = [*_license_problems(data), *_language_problems(data.language)]
-    for name in ("base_model", "datasets"):
-        problems += [problem for value in as_list(data.get(name)) if (problem := _id_problem(name, value))]
-    if data.get("base_model_relation", "finetune") not in RELATIONS:
-        problems.append(
-            f"base_model_relation: {data['base_model_relation']!r} is none; choose of {', '.join(RELATIONS)}"
-        )
-    for name in ("library_name", "pipeline_tag"):
-        if not isinstance(data.get(name, ""), str):
-            problems.append(f"{name}: {data[name]!r} is no text; correct it")
-    problems += [problem for tag in data.tags or [] if (problem := _tag_problem(tag))]
-    for result in data.eval_results or []:
-        if isinstance(result.metric_value, float) and not math.isfinite(result.metric_value):
-            problems.append(f"{result.dataset_name}: {result.metric_value} is no result; leave it out")
-    if problems:
+    if problems := list(_problems(data_of(ModelCard(str(card))))):
         raise ValueError(f"the Hub would not take this card's metadata: {'; '.join(problems)}")
     block = REGEX_YAML_BLOCK.search(str(card))
     if block is None or yaml.safe_load(block.group(2)) != card.data.to_dict():
         raise ValueError("the card's metadata changes when it is written and read; take unusual characters out of it")
 
 
-def _license_problems(data: ModelCardData) -> Iterator[str]:
+def _problems(data: ModelCardData) -> Iterator[str]:
     for value in as_list(data.license):
         if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", value):
-            yield f"license: {value!r} is no id of the Hub; they are lower case, such as mit or apache-2.0, or else other"
-
-
-def _language_problems(language: Any) -> Iterator[str]:
-    for value in as_list(language):
+            yield f"license: {value!r} is not an id of the Hub; ids are lower case, such as mit, apache-2.0 or other"
+    for value in as_list(data.language):
         # YAML reads a bare `no`, which is Norwegian, as false.
         if not isinstance(value, str):
-            yield f"language: {value!r} is no text; put the code in quotes"
+            yield f"language: {value!r} is not text; put the code in quotes"
         elif value not in ("code", "multilingual") and not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*", value):
-            yield f"language: {value!r} is no code; give one of two or three letters, such as en"
+            yield f"language: {value!r} is not a code; give one of two or three letters, such as en"
+    for name in ("base_model", "datasets"):
+        for value in as_list(data.get(name)):
+            yield from _id_problems(name, value)
+    if (relation := data.get("base_model_relation", "finetune")) not in RELATIONS:
+        yield f"base_model_relation: {relation!r} is unknown; choose of {', '.join(RELATIONS)}"
+    for name in ("library_name", "pipeline_tag"):
+        if not isinstance(data.get(name, ""), str):
+            yield f"{name}: {data[name]!r} is not text; correct it"
+    for tag in data.tags or []:
+        if not isinstance(tag, str):
+            yield f"tags: {tag!r} is not text; put it in quotes"
+        elif tag.startswith(BASE_MODEL_TAG):
+            # PEFT writes "base_model:adapter:" and where it loaded the base from.
+            yield from _id_problems("tags", tag.split(":")[-1])
+    for result in data.eval_results or []:
+        if isinstance(result.metric_value, float) and not math.isfinite(result.metric_value):
+            yield f"{result.dataset_name}: {result.metric_value} is not a result; leave it out"
 
 
-def _tag_problem(tag: Any) -> str | None:
-    if not isinstance(tag, str):
-        return f"tags: {tag!r} is no text; put it in quotes"
-    # PEFT writes "base_model:adapter:" and where it loaded the base from.
-    return _id_problem("tags", tag.split(":")[-1]) if tag.startswith(BASE_MODEL_TAG) else None
-
-
-def _id_problem(name: str, value: Any) -> str | None:
+def _id_problems(name: str, value: Any) -> Iterator[str]:
     """What keeps a value from being the id of a Hub repository."""
     if not isinstance(value, str):
-        return f"{name}: {value!r} is no text; give the id of a Hub repository"
-    if value.startswith(("/", ".", "~")) or "\\" in value:
-        return f"{name}: {value!r} is a path on this machine; give the id of the Hub repository that it came from"
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        return f"{name}: {value!r} is no id of a Hub repository; give one, such as owner/name, or leave it out"
-    if Path(value).is_dir():
-        return (
+        yield f"{name}: {value!r} is not text; give the id of a Hub repository"
+    elif value.startswith(("/", ".", "~")) or "\\" in value:
+        yield f"{name}: {value!r} is a path on this machine; give the id of the Hub repository that it came from"
+    elif not is_repo_id(value):
+        yield f"{name}: {value!r} is not an id of a Hub repository; give one, such as owner/name, or leave it out"
+    elif Path(value).is_dir():
+        yield (
             f"{name}: {value!r} is a folder here; give the id of the Hub repository that it came from (if this is the id, "
             "run from where there is no such folder)"
         )
-    return None
 
 
-def check_repo_id(repo_id: str) -> None:
-    """
-    Raises:
-        ValueError: it cannot be the id of a repository.
-    """
+def is_repo_id(value: str) -> bool:
+    """Whether a text has the form of a repository's id."""
     try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"repo_id={repo_id!r} is no id of a Hub repository ({error}); give owner/name") from error
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return True
 
 
 def as_list(value: Any) -> list[Any]:
-    """What may be one or several, or nothing, as a list."""
+    """One value, several or none as a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.utils.sha import git_hash
 from rich.console import Console
+from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -22,28 +24,11 @@ from ..checkpoint_grinmoe import CheckpointError, check_weights, read_shapes
 from ..configuration_grinmoe import GrinMoeConfig
 from ..tokenization import TokenizerError, load_tokenizer
 from .checks import PICKLE_SUFFIXES, sha256_of
-from .errors import WAIT_S, HubError, check_repo, readable_size, said_clearly
+from .errors import WAIT_S, HubError, check_repo, said_clearly
 from .options import PullOptions
 from .release import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _CLIENT_STATE = ".cache"  # what the client keeps in a folder that it downloads to
-
-
-@dataclass(frozen=True)
-class _RemoteFile:
-    """As far as the Hub says it, which another server may not."""
-
-    size: int | None
-    digest: str | None  # sha256 of a large file, git's sha1 of another
-
-    def differs_from(self, path: Path) -> bool:
-        """Whether a local file is certainly another one."""
-        if self.digest is None:
-            return False
-        if len(self.digest) == 64:
-            return sha256_of(path) != self.digest
-        content = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != self.digest
 
 
 @dataclass(frozen=True)
@@ -52,7 +37,7 @@ class _Remote:
 
     repo: str
     commit: str
-    files: dict[str, _RemoteFile]
+    files: dict[str, RepoSibling]
     pickles: list[str]  # what is not fetched
 
 
@@ -126,10 +111,7 @@ def _checked_target(output: str | os.PathLike) -> Path:
 
 
 def _what_to_fetch(repo: str, info: ModelInfo, revision: str | None) -> _Remote:
-    files = {
-        file.rfilename: _RemoteFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id)
-        for file in info.siblings or []
-    }
+    files = {file.rfilename: file for file in info.siblings or []}
     pickles = sorted(name for name in files if name.lower().endswith(PICKLE_SUFFIXES))
     files = {name: file for name, file in files.items() if name not in pickles}
     where = f"{repo} at {revision or 'main'}"
@@ -183,8 +165,15 @@ def _remove_others(remote: _Remote, staging: Path) -> None:
                 path.rmdir()
             continue
         file = remote.files.get(path.relative_to(staging).as_posix())
-        if file is None or file.differs_from(path):
+        if file is None or _differs(path, file):
             path.unlink()
+
+
+def _differs(path: Path, file: RepoSibling) -> bool:
+    """Whether a local file is certainly another one. Not every server tells hashes."""
+    if file.lfs:
+        return sha256_of(path) != file.lfs.sha256
+    return file.blob_id is not None and git_hash(path.read_bytes()) != file.blob_id
 
 
 def _outside_client_state(staging: Path) -> Iterator[Path]:
@@ -198,8 +187,8 @@ def _check_space(staging: Path, remote: _Remote) -> None:
     free = shutil.disk_usage(staging).free
     if needed > free:
         raise HubError(
-            f"{readable_size(needed)} are to be fetched, {staging.parent} has {readable_size(free)} free; choose --output "
-            "on another disk, or free space"
+            f"{decimal(needed)} are to be fetched, {staging.parent} has {decimal(free)} free; choose --output on another "
+            "disk, or free space"
         )
 
 
@@ -278,7 +267,7 @@ def _check_opens(file: Path) -> None:
 
 def _blamed(error: CheckpointError, remote: _Remote, folder: Path) -> CheckpointError:
     """Whether the download is at fault, which another one mends, or the repository."""
-    damaged = [name for name, file in remote.files.items() if file.differs_from(folder / name)]
+    damaged = [name for name, file in remote.files.items() if _differs(folder / name, file)]
     for name in damaged:
         (folder / name).unlink()
     said = str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), remote.repo)

@@ -168,12 +168,3 @@ def check_repo(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise ValueError(f"--repo {repo!r} is no name of a repository; give NAME or OWNER/NAME ({error})") from error
-
-
-def readable_size(size: float) -> str:
-    """Bytes for people, in powers of 1000 as the Hub shows them."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

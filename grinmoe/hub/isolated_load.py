@@ -1,4 +1,4 @@
-"""Load a checkpoint in a process that cannot import this package, and compare: what its users will do."""
+"""Load a checkpoint in an isolated process, which cannot import this package, and compare: what its users will do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """What the checkpoint gave there."""
+    """What the checkpoint gave in the isolated process."""
 
     logits_difference: float  # largest absolute; NaN if one side is not finite
     answers: dict[str, str]  # by prompt
@@ -63,9 +64,24 @@ def load_elsewhere(
         "texts": list(texts),
         "base_model": base_model,
     }
+    answer = _run_isolated(folder, request, {"input_ids": input_ids, "logits": logits.contiguous()}, quiet)
+    if not answer["model_module"].startswith("transformers_modules."):
+        raise LoadElsewhereError(f"the model came from {answer['model_module']}, not from the code in the checkpoint")
+    # Written so that NaN is an error as well.
+    if not answer["logits_difference"] <= 1e-5:
+        raise LoadElsewhereError(
+            f"{folder.name} gives other logits without the package, by {answer['logits_difference']:g}"
+        )
+    return Elsewhere(answer["logits_difference"], answer["answers"], answer["token_ids"])
+
+
+def _run_isolated(
+    folder: Path, request: dict[str, Any], expected: dict[str, torch.Tensor], quiet: bool
+) -> dict[str, Any]:
+    """Run isolated_script.py on the checkpoint, and read its answer."""
     with tempfile.TemporaryDirectory(prefix="grinmoe-elsewhere-") as name:
         exchange = Path(name)
-        save_file({"input_ids": input_ids, "logits": logits.contiguous()}, exchange / "expected.safetensors")
+        save_file(expected, exchange / "expected.safetensors")
         (exchange / "request.json").write_text(json.dumps(request), encoding="utf-8")
         script = Path(__file__).with_name("isolated_script.py")
         # -P: not this folder on sys.path. A module cache of its own: the code can come from the checkpoint only.
@@ -81,15 +97,7 @@ def load_elsewhere(
             raise LoadElsewhereError(
                 f"{folder.name} did not load without the package ({_why(completed)}); nobody else could load it either"
             )
-        answer = json.loads((exchange / "answer.json").read_text(encoding="utf-8"))
-    if not answer["model_module"].startswith("transformers_modules."):
-        raise LoadElsewhereError(f"the model came from {answer['model_module']}, not from the code in the checkpoint")
-    # Written so that NaN is an error as well.
-    if not answer["logits_difference"] <= 1e-5:
-        raise LoadElsewhereError(
-            f"{folder.name} gives other logits without the package, by {answer['logits_difference']:g}"
-        )
-    return Elsewhere(answer["logits_difference"], answer["answers"], answer["token_ids"])
+        return json.loads((exchange / "answer.json").read_text(encoding="utf-8"))
 
 
 def _why(completed: subprocess.CompletedProcess[str]) -> str:

@@ -1,7 +1,7 @@
 """Load a checkpoint in a process that cannot import the package, compare logits and answer prompts.
 
-Run by `elsewhere.py` as a script, never imported: `python -P load_elsewhere.py CHECKPOINT EXCHANGE`. EXCHANGE holds
-expected.safetensors (input_ids, logits) and request.json; answer.json is written there.
+`isolated_load.py` runs this file as a script and never imports it: `python -P isolated_script.py CHECKPOINT EXCHANGE`.
+EXCHANGE holds expected.safetensors (input_ids, logits) and request.json; the script writes answer.json there.
 """
 
 import json

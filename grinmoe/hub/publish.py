@@ -1,8 +1,8 @@
-"""`grinmoe push`: a checked release to the Hub in one commit. (`grinmoe pull` is in `pull.py`.)
+"""`grinmoe push`: publish a checked release on the Hub in one commit.
 
-The client's `upload_large_folder` makes many commits, and is gone from huggingface_hub 2; its `upload_folder` may make
-several of a large model. Here the large files are sent first (`preupload_lfs_files`: what has arrived is not sent again,
-so an interrupted push goes on where it was), and one commit publishes all or nothing.
+The client's `upload_large_folder` makes many commits, and huggingface_hub 2 has dropped it; its `upload_folder` may make
+several for a large model. Here `preupload_lfs_files` sends the large files first (an interrupted push resumes, because
+files that have arrived are not sent again), and one commit publishes all or nothing.
 """
 
 from __future__ import annotations
@@ -18,20 +18,18 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    get_session,
     get_token,
 )
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from ..checkpoint_grinmoe import stale_weights
-from .card import CARD_NAME
 from .checks import ReleaseError
-from .download import pull
-from .errors import COMMIT_WAIT_S, WAIT_S, HubError, check_repo, first_line, readable_size, said_clearly, status_of
+from .errors import COMMIT_WAIT_S, WAIT_S, HubError, check_repo, first_line, said_clearly, status_of
 from .options import PushOptions
+from .readme import CARD_NAME
 from .release import Release, make_release
 
 # Held in memory from the check to the commit, so that they cannot change in between; larger ones are hashed again.
@@ -84,9 +82,9 @@ def _show(release: Release, repo: str, console: Console) -> None:
     table = Table("file", "size", title=f"{kind} for {repo}", title_justify="left", title_style="bold")
     table.columns[1].justify = "right"
     for file in release.files:
-        table.add_row(file.name, readable_size(file.size))
+        table.add_row(file.name, decimal(file.size))
     table.add_section()
-    table.add_row(f"{len(release.files)} files", readable_size(release.size))
+    table.add_row(f"{len(release.files)} files", decimal(release.size))
     console.print(table)
     for note in release.notes:
         console.print(f"note: {note}")
@@ -140,7 +138,7 @@ def _find_place(options: PushOptions, api: HfApi) -> _Place:
 
 def _publish(release: Release, place: _Place, options: PushOptions, api: HfApi, console: Console) -> str:
     with said_clearly(place.repo, "push"):
-        _check_card(release.folder / CARD_NAME, api)
+        _validate_card(release)
         if not place.exists:
             api.create_repo(place.repo, private=options.private or None)
         base = None if place.makes_branch else options.revision
@@ -171,17 +169,15 @@ def _publish(release: Release, place: _Place, options: PushOptions, api: HfApi, 
     return address
 
 
-def _check_card(card: Path, api: HfApi) -> None:
-    """The Hub's own look at the metadata. The client asks for it too, but when all has been uploaded."""
-    answer = get_session().post(
-        f"{api.endpoint}/api/validate-yaml",
-        headers=build_hf_headers(token=api.token),
-        json={"repoType": "model", "content": card.read_text(encoding="utf-8")},
-    )
-    if answer.status_code == 400:
-        said = "; ".join(str(error.get("message")) for error in answer.json().get("errors", []))
-        raise HubError(f"nothing was published: the Hub does not take the metadata of {CARD_NAME} ({said}); correct it")
-    hf_raise_for_status(answer)
+def _validate_card(release: Release) -> None:
+    """Let the Hub check the metadata before the upload; the client itself asks when everything has been uploaded."""
+    try:
+        release.card.validate()
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise HubError(
+            f"nothing was published: the Hub does not take the metadata of {CARD_NAME} ({said}); correct it"
+        ) from error
 
 
 def _stale(present: list[str], release: Release, repo: str) -> list[str]:
@@ -262,6 +258,3 @@ def _tag(repo: str, tag: str, commit: str, api: HfApi) -> None:
             f"{repo} holds the release (commit {commit}), but the tag {tag} could not be made: {first_line(error)}. Only "
             f"the tag is missing: hf repos tag create {repo} {tag} --revision {commit}"
         ) from error
-
-
-__all__ = ["HubError", "PushOptions", "pull", "push"]

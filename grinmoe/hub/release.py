@@ -18,26 +18,26 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from huggingface_hub import get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard, get_token
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint_grinmoe import CheckpointFileError, add_remote_code, check_weights, read_shapes
 from ..configuration_grinmoe import GrinMoeConfig
-from ..files import physical_memory_bytes
+from ..files import copy_files, physical_memory_bytes, read_json_object
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
 from ..tokenization import check_tokenizer, load_tokenizer, template_difference
-from .card import CARD_NAME, card_for
+from .card import card_for
 from .card_facts import FACTS_NAME
+from .card_metadata import BASE_MODEL_TAG, is_repo_id
 from .checks import ReleaseError, check_files, check_finite, sha256_of
 from .isolated_load import load_elsewhere
 from .options import ReleaseOptions
 from .private_text import Private, secrets_of_environment
+from .readme import CARD_NAME
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TOKENIZER, _TOKENIZER_SOURCE = "tokenizer.json", "tokenizer.model"
@@ -67,6 +67,7 @@ class Release:
 
     folder: Path
     is_adapter: bool
+    card: ModelCard = field(init=False)
     files: list[ReleaseFile] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -226,8 +227,7 @@ def _add_tokenizer(folder: Path, vocab_size: int | None, release: Release, optio
             "the model was trained with; if that is this one, pass --own-template"
         )
     tokenizer.save_pretrained(release.folder)
-    if (folder / _TOKENIZER_SOURCE).is_file():  # converters to other formats read it
-        shutil.copyfile(folder / _TOKENIZER_SOURCE, release.folder / _TOKENIZER_SOURCE)
+    copy_files([_TOKENIZER_SOURCE], folder, release.folder)  # converters to other formats read it
     return tokenizer
 
 
@@ -271,15 +271,11 @@ def _assemble_adapter(source: Path, release: Release, options: ReleaseOptions) -
         ) from error
     content = _adapter_config(source)
     base = options.card.base_model or content.get("base_model_name_or_path")
-    try:
-        if not isinstance(base, str) or Path(base).expanduser().is_dir():
-            raise HFValidationError("no id")
-        validate_repo_id(base)
-    except HFValidationError as error:
+    if not isinstance(base, str) or Path(base).expanduser().is_dir() or not is_repo_id(base):
         raise ReleaseError(
-            f"the adapter's base model is {base!r}, which is no repository of the Hub; name the one that it was trained on "
-            "with --base-model"
-        ) from error
+            f"the adapter's base model is {base!r}, which is not a repository of the Hub; name the one that it was trained "
+            "on with --base-model"
+        )
     content["base_model_name_or_path"] = base
     (release.folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (release.folder / ADAPTER_WEIGHTS).symlink_to(weights.resolve())
@@ -288,37 +284,28 @@ def _assemble_adapter(source: Path, release: Release, options: ReleaseOptions) -
 
 
 def _adapter_config(source: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ReleaseError(f"{source / ADAPTER_CONFIG} is not JSON ({error}); save the adapter again") from error
-    if not isinstance(content, dict):
-        raise ReleaseError(f"{source / ADAPTER_CONFIG} is no JSON object; save the adapter again")
-    return content
+    return read_json_object(source / ADAPTER_CONFIG, ReleaseError, "save the adapter again")
 
 
 def _write_card(source: Path, release: Release, repo_id: str, options: ReleaseOptions) -> None:
     """The card, the pictures that it shows, and licence texts."""
-    shapes = None if release.is_adapter else read_shapes(source)
-    card = card_for(source, repo_id, overrides=options.card, parameters=_count_parameters(source, shapes))
+    parameters = None if release.is_adapter else _count_parameters(source)
+    card = card_for(source, repo_id, overrides=options.card, parameters=parameters)
     # PEFT writes the base model into a tag too, a folder as it is. The Hub makes these tags itself, from base_model.
-    card.data["tags"] = [tag for tag in card.data.get("tags") or [] if not tag.startswith("base_model:")] or None
+    card.data["tags"] = [tag for tag in card.data.get("tags") or [] if not tag.startswith(BASE_MODEL_TAG)] or None
     card.save(release.folder / CARD_NAME)
+    release.card = card
     text = str(card)
-    names = {path.name for path in source.iterdir() if path.is_file()}
-    pictures = {name for name in names if Path(name).suffix.lower() in _PICTURE_SUFFIXES}
+    pictures = [path.name for path in source.iterdir() if path.suffix.lower() in _PICTURE_SUFFIXES]
     # As Markdown or HTML, and with what an address may not hold escaped.
-    shown = {name for name in pictures if name in text or quote(name) in text}
-    for name in shown | (names & set(_LICENCE_FILES)):
-        shutil.copyfile(source / name, release.folder / name)
+    shown = [name for name in pictures if name in text or quote(name) in text]
+    copy_files([*shown, *_LICENCE_FILES], source, release.folder)
 
 
-def _count_parameters(source: Path, shapes: dict[str, tuple[int, ...]] | None) -> tuple[int, int] | None:
+def _count_parameters(source: Path) -> tuple[int, int]:
     """All parameters, and those that work on one token: K of the E experts."""
-    if shapes is None:
-        return None
     config = GrinMoeConfig.from_pretrained(source)
-    sizes = {key: math.prod(shape) for key, shape in shapes.items()}
+    sizes = {key: math.prod(shape) for key, shape in (read_shapes(source) or {}).items()}
     experts = sum(size for key, size in sizes.items() if ".experts." in key)
     idle = experts * (1 - config.num_experts_per_tok / config.num_local_experts)
     return sum(sizes.values()), round(sum(sizes.values()) - idle)
@@ -333,16 +320,51 @@ def _check_by_loading(source: Path, release: Release) -> None:
     if release.is_adapter and base is None:
         release.notes.append("not loaded for a check: its base model, with its code, is in no folder of this machine")
         return
-    weights = base or source
-    _check_memory(weights)
-    auto_class = _auto_class(read_shapes(weights) or {})
-    if base and (auto_class == "AutoModelForSequenceClassification") != (
-        _adapter_config(source).get("task_type") == "SEQ_CLS"
-    ):
-        # How many labels it has is known only to who trained it.
+    _check_memory(base or source)
+    auto_class = _auto_class(read_shapes(base or source) or {})
+    if base and _replaces_head(source, auto_class):
         release.notes.append("not loaded for a check: it puts another head on its base model")
         return
-    model = _CLASSES[auto_class].from_pretrained(weights, dtype="auto")
+    input_ids, logits = _logits_here(source, base, auto_class)
+    texts = _PROBE_TEXTS if (release.folder / _TOKENIZER).is_file() and not base else ()
+    found = load_elsewhere(
+        release.folder,
+        input_ids,
+        logits,
+        auto_class=auto_class,
+        texts=texts,
+        base_model=str(base) if base else None,
+        quiet=True,
+    )
+    if texts:
+        tokenizer = load_tokenizer(release.folder)
+        if found.token_ids != [tokenizer(text).input_ids for text in texts]:
+            raise ReleaseError("AutoTokenizer gives other ids without this package; build the tokenizer again")
+    release.notes.append("loaded in a process without this package: same logits" + (", same ids" if texts else ""))
+
+
+def _replaces_head(adapter: Path, auto_class: str) -> bool:
+    """Whether an adapter has a head that its base model lacks. The number of its labels is not recorded."""
+    classifies = _adapter_config(adapter).get("task_type") == "SEQ_CLS"
+    return classifies != (auto_class == "AutoModelForSequenceClassification")
+
+
+def _logits_here(source: Path, base: Path | None, auto_class: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Compute with this package what the isolated process has to reproduce.
+
+    Args:
+        source: folder of the model, or of an adapter for the model in `base`.
+        base: None for a model.
+        auto_class: key of `_CLASSES`.
+
+    Returns:
+        Token ids (16,) int64; logits (1, 16, V), (1, labels) or hidden states (1, 16, H), in the checkpoint's dtype.
+
+    Raises:
+        ReleaseError: the logits are not finite, or the package peft is missing.
+    """
+    model = _CLASSES[auto_class].from_pretrained(base or source, dtype="auto")
     if base:
         try:
             from peft import PeftModel
@@ -354,26 +376,10 @@ def _check_by_loading(source: Path, release: Release) -> None:
     input_ids = torch.arange(16) * model.config.vocab_size // 16
     with torch.inference_mode():
         output = model.eval()(input_ids[None])
-        logits = output["logits"] if "logits" in output else output["last_hidden_state"]
+    logits = output["logits"] if "logits" in output else output["last_hidden_state"]
     if not torch.isfinite(logits).all():
         raise ReleaseError(f"{source} gives logits that are not finite (NaN or infinite); its weights are broken")
-    del model, output
-    has_tokenizer = (release.folder / _TOKENIZER).is_file()
-    texts = _PROBE_TEXTS if has_tokenizer and not base else ()
-    found = load_elsewhere(
-        release.folder,
-        input_ids,
-        logits,
-        auto_class=auto_class,
-        texts=texts,
-        base_model=str(base) if base else None,
-        quiet=True,
-    )
-    if texts:
-        expected = [load_tokenizer(release.folder)(text).input_ids for text in texts]
-        if found.token_ids != expected:
-            raise ReleaseError("AutoTokenizer gives other ids without this package; build the tokenizer again")
-    release.notes.append("loaded in a process without this package: same logits" + (", same ids" if texts else ""))
+    return input_ids, logits
 
 
 def _check_memory(weights: Path) -> None:
@@ -406,17 +412,13 @@ def _private(source: Path, model: str | os.PathLike) -> Private:
 def _read(folder: Path, names: list[str]) -> list[ReleaseFile]:
     """Hash every file and look at every weight, a file at a time: what is read twice is in memory the second time."""
     total = sum((folder / name).stat().st_size for name in names)
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
     files = []
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=total < 10**9) as progress:
-        task = progress.add_task("reading", total=total)
-        for name in names:
-            path = folder / name
-            size = path.stat().st_size
-            files.append(ReleaseFile(name, path, size, sha256_of(path)))
-            if path.suffix == ".safetensors":
-                check_finite(path)
-            progress.advance(task, size)
+    for name in track(names, "reading", console=console, transient=True, disable=total < 10**9):
+        path = folder / name
+        files.append(ReleaseFile(name, path, path.stat().st_size, sha256_of(path)))
+        if path.suffix == ".safetensors":
+            check_finite(path)
     return files
 
 

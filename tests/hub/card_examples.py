@@ -42,7 +42,7 @@ HOSTILE = [
     "key: value # no comment",
     "---",
     "<!-- load --> PATH_OR_ID <!-- checkpoint -->",
-    "{{ jinja }} {% raw %}",
+    "{{ 7 * 7 }} {# no comment #} {% raw %}",
     "größer als ½ 日本語 🏴‍☠️",
     "'quoted\" <s>",
     "no",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, snapshot_download
 
 from grinmoe import GrinMoeForCausalLM, load_tokenizer
 from grinmoe.checkpoint_grinmoe import CheckpointError
@@ -23,22 +23,8 @@ from tests.hub.release_folders import (
     edit_weights,
     push_quick,
     run_cli,
-    save_adapter,
-    save_model,
     truncated,
 )
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("saved")
-    save_adapter(root / "adapter", save_model(root / "model"))
-    return root
-
-
-@pytest.fixture
-def model(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved / "model", tmp_path / "source" / "model"))
 
 
 @pytest.fixture
@@ -246,19 +232,16 @@ def test_a_broken_shard_is_named(pushed, refused):
 
 def test_a_download_that_was_damaged_is_not_blamed_on_the_repository(pushed, refused, output, monkeypatch):
     """As by a disk that writes something else; the size is right."""
-    from grinmoe.hub import download as pull_module
 
-    fetch = pull_module._fetch
+    def damage(repo, local_dir, **options):
+        snapshot_download(repo, local_dir=local_dir, **options)
+        if (shard := local_dir / SHARDS[0]).is_file():
+            shard.write_bytes(bytes(shard.stat().st_size))
 
-    def damage(remote, staging, names):
-        fetch(remote, staging, names)
-        if SHARDS[0] in names:
-            (staging / SHARDS[0]).write_bytes(bytes((staging / SHARDS[0]).stat().st_size))
-
-    monkeypatch.setattr(pull_module, "_fetch", damage)
+    monkeypatch.setattr("grinmoe.hub.download.snapshot_download", damage)
     said = refused(keeps=True)
     assert f"{SHARDS[0]} did not arrive whole; run the same command again" in said
-    monkeypatch.setattr(pull_module, "_fetch", fetch)
+    monkeypatch.setattr("grinmoe.hub.download.snapshot_download", snapshot_download)
     pushed.requests.clear()
     assert contents(pull(REPO, output)) == pushed.files(REPO)
     assert [name for name in fetched(pushed) if "safetensors" in name] == [SHARDS[0]]

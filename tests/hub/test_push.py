@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 from pathlib import Path
 
@@ -25,27 +24,8 @@ from tests.hub.release_folders import (
     push_quick,
     run_cli,
     run_without_package,
-    save_adapter,
     save_model,
 )
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A model and an adapter for it; tests change copies."""
-    root = tmp_path_factory.mktemp("saved")
-    save_adapter(root / "adapter", save_model(root / "model"))
-    return root
-
-
-@pytest.fixture
-def model(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved / "model", tmp_path / "model"))
-
-
-@pytest.fixture
-def adapter(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved / "adapter", tmp_path / "adapter"))
 
 
 def shas(hub, repo: str = REPO, revision: str = "main") -> list[str]:
@@ -278,30 +258,40 @@ def test_somebody_commits_in_between(hub, model):
     assert hub.files(REPO)["LICENSE"] == b"another" and hub.files(REPO)["theirs.txt"] == b"1"
 
 
-@pytest.mark.parametrize("size", [10 * 2**20, 0], ids=["small: held in memory", "large: by path"])
-def test_a_file_that_changes_after_the_check_is_not_published(hub, model, monkeypatch, size):
-    """Between the check and the upload: a training that writes the next checkpoint into the same folder."""
-    monkeypatch.setattr("grinmoe.hub.publish._SMALL_BYTES", size)
-    original = (model / SHARDS[0]).read_bytes()
-    hub.after("validate-yaml", lambda: (model / SHARDS[0]).write_bytes(original[:-1] + b"?"))
-    with pytest.raises(
-        ReleaseError, match=f"{SHARDS[0]} changed after the check, and nothing was published; push again"
-    ):
-        push_quick(model)
+def save_weights(folder: Path, mebibytes: int) -> Path:
+    """A model whose weights are one file, a little larger than that; its path."""
+    save_model(folder, max_shard_size="1GB", intermediate_size=24 + 342 * mebibytes)
+    assert (folder / "model.safetensors").stat().st_size > mebibytes * 2**20
+    return folder / "model.safetensors"
+
+
+def change(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 0xFF]))
+
+
+# Push holds files of up to 10 MiB in memory, and reads larger ones again.
+@pytest.mark.parametrize("mebibytes", [0, 10])
+def test_push_when_a_file_changes_after_the_check_publishes_nothing(hub, tmp_path, mebibytes):
+    """As when a training run writes its next checkpoint into the folder that is being pushed."""
+    weights = save_weights(tmp_path / "model", mebibytes)
+    hub.after("validate-yaml", lambda: change(weights))
+    with pytest.raises(ReleaseError, match="model.safetensors changed after the check, and nothing was published"):
+        push_quick(weights.parent)
     assert len(shas(hub)) == 1
 
 
-def test_a_file_that_changes_while_it_is_sent_is_not_published(hub, model, monkeypatch):
-    monkeypatch.setattr("grinmoe.hub.publish._SMALL_BYTES", 0)
-    original = (model / SHARDS[0]).read_bytes()
-    hub.after("objects/batch", lambda: (model / SHARDS[0]).write_bytes(original[:-1] + b"?"))
+def test_push_when_a_large_file_changes_during_the_upload_publishes_nothing(hub, tmp_path):
+    weights = save_weights(tmp_path / "model", mebibytes=10)
+    hub.after("objects/batch", lambda: change(weights))
     with pytest.raises(HubError, match=r"nothing was published: the Hub refused \(400\)"):
-        push_quick(model)
+        push_quick(weights.parent)
     assert len(shas(hub)) == 1
-    # A small file was read once, and what was checked is sent whatever happens to it.
-    monkeypatch.setattr("grinmoe.hub.publish._SMALL_BYTES", 10 * 2**20)
-    (model / SHARDS[0]).write_bytes(original)
-    hub.after("objects/batch", lambda: (model / SHARDS[0]).write_bytes(original[:-1] + b"?"))
+
+
+def test_push_when_a_small_file_changes_during_the_upload_sends_what_was_checked(hub, model):
+    original = (model / SHARDS[0]).read_bytes()
+    hub.after("objects/batch", lambda: change(model / SHARDS[0]))
     push_quick(model)
     assert hub.files(REPO)[SHARDS[0]] == original
 

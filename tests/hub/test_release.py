@@ -27,7 +27,6 @@ from tests.hub.release_folders import (
     contents,
     edit_json,
     edit_weights,
-    save_adapter,
     save_model,
     small_tokenizer,
 )
@@ -46,24 +45,6 @@ MODEL = {
     *CODE,
     *TOKENIZER,
 }
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A model and an adapter for it; tests change copies."""
-    root = tmp_path_factory.mktemp("saved")
-    save_adapter(root / "adapter", save_model(root / "model"))
-    return root
-
-
-@pytest.fixture
-def model(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved / "model", tmp_path / "model"))
-
-
-@pytest.fixture
-def adapter(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved / "adapter", tmp_path / "adapter"))
 
 
 @pytest.fixture
@@ -252,13 +233,16 @@ def test_an_adapter_that_cannot_be_loaded_for_a_check(model, adapter, made, chan
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda folder: None, "no repository of the Hub; name the one that it was trained on with --base-model"),
+        (lambda folder: None, "not a repository of the Hub; name the one that it was trained on with --base-model"),
         (
             lambda folder: edit_json(folder / "adapter_config.json", base_model_name_or_path=None),
-            "base model is None, which is no repository",
+            "base model is None, which is not a repository",
         ),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json is not JSON"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "is no JSON object; save the adapter again"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{"),
+            "cannot be read: it is not JSON",
+        ),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "not a JSON object; save the adapter again"),
         (
             without("adapter_model.safetensors"),
             "holds no adapter_model.safetensors; save the adapter with save_pretrained",
@@ -341,12 +325,13 @@ def test_weights_that_change_while_they_are_checked(model, made, monkeypatch):
         made(model)
 
 
-def test_a_file_over_the_hubs_limit(model, made, monkeypatch):
-    monkeypatch.setattr("grinmoe.hub.checks.HUB_FILE_LIMIT_BYTES", 90_000)
+def test_check_files_with_a_file_over_the_hubs_limit_names_the_remedy(tmp_path):
+    (tmp_path / "weights.pt").touch()
+    os.truncate(tmp_path / "weights.pt", 51 * 10**9)  # a sparse file, which takes no space on the disk
     with pytest.raises(
-        ReleaseError, match=rf"{SHARDS[0]} has .* GB, the Hub takes .* smaller shards \(max_shard_size\)"
+        ReleaseError, match=r"has 51.0 GB, the Hub takes .* 50 GB; .* smaller shards \(max_shard_size\)"
     ):
-        made(model)
+        check_files(tmp_path, ["weights.pt"], Private())
 
 
 def test_the_memory_for_the_check(model, made, monkeypatch):
