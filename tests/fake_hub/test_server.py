@@ -23,7 +23,6 @@ from huggingface_hub import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from grinmoe import GrinMoeForCausalLM
 from tests.fake_hub.server import OTHER, READER, WRITER, HubServer
 from tests.fake_hub.storage import Account
 
@@ -413,17 +412,7 @@ def test_a_slow_server_runs_into_the_clients_patience(pushed, monkeypatch):
     assert len(pushed.paths("HEAD")) == 2
 
 
-# ---- transformers, and other processes
-
-
-def test_transformers_pushes_and_pulls_here(hub, tiny_model):
-    model = tiny_model()
-    model.push_to_hub(REPO)
-    assert hub.paths("PUT") and {"config.json", "model.safetensors"} <= hub.files(REPO).keys()
-    loaded = GrinMoeForCausalLM.from_pretrained(REPO)
-    assert all((value == loaded.state_dict()[name]).all() for name, value in model.state_dict().items())
-    with pytest.raises(OSError, match="absent"):
-        GrinMoeForCausalLM.from_pretrained("writer-user/absent")
+# ---- remote code, and other processes
 
 
 @pytest.mark.parametrize("value", [1, 2])

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from huggingface_hub import HfApi, metadata_load
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
 
@@ -16,6 +15,7 @@ from grinmoe import GrinMoeForCausalLM
 from grinmoe.checkpoint_grinmoe import AUTO_MAP, code_files, stale_weights
 from grinmoe.tokenization import build_tokenizer
 from grinmoe.training.hub_callback import CodeWithEveryPush
+from tests.fake_hub.server import OTHER
 
 CODE = {file.name for file in code_files()}
 CARD = """---
@@ -65,16 +65,12 @@ class TestPushToHub:
         weights = [name for name in hub.files("writer-user/grin") if "safetensors" in name]
         assert weights == ["model.safetensors"] and loads_as("writer-user/grin", tiny_model(seed=2))
 
-    def test_a_card_that_is_there_keeps_what_it_says(self, hub, tiny_model, tmp_path):
-        """Read into the client's classes and written again, its two results would become one."""
+    def test_push_to_hub_over_a_card_leaves_it_as_it_is(self, hub, tiny_model):
+        """Tags go into a first card only."""
         hub.add_commit("writer-user/grin", {"README.md": CARD.encode()})
         tiny_model().push_to_hub("grin")
-        assert hub.files("writer-user/grin")["README.md"] == CARD.encode()
         tiny_model(seed=1).push_to_hub("grin", tags=["moe", "mixture"])
-        (tmp_path / "text.md").write_bytes(hub.files("writer-user/grin")["README.md"])
-        metadata = metadata_load(tmp_path / "text.md")
-        assert metadata == {**yaml.safe_load(CARD.split("---")[1]), "tags": ["moe", "mixture"]}
-        assert (tmp_path / "text.md").read_text().endswith("# Mine\n")
+        assert hub.files("writer-user/grin")["README.md"] == CARD.encode()
 
     def test_each_branch_keeps_its_own_card(self, hub, tiny_model):
         hub.add_commit("writer-user/grin", {"README.md": b"main"})
@@ -91,6 +87,16 @@ class TestPushToHub:
         assert request.pr_num is not None and "refs/heads/new" in hub.refs("writer-user/grin")
         for seed, revision in ((0, "main"), (1, "trial"), (2, f"refs/pr/{request.pr_num}")):
             assert loads_as("writer-user/grin", tiny_model(seed=seed), revision)
+
+    def test_push_to_hub_as_a_pull_request_without_write_access(self, hub, tiny_model, monkeypatch):
+        tiny_model(seed=0).push_to_hub("grin")
+        refs = hub.refs("writer-user/grin")
+        monkeypatch.setenv("HF_TOKEN", OTHER)
+        with pytest.raises(HfHubHTTPError, match="403"):
+            tiny_model(seed=1).push_to_hub("writer-user/grin", create_pr=True, revision="new")
+        assert hub.refs("writer-user/grin") == refs, "no branch is made"
+        request = tiny_model(seed=1).push_to_hub("writer-user/grin", create_pr=True)
+        assert loads_as("writer-user/grin", tiny_model(seed=1), f"refs/pr/{request.pr_num}")
 
     def test_a_failed_upload_publishes_nothing(self, hub, tiny_model):
         tiny_model(seed=0).push_to_hub("grin")
