@@ -1,11 +1,14 @@
-"""Files and machines: atomic writes, permissions, dtypes by name, how a model is named, and the memory there is."""
+"""Files and machines: atomic writes, JSON, permissions, dtypes by name, how a model is named, packages and memory."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,32 @@ def atomic_write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def folder_when_whole(target: Path) -> Iterator[Path]:
+    """
+    Make a folder that appears when it is complete.
+
+    Yields an empty folder with a hidden name on the file system of `target`. When the body ends without an error, it
+    takes the place of `target`, and a folder that was there is deleted. Otherwise `target` stays what it was.
+    """
+    nearest = next(path for path in target.parents if path.exists())
+    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=nearest))
+    previous = workspace.with_name(f"{workspace.name}-previous")
+    try:
+        yield workspace
+        workspace.chmod(default_mode(is_folder=True))  # mkdtemp makes it private
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as undo:
+            if target.exists():
+                target.rename(previous)
+                undo.callback(previous.rename, target)
+            workspace.rename(target)
+            undo.pop_all()
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def read_json_object(
@@ -50,6 +79,12 @@ def default_mode(is_folder: bool = False) -> int:
     mask = os.umask(0)
     os.umask(mask)
     return (0o777 if is_folder else 0o666) & ~mask
+
+
+def require_packages(extra: str, *modules: str) -> None:
+    """Raise ImportError unless all `modules` are installed; the message names the extra of this package that has them."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"{', '.join(missing)} not installed; pip install 'grinmoe[{extra}]'")
 
 
 def physical_memory_bytes() -> int:

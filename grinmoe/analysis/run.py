@@ -5,13 +5,9 @@ Shapes: B rows of a batch, S sequence, T = B * S tokens, L layers, E experts, K 
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..checkpoint_grinmoe import official_shapes
-from ..files import default_mode
+from ..files import folder_when_whole, require_packages
 from ..loading import load_for_use
 from ..provenance import environment
 from .options import AnalyzeOptions
@@ -49,14 +45,12 @@ def run_analyze(options: AnalyzeOptions, command: str = "grinmoe analyze") -> Ro
         OSError: there is no such model, or the output cannot be written.
         ImportError: a package that the report needs is not installed.
     """
-    missing = [name for name in ("matplotlib", "pyarrow") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"{', '.join(missing)} not installed; pip install 'grinmoe[analysis]'")
+    require_packages("analysis", "matplotlib", "pyarrow")
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     files = [Path(file).expanduser() for file in options.text]
     for file in files:
         first_piece(file)
-    with _appears_when_whole(Path(options.output)) as folder:
+    with folder_when_whole(_checked_output(Path(options.output))) as folder:
         analysis = analyze(options, files, console, command)
         write_report(analysis, folder)
     output = Path(options.output)
@@ -230,15 +224,9 @@ def _shape(model: Any) -> str:
     )
 
 
-@contextmanager
-def _appears_when_whole(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, on its file system, that becomes it if the body does not raise.
-
-    Raises:
-        ValueError: `target` is a file or holds something.
-        OSError: nothing can be written there.
-    """
-    given, target = target, target.resolve()
+def _checked_output(given: Path) -> Path:
+    """The folder's absolute path. Raises ValueError if it is a file, holds something or cannot be replaced."""
+    target = given.resolve()
     if target.is_file():
         raise ValueError(f"--output {given} is a file; give a new folder")
     if target.is_dir() and any(target.iterdir()):
@@ -248,11 +236,4 @@ def _appears_when_whole(target: Path) -> Iterator[Path]:
     nearest = next(path for path in target.parents if path.exists())
     if not nearest.is_dir():
         raise ValueError(f"--output {given} lies in {nearest}, which is a file; give a new folder")
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=nearest))
-    try:
-        yield workspace
-        workspace.chmod(default_mode(is_folder=True))  # mkdtemp makes it private
-        target.parent.mkdir(parents=True, exist_ok=True)
-        workspace.replace(target)  # which takes the place of an empty folder
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+    return target

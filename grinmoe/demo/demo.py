@@ -6,14 +6,12 @@ Real text -> tokenizer -> a GRIN MoE trained from scratch with the Trainer -> pe
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import resource
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,6 +24,7 @@ from rich.table import Table
 from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from ..configuration_grinmoe import GrinMoeConfig
+from ..files import folder_when_whole, require_packages
 from ..hub import CARD_NAME, CardFacts, Evaluation, card_for, load_elsewhere
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..monitoring import RoutingMonitor, plot_training
@@ -120,20 +119,14 @@ def run_demo(options: DemoOptions) -> DemoResult:
     settings = DemoSettings(seed=options.seed, **steps)
     target = Path(options.output).resolve()
     _check_target(target)
-    _require("accelerate", "chatterbot_corpus", "matplotlib", "yaml")
+    require_packages("train", "accelerate", "chatterbot_corpus", "matplotlib", "yaml")
     console = Console(highlight=False, soft_wrap=True)
     result = DemoResult(asdict(settings))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # All is made under another name and moved when it is complete: an interrupted demo leaves the earlier one whole.
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with folder_when_whole(target) as workspace:
         with result.timed("total"):
             _run_stages(settings, workspace, result, console)
         result.peak_gib = max(peak_gib(), peak_gib(resource.RUSAGE_CHILDREN))
         (workspace / _FACTS).write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-        _replace(target, workspace)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
     _print_summary(result, Path(options.output), console)
     return result
 
@@ -304,11 +297,6 @@ def _load_elsewhere(model, ids: torch.Tensor, folder: Path, settings: DemoSettin
     result.logits_difference, result.answers = found.logits_difference, found.answers
 
 
-def _require(*modules: str) -> None:
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"{', '.join(missing)} not installed; pip install 'grinmoe[train]'")
-
-
 def _check_target(target: Path) -> None:
     if target.is_file():
         raise ValueError(f"--output {target} is a file; give a folder")
@@ -319,21 +307,6 @@ def _check_target(target: Path) -> None:
     present = {path.name for path in target.iterdir()}
     if present and (_FACTS not in present or not present <= {_FACTS, _PICTURE, _MODEL}):
         raise ValueError(f"--output {target} is not empty and not just what an earlier demo left; give a new folder")
-
-
-def _replace(target: Path, workspace: Path) -> None:
-    workspace.chmod(0o755)  # mkdtemp makes it private
-    if not target.exists():
-        workspace.rename(target)
-        return
-    previous = workspace.with_name(workspace.name + "-previous")
-    target.rename(previous)
-    try:
-        workspace.rename(target)
-    except OSError:
-        previous.rename(target)
-        raise
-    shutil.rmtree(previous)
 
 
 def _print_summary(result: DemoResult, output: Path, console: Console) -> None:

@@ -78,12 +78,6 @@ class Chat:
         return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
 
-def load_chat(model: str, options: ChatOptions) -> Chat:
-    """A conversation with a folder or Hub repository, which may be that of an adapter (see [`load_for_use`])."""
-    loaded, tokenizer = load_for_use(model, options.dtype, options.device)
-    return Chat(loaded, tokenizer, options)
-
-
 def run_generate(options: GenerateOptions) -> None:
     """
     The command: one answer to the prompt, or without it a conversation read from standard input.
@@ -98,7 +92,7 @@ def run_generate(options: GenerateOptions) -> None:
     prompt = options.prompt
     if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty; give some text, or leave --prompt out for a conversation")
-    chat = load_chat(options.model, options)
+    chat = Chat(*load_for_use(options.model, options.dtype, options.device), options)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer may hold letters that the terminal has not.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -14,6 +14,7 @@ import torch
 
 import grinmoe.analysis.report
 from grinmoe.analysis.run import AnalyzeOptions, run_analyze
+from grinmoe.files import default_mode
 from grinmoe.loading import load_for_use
 from tests.cli.test_cli import run_main
 from tests.small_chat import chats, write_rows
@@ -71,7 +72,7 @@ def test_the_folder_is_complete_and_readable(report):
     )
     for name in pictures:
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert report.stat().st_mode & 0o055 == 0o055 & ~grinmoe.analyze._umask()
+    assert report.stat().st_mode & 0o777 == default_mode(is_folder=True)
     assert [path.name for path in report.parent.iterdir()] == ["report"], "nothing temporary is left"
 
 

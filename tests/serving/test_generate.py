@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import grinmoe.generation_grinmoe as generation
-from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+from grinmoe import GrinMoeForCausalLM
+from grinmoe.loading import load_for_use
 from grinmoe.serving import Chat, ChatOptions, GenerateOptions, run_generate
-from grinmoe.serving.chat import load_chat
-from grinmoe.tokenization import build_tokenizer
+from tests.small_chat import save_talking_model
 
 TEXT = ["Hello there, how are you today?", "What is a mixture of experts?", "I am fine, thank you."] * 10
 
@@ -22,29 +22,12 @@ TEXT = ["Hello there, how are you today?", "What is a mixture of experts?", "I a
 def checkpoint(tmp_path_factory):
     """A random model with a tokenizer that has a chat template. Its text is nonsense, but the same every time."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = build_tokenizer(TEXT, vocab_size=320)
-    torch.manual_seed(1)
-    config = GrinMoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-        sliding_window=31,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = GrinMoeForCausalLM(config)
-    with torch.no_grad():
-        # No single bytes: a run of them that is no text is shown differently while it grows.
-        model.lm_head.bias[3 : 3 + 256] = -1e4
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_talking_model(folder, TEXT, vocab_size=320, seed=1)
     return folder
+
+
+def load_chat(model: str, options: ChatOptions) -> Chat:
+    return Chat(*load_for_use(model, options.dtype, options.device), options)
 
 
 @pytest.fixture
