@@ -238,7 +238,7 @@ class Packed4bitExperts(PackedExperts):
 
     def quantize(self, name, matrix):
         quant_type = self.quantization_config.bnb_4bit_quant_type
-        codes, state = _bitsandbytes().functional.quantize_4bit(
+        codes, state = import_bitsandbytes().functional.quantize_4bit(
             matrix.contiguous(), blocksize=BLOCK, compress_statistics=self.nested, quant_type=quant_type
         )
         rows, shared = {name: codes.flatten(), f"{name}_absmax": state.absmax}, {"quant_map": state.code}
@@ -249,7 +249,7 @@ class Packed4bitExperts(PackedExperts):
 
     def quant_state(self, name: str, expert: int, dtype: torch.dtype) -> Any:
         """What bitsandbytes' functions need beside an expert's codes: a view of the buffers."""
-        new_state = _bitsandbytes().functional.QuantState
+        new_state = import_bitsandbytes().functional.QuantState
         offset = state2 = None
         if self.nested:
             offset = getattr(self, f"{name}_nested_offset")[expert]
@@ -272,12 +272,12 @@ class Packed4bitExperts(PackedExperts):
 
     def dequantize(self, name, expert, dtype):
         codes = getattr(self, name)[expert].view(-1, 1)
-        return _bitsandbytes().functional.dequantize_4bit(codes, self.quant_state(name, expert, dtype))
+        return import_bitsandbytes().functional.dequantize_4bit(codes, self.quant_state(name, expert, dtype))
 
     def product(self, name, expert, group):
         # Transposed: releases before 0.50 want it so, later ones take both.
         codes = getattr(self, name)[expert].view(-1, 1).t()
-        return _bitsandbytes().matmul_4bit(group, codes, quant_state=self.quant_state(name, expert, group.dtype))
+        return import_bitsandbytes().matmul_4bit(group, codes, quant_state=self.quant_state(name, expert, group.dtype))
 
 
 class Packed8bitExperts(PackedExperts):
@@ -334,7 +334,7 @@ class _Int8Linear(torch.autograd.Function):
         return grad_output @ dequantize_rows(codes, scale, grad_output.dtype), None, None
 
 
-def _bitsandbytes():
+def import_bitsandbytes():
     """The package, imported when it is needed: it takes its time, and most users of a checkpoint do not have it."""
     try:
         import bitsandbytes

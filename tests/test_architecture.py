@@ -33,9 +33,10 @@ FLAT = {
 STEPS = [
     {"flat", "files", "options", "tokenization"},
     {"provenance"},
-    {"kernels", "data", "planning", "monitoring"},
+    {"kernels", "data", "monitoring"},
     {"adapters", "distributed"},
-    {"loading"},
+    # Planning runs the step with adapters and sharding, on tensors without data.
+    {"loading", "planning"},
     {"hub"},
     {"training", "conversion", "serving", "evaluation", "analysis"},
     {"demo"},

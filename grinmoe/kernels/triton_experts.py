@@ -26,7 +26,7 @@ if is_triton_available():
     from .small_batch_gemm import MAX_CHOICES, few_tokens_experts
 
 # What torch's grouped product asks of its operands' rows.
-_ALIGNMENT_BYTES = 16
+ALIGNMENT_BYTES = 16
 
 
 def triton_experts_forward(
@@ -96,7 +96,7 @@ def _check_sizes(module: nn.Module, dtype: torch.dtype) -> None:
             f"experts_implementation='grinmoe_triton' is for up to {MAX_EXPERTS} experts, not {module.num_experts}; choose "
             "'grouped_mm'"
         )
-    multiple = _ALIGNMENT_BYTES // dtype.itemsize
+    multiple = ALIGNMENT_BYTES // dtype.itemsize
     if module.hidden_dim % multiple or module.intermediate_dim % multiple:
         raise ValueError(
             f"experts_implementation='grinmoe_triton' needs sizes that are multiples of {multiple} in {dtype}, not hidden "

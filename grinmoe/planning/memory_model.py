@@ -1,8 +1,7 @@
 """What a training step is, for the memory model: method, shapes and precision, and the parameters with their states.
 
-`memory_layer.py` has the operations that a layer and the loss run, and `memory_step.py` replays a step from both. Nothing is
-measured, and no constant is fitted. docs/planning.md lists the terms; tests/test_plan.py holds every method against the
-allocations that a real step makes.
+`memory_step.py` runs such a step on tensors without data. No constant is fitted. docs/planning.md lists the terms;
+tests/planning/test_plan.py holds every method against the allocations that a real step makes.
 
 All sizes are bytes on one GPU.
 """
@@ -17,14 +16,12 @@ import torch
 
 from ..configuration_grinmoe import GrinMoeConfig
 from ..modeling_grinmoe import GrinMoeForCausalLM
+from ..quantization_grinmoe import BLOCK, NESTED_BLOCK
 
 FLOAT32 = 4
 # 8-bit AdamW of bitsandbytes, and of torchao, which FSDP2 takes: a float32 scale for each block of a state; smaller
 # tensors keep float32 states.
 OPTIMIZER_BLOCK, OPTIMIZER_8BIT_FROM = 256, 4096
-# NF4 with double quantisation (QLoRA, arXiv:2305.14314, section 3): an 8-bit scale for each block of weights, and a
-# float32 scale for each block of those.
-NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 
 
 @dataclass(frozen=True)
@@ -168,8 +165,8 @@ def nf4_bytes(parameter: Parameter) -> int:
     once for a layer's experts.
     """
     matrices = parameter.shape[0] if len(parameter.shape) == 3 else 1
-    blocks = math.ceil(parameter.numel // matrices / NF4_BLOCK)
-    matrix = math.ceil(parameter.numel // matrices / 2) + blocks + math.ceil(blocks / NF4_NESTED_BLOCK) * FLOAT32
+    blocks = math.ceil(parameter.numel // matrices / BLOCK)
+    matrix = math.ceil(parameter.numel // matrices / 2) + blocks + math.ceil(blocks / NESTED_BLOCK) * FLOAT32
     tables = 0 if parameter.name.endswith("down_proj") else (16 + 256) * FLOAT32
     return matrices * (matrix + FLOAT32) + tables
 
@@ -207,8 +204,3 @@ def trained_bytes(step: Step) -> int:
     """Of an element of a trained weight: float32, but for a model that is trained in its compute precision as it is."""
     plain = step.trains_all and step.shards is None and not step.precision.autocast
     return step.precision.compute if plain else FLOAT32
-
-
-def casts_weights(step: Step) -> bool:
-    """Whether autocast makes copies of float32 weights for the products."""
-    return step.trains_all and step.shards is None and step.precision.autocast

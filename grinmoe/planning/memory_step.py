@@ -1,211 +1,269 @@
-"""A training step replayed: the peak of its memory on one GPU, and what it consists of. See docs/planning.md."""
+"""The peak of a training step's memory on one GPU, and what it consists of. See docs/planning.md.
+
+The model itself runs the step: with the method's adapters, quantised experts, checkpointing and FSDP2, on tensors of torch's
+FakeTensorMode, which have shapes and no data. `memory_tracker.py` counts what it allocates. No GPU is needed: the tensors
+claim to be on a CPU, and `_cuda_autocast` makes up for what CUDA's autocast does otherwise.
+
+Layers are alike, so memory is linear in their number at every phase of a step. A model of many runs with 3 and with 4.
+
+Against real steps of small models (torch 2.13, tests/planning/test_plan.py) this is within 2 %, under FSDP2 over one rank
+too. It stands on internals of torch: FakeTensorMode, the fake process group, and in `memory_tracker.py` the storages' common
+utilities and `UntypedStorage.resize_`. The tests of that file fail when one of them moves.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
-from .memory_layer import head_tape, layer_tape
-from .memory_model import FLOAT32, Step, parameters_of, resident_bytes
-from .memory_tape import Ledger, Saved, Storage, Tape
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._pytree import tree_map_only
+
+from ..kernels import DEFAULT_EXPERTS
+from ..modeling_grinmoe import GrinMoeForCausalLM
+from .memory_model import Step, resident_bytes
+from .memory_tracker import Allocations
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "communication", "temporary")
+FEW_LAYERS = 3
 
 
-def predict(step: Step) -> Ledger:
+@dataclass(frozen=True)
+class Peak:
+    """Bytes by part (of `PARTS`) when their sum is largest, and where in the step that is."""
+
+    peak: dict[str, int]
+    peak_phase: str
+
+    @property
+    def peak_total(self) -> int:
+        return sum(self.peak.values())
+
+
+def predict(step: Step) -> Peak:
     """
-    Replay a step that is not the first, so that the optimizer's states are there.
+    Run a step that is not the first, so that the optimizer's states are there.
 
-    Returns:
-        The ledger: `peak_total` bytes, `peak` by part (of `PARTS`), and `peak_phase`, where in the step that was.
+    Raises:
+        ImportError: peft (for LoRA) or bitsandbytes (for 4 bits) is not installed.
+        RuntimeError: a step with FSDP2 in a process that has a process group.
     """
-    ledger = Ledger()
+    layers = step.config.num_hidden_layers
+    if layers <= FEW_LAYERS + 1:
+        phases = _peaks(step, layers)
+    else:
+        few, more = _peaks(step, FEW_LAYERS), _peaks(step, FEW_LAYERS + 1)
+        further = layers - FEW_LAYERS - 1
+        phases = {
+            phase: Counter(
+                {part: more[phase][part] + further * (more[phase][part] - few[phase][part]) for part in PARTS}
+            )
+            for phase in few.keys() & more.keys()
+        }
+    phase, peak = max(phases.items(), key=lambda item: item[1].total())
     resident = resident_bytes(step)
-    kept = (
-        ("weights", "optimizer", "gradients") if step.accumulates and step.shards is None else ("weights", "optimizer")
-    )
-    for part in kept:
-        if not step.cpu_offload:
-            ledger.add(part, resident.get(part, 0))
+    if not step.cpu_offload:
+        peak.update(weights=resident["weights"], optimizer=resident.get("optimizer", 0))
     if step.replicas > 1 and step.shards is None:
         # DistributedDataParallel reduces gradients in buckets of its own.
-        ledger.add("communication", resident["gradients"])
-    # Cosines and sines, one table for all layers and rows.
-    ledger.add("activations", 2 * step.sequence * step.config.head_size * step.precision.compute)
-    if step.masked:
-        ledger.add("activations", step.batch * step.sequence**2)  # (B, 1, S, S) bool
-    groups = _Sharded(step, ledger) if step.shards is not None else _Whole(step, ledger)
-    _Replay(step, ledger, groups).run()
-    return ledger
+        peak["communication"] += resident["gradients"]
+    name = phase if isinstance(phase, str) else f"backward of layer {phase % layers}"
+    return Peak({part: peak[part] for part in PARTS}, name)
 
 
-class _Whole:
-    """Parameter groups without FSDP2: nothing is gathered, and gradients stay where the backward makes them."""
+def _peaks(step: Step, layers: int) -> dict[Any, Counter[str]]:
+    """Bytes at the peak of every phase; a backward's is the layer's index: 0 and 1, and negative for others."""
+    config = copy.deepcopy(step.config)
+    config.num_hidden_layers = layers
+    step = replace(step, config=config)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _mesh(step) as mesh, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FSDP2 and checkpointing have advice for those who train
+        model = _model(step, mode)
+        with mode:
+            if mesh is not None:
+                from ..distributed import shard_model
 
-    gradient_part = "gradients"
-
-    def __init__(self, step: Step, ledger: Ledger):
-        self.step, self.ledger = step, ledger
-        self.trained: Counter[str] = Counter()  # elements that this GPU holds of a group
-        for parameter in parameters_of(step):
-            self.trained[parameter.group] += parameter.shard(step.shards) * parameter.trained
-
-    def before_forward(self, group: str) -> None: ...
-
-    def after_forward(self, group: str) -> None: ...
-
-    def before_backward(self, group: str, following: str) -> None: ...
-
-    def after_backward(self, group: str, gradients: int) -> None:
-        if self.step.accumulates:  # added to those that are there
-            self.ledger.add("gradients", -gradients)
-
-    def finish(self) -> None: ...
+                compute = torch.bfloat16 if step.precision.compute == 2 else None
+                model = shard_model(model, mesh, param_dtype=compute)
+            tokens = torch.zeros(step.batch, step.sequence, dtype=torch.long)
+            allocations = Allocations(sharded=mesh is not None)
+            allocations.ignore([*model.parameters(), *model.buffers(), tokens])
+            _Phases(model, allocations, step)
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=step.precision.autocast)
+            with allocations, _cuda_autocast():
+                for micro_batch in range(1 + step.accumulates):
+                    if mesh is not None:
+                        # The Trainer reduces in a step's last micro-batch only.
+                        model.set_requires_gradient_sync(micro_batch == step.accumulates)
+                    allocations.phase = "forward"
+                    with autocast:
+                        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                    loss.backward()
+    return allocations.peaks
 
 
-class _Sharded(_Whole):
+@contextlib.contextmanager
+def _mesh(step: Step) -> Iterator[Any]:
+    """A mesh of `step.shards` GPUs, none of which is there; None without FSDP2."""
+    if step.shards is None:
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("FSDP2's memory is planned with a process group of its own; plan in a process without one")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=step.shards)
+    try:
+        yield init_device_mesh("cpu", (step.shards,))
+    finally:
+        dist.destroy_process_group()
+
+
+class _Phases:
+    """Hooks that tell `allocations` where the step is, and what is a gradient."""
+
+    def __init__(self, model: Any, allocations: Allocations, step: Step):
+        self.allocations, self.sharded = allocations, step.shards is not None
+        self.part = None if step.cpu_offload else "gradients"
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        layers = step.config.num_hidden_layers
+        for module in model.modules():
+            if type(module).__name__.endswith("GrinMoeDecoderLayer"):  # FSDP2 adds to the name
+                index = module.self_attn.layer_idx
+                self.backward_of(module, index if index < 2 and index < layers - 1 else index - layers)
+        self.backward_of(model.get_input_embeddings(), "backward of the embedding")
+        model.get_output_embeddings().register_forward_pre_hook(lambda *_: self.enter("loss"))
+        if not self.sharded:
+            for parameter in self.trained:
+                parameter.register_post_accumulate_grad_hook(lambda p: allocations.move(p.grad, "gradients"))
+
+    def backward_of(self, module: nn.Module, phase: Any) -> None:
+        def after_forward(_: nn.Module, inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if self.allocations.phase == "forward" and hidden.requires_grad:  # and not as it is recomputed
+                hidden.register_hook(lambda _: self.enter(phase))
+
+        module.register_forward_hook(after_forward)
+
+    def enter(self, phase: Any) -> None:
+        self.allocations.phase = phase
+        if self.sharded:
+            for parameter in self.trained:
+                if parameter.grad is not None:
+                    self.allocations.move(parameter.grad, self.part)
+
+
+@contextlib.contextmanager
+def _cuda_autocast() -> Iterator[None]:
+    """Norms and sums in float32, as in CUDA's autocast and not in a CPU's.
+
+    Functions are exchanged, since a TorchFunctionMode does not reach what the backward recomputes.
     """
-    Parameter groups of FSDP2 (torch.distributed.fsdp.fully_shard), as `sharding.shard_model` makes them.
+    total = torch.Tensor.sum
 
-    Forward: a group is gathered into one buffer, and copied out of it into weights; the buffer is freed when the next
-    group's has come. Backward: while a group computes, the next one's buffer is filled already; its gradients are copied
-    into the float32 input of the reduce-scatter, which is freed after the next group's backward. Over one rank nothing is
-    gathered into a buffer.
-    """
+    def in_float32(function: Callable) -> Callable:
+        def wide(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+            with torch.autocast("cpu", enabled=False):
+                return function(*args, **kwargs)
 
-    gradient_part = "communication"
+        return wide
 
-    def __init__(self, step: Step, ledger: Ledger):
-        super().__init__(step, ledger)
-        self.shards = step.shards or 1
-        self.weights: Counter[str] = Counter()  # bytes of a gathered group
-        self.casts: Counter[str] = Counter()  # bytes of this GPU's shards that are cast to be sent
-        for parameter in parameters_of(step):
-            shard = parameter.shard(step.shards) * step.precision.compute
-            self.weights[parameter.group] += shard * self.shards
-            if parameter.trained and step.precision.compute != FLOAT32:
-                self.casts[parameter.group] += shard
-        self.buffers: dict[str, int] = {}  # all-gather outputs that are alive
-        self.reduced = 0  # reduce-scatter input that is alive
+    def sum_to_float32(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        narrow = torch.is_autocast_enabled("cpu") and tensor.dtype == torch.bfloat16
+        return total(tensor, *args, **({"dtype": torch.float32} if narrow else {}), **kwargs)
 
-        if step.accumulates:
-            # The Trainer reduces in a step's last micro-batch only; until then every GPU keeps all gradients, in float32.
-            ledger.add("communication", sum(self.trained.values()) * self.shards * FLOAT32)
-
-    def before_forward(self, group: str) -> None:
-        self._fill_buffer(group)
-        for earlier in [name for name in self.buffers if name != group]:
-            self._free_buffer(earlier)
-        self.ledger.add("communication", self.weights[group])
-
-    def after_forward(self, group: str) -> None:
-        # The head's backward follows its forward, and the last norm is the root's: neither is freed.
-        if group not in ("norm", "head"):
-            self.ledger.add("communication", -self.weights[group])
-
-    def before_backward(self, group: str, following: str) -> None:
-        if group not in ("norm", "head"):
-            self._fill_buffer(group)
-            self.ledger.add("communication", self.weights[group])
-        for name in list(self.buffers):
-            self._free_buffer(name)
-        self._fill_buffer(following)
-
-    def after_backward(self, group: str, gradients: int) -> None:
-        ledger = self.ledger
-        ledger.add("communication", -self.weights[group])
-        ledger.add("communication", -self.reduced)
-        self.reduced = self.trained[group] * self.shards * FLOAT32
-        ledger.add("communication", self.reduced)
-        ledger.add("communication", -gradients)
-        shard = 0 if self.step.cpu_offload else self.trained[group] * FLOAT32
-        ledger.add("gradients", shard)
-        if self.step.accumulates:
-            ledger.add("communication", -self.trained[group] * self.shards * FLOAT32)
-
-    def finish(self) -> None:
-        for name in list(self.buffers):
-            self._free_buffer(name)
-        self.ledger.add("communication", -self.reduced)
-
-    def _fill_buffer(self, group: str) -> None:
-        if group and group not in self.buffers and self.shards > 1:
-            self.buffers[group] = self.weights[group]
-            self.ledger.add("communication", self.casts[group])
-            self.ledger.add("communication", self.weights[group])
-            self.ledger.add("communication", -self.casts[group])
-
-    def _free_buffer(self, group: str) -> None:
-        self.ledger.add("communication", -self.buffers.pop(group))
+    with (
+        mock.patch.object(F, "layer_norm", in_float32(F.layer_norm)),
+        mock.patch.object(F, "rms_norm", in_float32(F.rms_norm)),
+        mock.patch.object(torch.Tensor, "sum", sum_to_float32),
+    ):
+        yield
 
 
-class _Replay:
-    """Forward, loss and backward of a step, in the order in which torch runs them."""
+def _model(step: Step, mode: FakeTensorMode) -> Any:
+    """The model as the step's method trains it, of tensors without data."""
+    with torch.device("meta"):
+        model: Any = GrinMoeForCausalLM(step.config)
+        model.set_experts_implementation(DEFAULT_EXPERTS)
+        if not step.masked:
+            # With tensors that have no values the library would make a mask that a real step goes without.
+            model.model._causal_mask = lambda *_, **__: None
+        if step.precision.compute == 2 and not (step.trains_all and step.precision.autocast):
+            model.bfloat16()
+        if step.method == "qlora":
+            _quantise(model)
+        if not step.trains_all:
+            model = _with_adapters(model, step)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = _fake(module, name, tensor, mode)
+    if step.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
 
-    def __init__(self, step: Step, ledger: Ledger, groups: _Whole):
-        self.step, self.ledger, self.groups = step, ledger, groups
-        part = groups.gradient_part
-        first, other = layer_tape(step, part, first=True), layer_tape(step, part)
-        self.layers = [first, *[other] * (step.config.num_hidden_layers - 1)]
-        self.head = head_tape(step, part)
-        self.inputs: list[Storage] = []
-        self.saved: list[Saved] = []
 
-    def run(self) -> None:
-        hidden = self._layers()
-        self.ledger.phase = "loss"
-        self.groups.before_forward("norm")
-        self.groups.before_forward("head")
-        tensors = {"y": hidden}
-        saved = self.head.forward(self.ledger, tensors, ("loss",), save=True)
-        if self.step.gradient_checkpointing:
-            self.ledger.add("activations", -sum(tape.cast_weights for tape in self.layers))
-        gradients = {"loss": tensors.pop("loss")}
-        last = f"layers.{len(self.layers) - 1}"
-        self.groups.before_backward("head", last)
-        self.head.backward(self.ledger, saved, gradients)
-        self._reduce("head", self.head)
-        self._backward_layers(gradients["y"])
-        self.ledger.phase = "optimizer"
-        self.groups.finish()
+def _with_adapters(model: Any, step: Step) -> Any:
+    from peft import get_peft_model
 
-    def _layers(self) -> Storage:
-        recompute, ledger = self.step.gradient_checkpointing, self.ledger
-        ledger.phase = "forward"
-        self.groups.before_forward("embed")
-        hidden = Storage(ledger, "activations", self.layers[0].sizes["x"])
-        self.groups.after_forward("embed")
-        for layer, tape in enumerate(self.layers):
-            self.groups.before_forward(f"layers.{layer}")
-            if recompute:
-                self.inputs.append(hidden.hold())
-            tensors = {"x": hidden}
-            if recompute:
-                # Else they are kept for the backward, with all the rest.
-                ledger.add("activations", tape.cast_weights)
-            self.saved.append(tape.forward(ledger, tensors, ("y",), save=not recompute))
-            hidden = tensors["y"]
-            self.groups.after_forward(f"layers.{layer}")
-        return hidden
+    from ..adapters import lora_config
 
-    def _backward_layers(self, gradient: Storage) -> None:
-        for layer, tape in reversed(list(enumerate(self.layers))):
-            self.ledger.phase = f"backward of layer {layer}"
-            group = f"layers.{layer}"
-            self.groups.before_backward(group, f"layers.{layer - 1}" if layer else "embed")
-            gradients = {"y": gradient}
-            saved = self.saved.pop()
-            if self.step.gradient_checkpointing:
-                tape.recomputed_backward(self.ledger, {"x": self.inputs.pop()}, gradients)
-            else:
-                tape.backward(self.ledger, saved, gradients)
-            self._reduce(group, tape)
-            gradient = gradients["x"]
-        self.ledger.phase = "backward of the embedding"
-        if self.groups.trained["embed"]:
-            made = self.head.gradient_bytes * self.step.config.vocab_size * self.step.config.hidden_size
-            self.ledger.add(self.groups.gradient_part, made)
-            self.groups.after_backward("embed", made)
-        gradient.release()
+    adapters = step.adapters
+    experts = "all" if adapters.experts else "none"
+    options: dict[str, Any] = {"attention": adapters.attention, "experts": experts, "shared_a": adapters.shared_a}
+    model = get_peft_model(model, lora_config(step.config, r=adapters.rank, **options))
+    model.enable_input_require_grads()
+    return model
 
-    def _reduce(self, group: str, tape: Tape) -> None:
-        self.groups.after_backward(group, sum(op.parameter_gradients for op in tape.ops))
+
+def _quantise(model: Any) -> None:
+    """NF4 with double quantisation, packed from the start: there is nothing to pack."""
+    from transformers import BitsAndBytesConfig
+
+    from ..quantization_grinmoe import QUANTIZERS, import_bitsandbytes
+
+    with torch.device("cpu"):
+        # bitsandbytes keeps its table of codes once it has made it, and cannot make it without values.
+        import_bitsandbytes().functional.quantize_4bit(torch.ones(64, 64), compress_statistics=True, quant_type="nf4")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=model.dtype,
+    )
+    quantizer: Any = QUANTIZERS["bitsandbytes_4bit"]
+    model.hf_quantizer = quantizer(config, pre_quantized=True)
+    model.hf_quantizer.preprocess_model(model, device_map=None)
+    model.hf_quantizer.postprocess_model(model)
+
+
+def _fake(module: Any, name: str, tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """A tensor that claims to be on a CPU; a linear's in 4 bits with its scales."""
+    fake = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
+    if not isinstance(tensor, nn.Parameter):
+        return fake
+    if name == "weight" and type(module).__name__ == "Linear4bit":
+        from bitsandbytes.functional import quantize_4bit
+
+        with mode:
+            dense = torch.empty(module.out_features, module.in_features, dtype=torch.bfloat16)
+            codes, state = quantize_4bit(dense, blocksize=64, compress_statistics=True, quant_type="nf4")
+        packed: Any = nn.Parameter(codes, requires_grad=False)
+        packed.quant_state, packed.bnb_quantized = state, True
+        return packed
+    return nn.Parameter(fake, requires_grad=tensor.requires_grad)

@@ -15,7 +15,14 @@ PEAK_TFLOPS = 790.0
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is planned."""
+    """Plan a fine-tuning: whether it fits into memory, which recipe is for it, and a bound on its speed.
+
+    Predict from config.json what a fine-tuning takes of each GPU, whether it fits, which recipe is for it, and what
+    would fit instead. No weights are read. Exit code 0 whether it fits or not.
+
+    example: grinmoe plan --model microsoft/GRIN-MoE --method qlora --gpus 1 --gpu-memory-gib 80 --seq-length 2048
+    --batch-size 1
+    """
 
     model: Annotated[Checkpoint, Required] = RELEASED
     method: Annotated[str, "full, full-8bit, lora or qlora", "NAME", Required] = "qlora"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import grinmoe.kernels.triton_router as triton_router
+from grinmoe.kernels import triton_experts, triton_router
 from grinmoe.kernels.philox import counter_jitter, counter_noise
 from grinmoe.kernels.triton_router import fused_input_jitter, fused_route
 from grinmoe.routing_grinmoe import ESTIMATORS, draw_routing_noise, route
@@ -230,7 +230,7 @@ def test_the_jitter_takes_rows_of_its_dtypes_only(hidden_states):
 
 
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
-    monkeypatch.setattr(triton_router, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_experts, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="run on a GPU"):
         fused_route(torch.zeros(2, 4), 2, 0.01, False)
     with pytest.raises(ValueError, match="run on a GPU"):

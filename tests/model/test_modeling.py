@@ -20,9 +20,8 @@ from tests.tolerances import GOLDEN
 
 
 def test_the_released_names_are_aliases():
-    assert grinmoe.GRINMoEForCausalLM is GrinMoeForCausalLM
-    assert grinmoe.GRINMoEModel is GrinMoeModel
-    assert grinmoe.GRINMoEForSequenceClassification is GrinMoeForSequenceClassification
+    """Those of the released config.json's auto_map."""
+    assert grinmoe.GRINMoEForCausalLM is GrinMoeForCausalLM and grinmoe.GRINMoEConfig is grinmoe.GrinMoeConfig
 
 
 class TestCompilation:

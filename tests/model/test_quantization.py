@@ -20,6 +20,7 @@ from grinmoe.modeling_grinmoe import GrinMoeExperts
 from grinmoe.planning.random_model import random_quantized_model
 from grinmoe.quantization_grinmoe import FUSED, PackedExperts, experts_are_quantized, packed_layout, quantize_model
 from tests import ROOT
+from tests.tiny import tiny_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -73,23 +74,9 @@ def _with_lora(model):
 @pytest.fixture(scope="module")
 def dense_folder(tmp_path_factory) -> Path:
     """A checkpoint in the official layout, in several shards, whose experts matter to its logits."""
-    config = GrinMoeConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-        sliding_window=15,
-        eos_token_id=95,
-        pad_token_id=95,
-        initializer_range=0.1,
-    )
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dense")
-    GrinMoeForCausalLM(config).save_pretrained(folder, max_shard_size="100KB")
+    model = tiny_model(hidden_size=64, intermediate_size=128, pad_token_id=95, initializer_range=0.1)
+    model.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
     return folder
 

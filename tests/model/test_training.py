@@ -7,11 +7,12 @@ import functools
 import peft
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, modeling_grinmoe
 from grinmoe.balance_grinmoe import load_balancing_loss
 from grinmoe.routing_grinmoe import ESTIMATORS, RoutingNoise, draw_routing_noise, route
+from tests.tiny import training_arguments
 
 SEQUENCE = 12
 
@@ -23,24 +24,9 @@ def dataset():
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def arguments(folder, **overrides) -> TrainingArguments:
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return TrainingArguments(**{**options, **overrides})
-
-
 def train(model, dataset, folder, resume=None, **overrides) -> Trainer:
-    trainer = Trainer(model=model, args=arguments(folder, **overrides), train_dataset=dataset, eval_dataset=dataset[:4])
+    arguments = training_arguments(folder, **overrides)
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset[:4])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -398,7 +384,8 @@ class TestExpertDropout:
 
 
 def test_evaluation_does_not_gather_router_logits(tiny_model, dataset, tmp_path):
-    trainer = Trainer(model=tiny_model(output_router_logits=True), args=arguments(tmp_path), eval_dataset=dataset[:8])
+    model = tiny_model(output_router_logits=True)
+    trainer = Trainer(model=model, args=training_arguments(tmp_path), eval_dataset=dataset[:8])
     predictions = trainer.predict(dataset[:8]).predictions
     assert predictions.shape == (8, SEQUENCE, 96)
 
