@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels import ALIGNMENT_BYTES
 from ..modeling_grinmoe import GrinMoeExperts, group_by_expert
 from ..quantization_grinmoe import FUSED
 
 # Experts implementations that compute with grouped matrix products; the others are, or here become, a loop.
 GROUPED = ("grinmoe", "grinmoe_triton", "grouped_mm", "batched_mm")
-# Rows of the operands of torch's grouped product must be aligned to this.
-ALIGNMENT_BYTES = 16
 
 # A (E, R, in) and B (E, out, R).
 Factors = tuple[torch.Tensor, torch.Tensor]
