@@ -338,6 +338,8 @@ _WITHOUT_DROPOUT = ("sonicmoe", "deepgemm_megamoe")
 class GrinMoeExperts(nn.Module):
     """E SwiGLU experts. Every token is served by all of its K experts: nothing is dropped."""
 
+    packed_forms: tuple[type[PackedExperts], ...]  # what takes their place in 4 or 8 bits
+
     def __init__(self, config):
         super().__init__()
         self.num_experts = config.num_local_experts

@@ -54,12 +54,20 @@ class PackedExperts(nn.Module):
     an expert needs is its own row of each. An expert is dequantised when tokens are sent to it, and again in the backward
     pass. This is a loop of its own: `experts_implementation` has no effect, because the others read whole dense weights.
 
+    The model's classes of packed experts have two bases: one of the forms below, and a class of dense experts, whose `loop`
+    the form uses and whose `packed_forms` lists them.
+
+    Attributes:
+        dense_form: the class of dense experts that `dense` makes.
+
     Args:
         config: a `GrinMoeConfig`.
         quantization_config: a `BitsAndBytesConfig`.
         packed: whether the Parameters have their packed shapes from the start, to load a quantised checkpoint; else they
             are dense until `pack` has been called.
     """
+
+    dense_form: type[nn.Module]
 
     def __init__(self, config, quantization_config: BitsAndBytesConfig, packed: bool = False):
         super().__init__(config)
