@@ -1,6 +1,7 @@
 """Options that several commands share, and how a room's `options.py` defines those of its commands.
 
-A command's options are one dataclass. The command line makes a flag of every field `Annotated[type, help, metavar]`:
+A command's options are one dataclass. Its docstring has three parts, separated by empty lines: the command's help, its
+description and an example. The command line makes a flag of every field `Annotated[type, help, metavar]`:
 
 | field | flag |
 |---|---|

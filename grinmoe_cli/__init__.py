@@ -14,7 +14,7 @@ import sys
 import warnings
 from typing import Any
 
-from .commands import COMMANDS, GROUPS, Command
+from .commands import COMMANDS, GROUPS, SETTINGS, Command
 from .flags import add_flags, make_options, read_options
 
 
@@ -29,13 +29,23 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     groups = {}
     for entry in COMMANDS:
-        *group, name = entry.name.split()
-        if group and group[0] not in groups:
-            group_parser = commands.add_parser(group[0], **GROUPS[group[0]])
-            groups[group[0]] = group_parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-        command = (groups[group[0]] if group else commands).add_parser(name, **entry.parser())
+        *above, name = entry.name.split()
+        for group in above:
+            if group not in groups:
+                actions = commands.add_parser(group, **GROUPS[group])
+                groups[group] = actions.add_subparsers(dest="action", metavar="ACTION", required=True)
+        options = read_options(entry.room, entry.options)
+        # Separated by empty lines; argparse takes care of white space.
+        purpose, description, example = str(options.__doc__).split("\n\n")
+        command = (groups[above[0]] if above else commands).add_parser(
+            name,
+            help=purpose[0].lower() + purpose[1:].rstrip("."),
+            description=f"{description} {SETTINGS}" if entry.takes_settings else description,
+            epilog=example,
+            allow_abbrev=not entry.takes_settings,
+        )
         command.set_defaults(entry=entry)
-        add_flags(command, read_options(entry.room, entry.options))
+        add_flags(command, options)
     return parser
 
 

@@ -32,7 +32,7 @@ def read_options(room: str, name: str) -> type:
     return getattr(importlib.import_module(f"{_ALIAS}.{room}.options"), name)
 
 
-def add_flags(parser: Any, options: type) -> None:
+def add_flags(parser: Any, options: Any) -> None:
     """Give a parser, or a group of one, a flag for every field that has one; required flags first."""
     found = list(_fields(options))
     for field, kind, said in sorted(found, key=lambda one: not _is_required(one[0], one[2])):
@@ -42,7 +42,7 @@ def add_flags(parser: Any, options: type) -> None:
             _add_flag(parser, field, kind, said)
 
 
-def make_options(options: type, given: dict[str, Any]) -> Any:
+def make_options(options: Any, given: dict[str, Any]) -> Any:
     """
     An instance of an options dataclass.
 

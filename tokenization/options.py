@@ -7,13 +7,18 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Of what to make a tokenizer, and where."""
+    """Make a tokenizer folder of a tokenizer.model, a GGUF or a tokenizer.json.
+
+    Take vocabulary and merges from a SentencePiece BPE model, a GGUF or a tokenizer.json (also one whose normaliser
+    was lost when another class saved it), put the family's normalisation, special tokens and chat template on, and
+    write a tokenizer that loads with TokenizersBackend and AutoTokenizer.
+
+    example: grinmoe tokenizer build --source tokenizer.model --output tokenizer
+    """
 
     source: Annotated[str | os.PathLike, "tokenizer.model, *.gguf or tokenizer.json", "FILE"]
     output: Annotated[
-        str | os.PathLike,
-        "new folder, or one with a tokenizer or model, where only the tokenizer is replaced; the source may lie in it",
-        "DIR",
+        str | os.PathLike, "new folder, or one with a tokenizer or model, where only the tokenizer is replaced", "DIR"
     ]
     model_max_length: Annotated[int, "tokens from which the tokenizer warns", "N"] = 4096
 
@@ -24,7 +29,13 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """Which tokenizer to hold against which vectors."""
+    """Compare a tokenizer with strings and their ids.
+
+    Compare what a tokenizer gives with vectors: a JSON object from string to ids, or llama.cpp's *.inp and *.out.
+    Prints each difference with the place where it begins. Exit code 0 if all agree, 1 if not.
+
+    example: grinmoe tokenizer verify --tokenizer tokenizer --vectors ids.json
+    """
 
     tokenizer: Annotated[str, "folder of a tokenizer or of a model", "DIR"]
     vectors: Annotated[str, "*.json, or *.inp with its *.out beside it", "FILE"]

@@ -10,7 +10,14 @@ from ..options import Device, Dtype, Model, NewFolder
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """What to analyze."""
+    """Report how a checkpoint routes texts to its experts.
+
+    Route texts and report what the routers do: load of the experts, similarity of domains, near ties, experts
+    chosen together, and a sentence token by token. The folder gets report.html, which works offline, its pictures,
+    and the data as JSON and Parquet; it appears when it is complete.
+
+    example: grinmoe analyze --model demo-output/model --text talk.jsonl manual.txt --output routing
+    """
 
     model: Model
     text: Annotated[
@@ -22,9 +29,7 @@ class AnalyzeOptions:
     output: NewFolder
     sentence: Annotated[str | None, "to show token by token (default: the first one of the first text)", "TEXT"] = None
     max_tokens: Annotated[int, "of each domain, from its beginning", "N"] = 16384
-    max_length: Annotated[
-        int | None, "tokens of a row (default: 512, or what the model was made for if that is less)", "N"
-    ] = None
+    max_length: Annotated[int | None, "tokens of a row (default: 512, or the model's own limit if lower)", "N"] = None
     dtype: Dtype = "auto"
     device: Device = None
 

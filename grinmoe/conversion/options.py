@@ -11,7 +11,15 @@ Target = Literal["safetensors", "phimoe", "mixtral", "gguf"]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to convert, and into what."""
+    """Write a checkpoint for other programs, or of another model, dtype or shard size.
+
+    Convert a checkpoint, shard by shard: to phimoe, which Transformers' own class, vLLM and SGLang load without
+    code (a model with RMSNorm and top-k gating: to mixtral); to safetensors, a GRIN-MoE of another dtype or shard
+    size, also from a phimoe (Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE) or a Mixtral; or to gguf, by llama.cpp's
+    converter. The folder appears when it is complete.
+
+    example: grinmoe export --model demo-output/model --to phimoe --output demo-phimoe
+    """
 
     model: Checkpoint
     to: Annotated[Target, "what is written"]
@@ -24,7 +32,14 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class UpcycleOptions:
-    """What to upcycle, and how. (`upcycle_checkpoint` checks the estimator.)"""
+    """Make a GRIN-MoE of a dense checkpoint, whose feed-forward every expert copies.
+
+    The checkpoint has the layout of Llama, Mistral or Phi-3. Every expert copies its feed-forward, and the router is new.
+    w2 is scaled so that at first the logits equal the dense model's wherever each draw has a single candidate. Train the
+    result then (grinmoe pretrain, sft). Shard by shard; the folder appears when it is complete.
+
+    example: grinmoe upcycle --model HuggingFaceTB/SmolLM2-360M --experts 8 --top-k 2 --output smol-moe
+    """
 
     model: Checkpoint
     experts: Annotated[int, "experts of a layer", "E"]

@@ -115,8 +115,8 @@ def run_demo(options: DemoOptions) -> DemoResult:
         ImportError: a package that training needs is not installed.
         LoadElsewhereError: the checkpoint did not load elsewhere, or gave other logits.
     """
-    steps = {} if options.steps is None else {"steps": options.steps}
-    settings = DemoSettings(seed=options.seed, **steps)
+    steps = DemoSettings.steps if options.steps is None else options.steps
+    settings = DemoSettings(steps=steps, seed=options.seed)
     target = Path(options.output).resolve()
     _check_target(target)
     require_packages("train", "accelerate", "chatterbot_corpus", "matplotlib", "yaml")

@@ -9,12 +9,18 @@ from ..options import Device, Dtype, KeptFolder, Model
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What to evaluate, on which tasks."""
+    """Score a checkpoint by lm-eval, with the scores of the paper beside it.
+
+    Run tasks of lm-eval on a checkpoint and write a table, with the paper's scores where a task is of its Table 2,
+    and evaluations.json for the model card. Complete tasks are kept: an interrupted evaluation goes on. Tasks:
+    names of the paper's suite (mmlu, arc_c, gsm8k, ...; paper is all of it), other names of lm-eval, or files of
+    JSON lines, which need no network.
+
+    example: grinmoe evaluate --model microsoft/GRIN-MoE --tasks arc_c gsm8k --output evaluation
+    """
 
     model: Model
-    tasks: Annotated[
-        tuple[str, ...], "names of the paper's suite (paper is all of it) or of lm-eval, or .jsonl files", "NAME"
-    ]
+    tasks: Annotated[tuple[str, ...], "names of the paper's suite or of lm-eval, or .jsonl files", "NAME"]
     output: KeptFolder
     limit: Annotated[int | None, "questions of a task, to try it (measures nothing)", "N"] = None
     shots: Annotated[int | None, "examples in the prompt (default: the suite's)", "N"] = None

@@ -40,7 +40,14 @@ class ReleaseOptions:
 
 @dataclass(frozen=True)
 class PushOptions:
-    """What to publish, where and how. (`push` checks the repository's name.)"""
+    """Publish a checkpoint or an adapter on the Hub, checked before.
+
+    Assemble what belongs to a release (weights, config, code, tokenizer, card), check it (loads without this
+    package, same logits; no pickles, secrets, local paths or training state), show it, and publish it in one
+    commit. An interrupted push goes on where it was. The token is that of `hf auth login` or HF_TOKEN.
+
+    example: grinmoe push --model demo-output/model --repo my-grin-moe --private --dry-run
+    """
 
     model: Annotated[str | os.PathLike, "folder of a checkpoint or a PEFT adapter", "DIR"]
     repo: Annotated[str, "NAME or OWNER/NAME; made if it is not there", "NAME"]
@@ -79,7 +86,13 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class PullOptions:
-    """What to download, and where to."""
+    """Download a checkpoint from the Hub, whole and checked.
+
+    Download a repository of the Hub into a folder, without pickles, and check that the weights are those of its
+    config. The folder appears when it is complete; an interrupted pull goes on where it was.
+
+    example: grinmoe pull --repo microsoft/GRIN-MoE --output GRIN-MoE
+    """
 
     repo: Annotated[str, "OWNER/NAME on the Hub", "NAME"]
     output: NewFolder

@@ -29,7 +29,13 @@ class ChatOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(ChatOptions):
-    """What to chat with, and how."""
+    """Chat with a checkpoint.
+
+    Chat with a GRIN-MoE checkpoint, answers streamed. Without --prompt a conversation on the terminal: /reset
+    forgets it, /quit (or end of input) ends it.
+
+    example: grinmoe generate --model demo-output/model --prompt "What is AI?"
+    """
 
     model: Model
     prompt: Annotated[str | None, "one message; without it, a conversation", "TEXT"] = None
@@ -37,7 +43,13 @@ class GenerateOptions(ChatOptions):
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What to serve, and where."""
+    """Serve a checkpoint to OpenAI clients.
+
+    Serve a GRIN-MoE checkpoint over HTTP with OpenAI's API (chat completions and completions, also streamed), many
+    requests at a time. The line that says it is ready names the address. Ctrl-C or SIGTERM ends it.
+
+    example: grinmoe serve --model demo-output/model --port 8000
+    """
 
     model: Model
     name: Annotated[str | None, "what requests call the model (default: the folder's name, or the Hub id)", "NAME"] = (
@@ -48,14 +60,10 @@ class ServeOptions:
     dtype: Dtype = "auto"
     device: Device = None
     continuous_batching: Annotated[bool, "one request after the other, with generate()"] = True
-    max_length: Annotated[
-        int | None, "most tokens of a prompt and its answer together (default: what the model was made for)", "N"
-    ] = None
+    max_length: Annotated[int | None, "most tokens of prompt and answer (default: the model's own limit)", "N"] = None
     max_new_tokens: Annotated[int | None, "longest answer (default: what the prompt leaves)", "N"] = None
     cache_tokens: Annotated[
-        int | None,
-        "tokens that are kept in memory, of all requests (default: what an accelerator has room for; 16384 on a CPU)",
-        "N",
+        int | None, "tokens in memory, of all requests (default: what an accelerator has room for; 16384 on a CPU)", "N"
     ] = None
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .dpo import SameDrawsForReference
     from .hub_callback import CodeWithEveryPush
     from .jitter_schedule import NarrowingMask
-    from .options import RecipeOptions
+    from .options import DpoOptions, PretrainOptions, SftOptions
     from .progress import TrainingProgress, peak_gib
     from .recipe import Recipe, read_recipe
     from .run import train
@@ -24,7 +24,9 @@ _MODULES = {
     "TrainingProgress": "progress",
     "peak_gib": "progress",
     "Recipe": "recipe",
-    "RecipeOptions": "options",
+    "DpoOptions": "options",
+    "PretrainOptions": "options",
+    "SftOptions": "options",
     "read_recipe": "recipe",
     "run_recipe": "command",
     "train": "run",
@@ -43,10 +45,12 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "METRICS_NAME",
     "CodeWithEveryPush",
+    "DpoOptions",
     "NarrowingMask",
+    "PretrainOptions",
     "Recipe",
-    "RecipeOptions",
     "SameDrawsForReference",
+    "SftOptions",
     "StopAtSignal",
     "TokenMeanTrainer",
     "TrainingProgress",

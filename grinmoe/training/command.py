@@ -10,13 +10,10 @@ from .recipe import option_help, read_recipe
 
 def run_recipe(options: RecipeOptions) -> int:
     """
-    Train by a recipe, or list the settings that it may have.
+    Train by a recipe, or list the settings that it may have. Raises what `read_recipe` and `train` raise.
 
     Returns:
         Exit code: 130 where Ctrl-C ended the run, else 0.
-
-    Raises:
-        ValueError: a wrong setting (see `read_recipe`), or whatever `train` raises.
     """
     if options.options:
         print(option_help(options.task))

@@ -427,6 +427,3 @@ def _with_hints(names: list[str], known: Iterable[str]) -> str:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose of {', '.join(choices)}")
-
-
-__all__ = ["METHODS", "TASKS", "Recipe", "RunOptions", "option_help", "read_recipe"]
