@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+from grinmoe import GrinMoeForCausalLM
+from tests import tiny
 from tests.fake_hub.server import hub  # noqa: F401
 from tests.serving.served_model import served_folder  # noqa: F401
 from tests.small_chat import chat_data, chat_model  # noqa: F401
@@ -83,34 +85,16 @@ def golden_models(goldens) -> dict[str, GrinMoeForCausalLM]:
 
 @pytest.fixture
 def tiny_config():
-    """Factory of a config that trains in milliseconds; keyword arguments override."""
-
-    def make(**overrides) -> GrinMoeConfig:
-        fields = {
-            "vocab_size": 96,
-            "hidden_size": 32,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "num_local_experts": 4,
-            "sliding_window": 15,
-            "eos_token_id": 95,
-            "pad_token_id": 95,
-        }
-        return GrinMoeConfig(**{**fields, **overrides})
-
-    return make
+    """Factory of a config that trains in milliseconds and pads with its end token; keyword arguments override."""
+    return functools.partial(tiny.tiny_config, pad_token_id=95)
 
 
 @pytest.fixture
-def tiny_model(tiny_config):
-    """Factory of a randomly initialised tiny model, the same for the same arguments."""
+def tiny_model():
+    """Factory of a randomly initialised tiny model in evaluation mode, the same for the same arguments."""
 
     def make(seed: int = 0, **overrides) -> GrinMoeForCausalLM:
-        torch.manual_seed(seed)
-        return GrinMoeForCausalLM(tiny_config(**overrides)).eval()
+        return tiny.tiny_model(seed, **{"pad_token_id": 95, **overrides}).eval()
 
     return make
 

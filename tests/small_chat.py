@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
 from grinmoe.tokenization import build_tokenizer
+from tests.tiny import tiny_model
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow", "brown", "pink")
 THINGS = ("stone", "house", "river", "cloud", "bird")
@@ -46,30 +46,36 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def words() -> list[str]:
+    """What the chats say."""
+    return [message["content"] for chat in chats() for message in chat["messages"]]
+
+
+def chat_model_of(texts: list[str], vocab_size: int = 384, length: int = 64, seed: int = 0, **overrides):
+    """A tiny model for texts of up to `length` tokens, and a tokenizer of the texts."""
+    tokenizer = build_tokenizer(texts, vocab_size, model_max_length=length)
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    fields = {"vocab_size": len(tokenizer), "max_position_embeddings": length, "sliding_window": 31, **ends}
+    return tiny_model(seed, **{**fields, **overrides}), tokenizer
+
+
+def save_talking_model(folder: Path, *arguments, **overrides) -> None:
+    """Save a [`chat_model_of`] of which texts are nonsense, but the same every time, and without single bytes."""
+    model, tokenizer = chat_model_of(*arguments, initializer_range=0.2, **overrides)
+    with torch.no_grad():
+        # A run of single bytes that is no text is shown differently while it grows.
+        model.lm_head.bias[3 : 3 + 256] = -1e4
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory) -> Path:
     """Folder of a small model and its tokenizer."""
     folder = tmp_path_factory.mktemp("chat-model")
-    words = [message["content"] for chat in chats() for message in chat["messages"]]
-    tokenizer = build_tokenizer(words, 384, model_max_length=64)
-    torch.manual_seed(0)
-    config = GrinMoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-        sliding_window=31,
-        router_jitter_noise=0.1,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    GrinMoeForCausalLM(config).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    model, tokenizer = chat_model_of(words(), router_jitter_noise=0.1, initializer_range=0.1, **sizes)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification
 from grinmoe.adapters.expert_lora import ExpertLora
@@ -29,6 +29,7 @@ from grinmoe.adapters.lora import (
     use_expert_lora,
 )
 from grinmoe.monitoring.callback import RoutingMonitor
+from tests.tiny import training_arguments
 
 IDS = torch.arange(24).view(2, 12)
 FUSED = ["experts.gate_up_proj", "experts.down_proj"]
@@ -404,22 +405,6 @@ class TestUse:
         assert sum(gradient.abs().max() > 0 for gradient in gradients.values()) == len(gradients) == 8
 
 
-def arguments(folder, **overrides) -> TrainingArguments:
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return TrainingArguments(**{**options, **overrides})
-
-
 @pytest.fixture
 def dataset():
     generator = torch.Generator().manual_seed(7)
@@ -433,7 +418,11 @@ def test_resume_is_bit_identical(adapted, dataset, tmp_path, form):
     trainers = []
     for resume in (None, str(tmp_path / "checkpoint-2")):
         model = adapted(**FORMS[form])
-        trainer = Trainer(model, arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=dataset)
+        trainer = Trainer(
+            model,
+            training_arguments(tmp_path, per_device_train_batch_size=2, save_strategy="steps", save_steps=2),
+            train_dataset=dataset,
+        )
         trainer.train(resume_from_checkpoint=resume)
         trainers.append(trainer)
         if resume is None:
@@ -452,7 +441,9 @@ def test_resume_is_bit_identical(adapted, dataset, tmp_path, form):
 
 def test_the_balance_loss_and_the_monitor_see_an_adapted_router(adapted, dataset, tmp_path):
     model = adapted(model={"router_aux_loss_coef": 0.1})
-    trainer = Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=dataset)
+    trainer = Trainer(
+        model, training_arguments(tmp_path, per_device_train_batch_size=2, max_steps=2), train_dataset=dataset
+    )
     monitor = RoutingMonitor().attach(trainer)
     trainer.train()
     assert len(monitor.records) == 2
@@ -470,7 +461,7 @@ def test_trl_trains_it_from_its_configuration(tiny_model, tiny_tokenizer_folder,
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_folder)
     tokenizer.pad_token = tokenizer.eos_token = tokenizer.convert_ids_to_tokens(95)
     model = tiny_model(vocab_size=320)
-    options = arguments(tmp_path).to_dict() | {"max_steps": 1, "max_length": 16}
+    options = training_arguments(tmp_path, per_device_train_batch_size=2).to_dict() | {"max_steps": 1, "max_length": 16}
     names = {field.name for field in dataclasses.fields(trl.SFTConfig) if field.init}
     trainer = trl.SFTTrainer(
         model=model,

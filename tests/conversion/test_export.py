@@ -25,27 +25,15 @@ from grinmoe.conversion.compare import text_lengths, warn_of_difference
 from grinmoe.conversion.configs import ConversionError, to_phimoe
 from grinmoe.conversion.export import ExportOptions, export_checkpoint, official_entries, read_config
 from grinmoe.conversion.shards import WeightSource, write_shards
+from tests.tiny import tiny_config
 
 EQUAL = 1e-5
 WINDOW = 12  # keys that a token sees
 
 
 def config_of(**overrides) -> GrinMoeConfig:
-    fields = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "num_local_experts": 4,
-        "sliding_window": WINDOW - 1,
-        "eos_token_id": 95,
-        # Large, so that what is wrong shows.
-        "initializer_range": 0.3,
-    }
-    return GrinMoeConfig(**{**fields, **overrides})
+    """Tiny, with weights so large that a wrong one shows."""
+    return tiny_config(**{"sliding_window": WINDOW - 1, "initializer_range": 0.3, **overrides})
 
 
 def model_of(**overrides) -> GrinMoeForCausalLM:

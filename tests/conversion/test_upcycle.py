@@ -24,21 +24,10 @@ from grinmoe import GrinMoeForCausalLM
 from grinmoe.checkpoint_grinmoe import CheckpointError
 from grinmoe.conversion.configs import ConversionError
 from grinmoe.conversion.upcycle import UpcycleOptions, single_candidate_share, upcycle_checkpoint
+from tests import tiny
 
 EQUAL = 1e-5
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
+SIZES = {**tiny.SIZES, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 DENSE = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "llama, biases and llama3 rope": lambda: LlamaForCausalLM(

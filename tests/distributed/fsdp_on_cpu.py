@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from grinmoe import modeling_grinmoe
 from grinmoe.distributed.sharding import shard_for
 from grinmoe.routing_grinmoe import route
+from tests.tiny import training_arguments
 
 SETTINGS = {
     "ACCELERATE_USE_FSDP": "true",
@@ -87,20 +88,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def trainer_for(model, folder, batch: int, callbacks=(), sharded: bool = True, **overrides) -> Trainer:
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": batch,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    arguments = TrainingArguments(**{**options, **overrides})
+    options = {"per_device_train_batch_size": batch, "max_grad_norm": 0.0, **overrides}
+    arguments = training_arguments(folder, **options)
     trainer = Trainer(model, arguments, train_dataset=rows(), eval_dataset=rows(), callbacks=list(callbacks))
     if sharded:
         shard_for(trainer)

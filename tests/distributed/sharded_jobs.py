@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from grinmoe.distributed import sharding
 from grinmoe.distributed.sharding import load_for_sharding
 from tests.distributed.fsdp_on_cpu import Gradients, fsdp_on_cpu, greedy_routing, rows, trainer_for, whole
-from tests.distributed.two_ranks import tiny
+from tests.tiny import tiny_model
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -35,7 +35,7 @@ def model(**overrides):
         "input_jitter_noise": 0.0,
         "pad_token_id": 95,
     }
-    return tiny(**{**options, **overrides})
+    return tiny_model(**{**options, **overrides})
 
 
 def with_adapter(seed: int):

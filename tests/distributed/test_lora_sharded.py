@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from grinmoe.adapters.lora import lora_config
 from tests.adapters.test_lora import factors, randomised, step
-from tests.distributed.two_ranks import run_on_two, tiny
+from tests.distributed.two_ranks import run_on_two
+from tests.tiny import tiny_model
 
 
 @pytest.mark.slow
@@ -26,7 +27,7 @@ def test_compact_factors_under_fsdp2(tmp_path):
 
 
 def _shard_and_compare(rank: int) -> None:
-    base = tiny()
+    base = tiny_model()
     model = randomised(get_peft_model(base, lora_config(base, r=4, experts=[0, 3], shared_a=True)))
     whole = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     _, expected = step(model)

@@ -7,7 +7,8 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.distributed.two_ranks import run_on_two, tiny
+from tests.distributed.two_ranks import run_on_two
+from tests.tiny import tiny_model
 from tests.tolerances import FAST_PATH_FLOAT32
 
 pytestmark = pytest.mark.integration
@@ -25,7 +26,7 @@ def loss_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
 
 def kernels(**fields):
     torch.manual_seed(0)
-    model = tiny(router_jitter_noise=0.3, router_aux_loss_coef=0.1, **fields)
+    model = tiny_model(router_jitter_noise=0.3, router_aux_loss_coef=0.1, **fields)
     model.set_experts_implementation("grinmoe_triton")
     return model
 

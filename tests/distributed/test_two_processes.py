@@ -18,13 +18,14 @@ from transformers.distributed import DistributedConfig
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.balance_grinmoe import load_balancing_loss
 from grinmoe.routing_grinmoe import RoutingNoise, draw_routing_noise
-from tests.distributed.two_ranks import WORLD, run_on_two, tiny
+from tests.distributed.two_ranks import WORLD, run_on_two
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.integration
 
 
 def fsdp_save(rank: int, folder: str, gathered_by_caller: bool) -> None:
-    model = tiny(router_aux_loss_coef=0.1)
+    model = tiny_model(router_aux_loss_coef=0.1)
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -46,7 +47,7 @@ def test_fsdp2_saves_a_checkpoint_that_loads(tmp_path, gathered_by_caller):
     """Official keys, our code and our auto_map: not those of the class that FSDP2 made."""
     folder = tmp_path / "model"
     run_on_two(fsdp_save, tmp_path, str(folder), gathered_by_caller)
-    expected = tiny().state_dict()
+    expected = tiny_model().state_dict()
     again = GrinMoeForCausalLM.from_pretrained(folder)
     assert all(torch.equal(expected[name], tensor) for name, tensor in again.state_dict().items())
     keys = [key for shard in folder.glob("model-*.safetensors") for key in load_file(shard)]
@@ -84,7 +85,7 @@ EXPERT_PARALLEL = (
 def test_parallel_plans_give_the_same_model(tmp_path, options, experts):
     # With what the released model has not: attention's width is not the model's, norms have no bias.
     others = {"head_dim": 24, "norm_type": "rms_norm"} if experts == "grinmoe_cpu" else {}
-    model = tiny(**others).eval()
+    model = tiny_model(**others).eval()
     model.save_pretrained(tmp_path / "model")
     ids = torch.arange(24).view(2, 12)
     output = model(input_ids=ids, labels=ids)
@@ -172,10 +173,10 @@ def window_on_two_ranks(rank: int, estimator: str, checkpointing: bool) -> None:
         "router_jitter_noise": 0.3,
         "router_estimator": estimator,
     }
-    whole = tiny(**options).train()
+    whole = tiny_model(**options).train()
     with mock.patch("torch.distributed.is_initialized", return_value=False):
         expected_loss, expected = train_window(whole, slice(0, 4), ranks=1)
-    model = tiny(**options).train()
+    model = tiny_model(**options).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with mock.patch("torch.distributed.all_reduce", wraps=dist.all_reduce) as collective:
@@ -220,7 +221,7 @@ def draws_in_a_parallel_group(rank: int, folder: str, options: dict) -> None:
 
 @pytest.mark.parametrize("options", [{"tp_size": 2}, {"tp_size": 2, **EXPERT_PARALLEL}], ids=["tensor", "expert"])
 def test_ranks_that_share_a_batch_draw_alike_however_they_are_seeded(tmp_path, options):
-    tiny(router_jitter_noise=0.5).save_pretrained(tmp_path / "model")
+    tiny_model(router_jitter_noise=0.5).save_pretrained(tmp_path / "model")
     run_on_two(draws_in_a_parallel_group, tmp_path, str(tmp_path / "model"), options)
 
 
@@ -239,12 +240,12 @@ def dropout_in_a_parallel_group(rank: int, folder: str, options: dict) -> None:
 @pytest.mark.parametrize("options", [{"tp_size": 2}, {"tp_size": 2, **EXPERT_PARALLEL}], ids=["tensor", "expert"])
 def test_dropout_of_experts_does_not_set_ranks_apart(tmp_path, options):
     """Each rank drops activations of its own; what follows, dropout of the shared ones included, stays the same."""
-    tiny(expert_dropout=0.3, hidden_dropout=0.3).save_pretrained(tmp_path / "model")
+    tiny_model(expert_dropout=0.3, hidden_dropout=0.3).save_pretrained(tmp_path / "model")
     run_on_two(dropout_in_a_parallel_group, tmp_path, str(tmp_path / "model"), options)
 
 
 def draws_of_data_parallel_ranks(rank: int) -> None:
-    model = tiny(router_jitter_noise=0.5).train()
+    model = tiny_model(router_jitter_noise=0.5).train()
     ids = torch.arange(24).view(2, 12)
     runs = []
     for seed in (7, 7, 8):

@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
-
 WORLD = 2
 
 # Forks of a process that has imported, and done nothing else, are as clean as spawned ones, and need no import.
@@ -52,19 +50,3 @@ def _worker(rank: int, function, store: str, failures, arguments) -> None:
             os._exit(1)
         time.sleep(0.01)
     os._exit(0)
-
-
-def tiny(**overrides) -> GrinMoeForCausalLM:
-    torch.manual_seed(0)
-    fields = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "sliding_window": 15,
-        "eos_token_id": 95,
-    }
-    return GrinMoeForCausalLM(GrinMoeConfig(**{**fields, **overrides}))

@@ -15,15 +15,17 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
-from grinmoe import modeling_grinmoe
 import grinmoe.monitoring.callback as monitoring
+from grinmoe import modeling_grinmoe
 from grinmoe.modeling_grinmoe import GrinMoeModel, GrinMoeRouter
 from grinmoe.monitoring.callback import RoutingMonitor
 from grinmoe.monitoring.plots import plot_training
 from grinmoe.routing_grinmoe import route, within_capacity
-from tests.distributed.two_ranks import run_on_two, tiny
+from tests import tiny
+from tests.distributed.two_ranks import run_on_two
+from tests.tiny import training_arguments
 
 SEQUENCE = 9
 MEANS = {"tokens_per_s", "max_over_mean_load", "grad_norm", "entropy", "sampled_share", "kept_experts", "balance_loss"}
@@ -54,22 +56,10 @@ def full_rows(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def trainer_of(model, rows, folder, callbacks=(), collator=None, **overrides) -> Trainer:
-    options = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        "dataloader_pin_memory": False,
-    }
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "dataloader_pin_memory": False, **overrides}
     return Trainer(
         model=model,
-        args=TrainingArguments(**{**options, **overrides}),
+        args=training_arguments(folder, **options),
         train_dataset=rows,
         eval_dataset=rows[:2],
         data_collator=collator,
@@ -429,7 +419,11 @@ def train_on_two(rank: int, folder: str) -> None:
     mine = []
     monitoring.RankCounts.add = functools.partialmethod(note_and_add, mine, monitoring.RankCounts.add)
     trainer = trainer_of(
-        tiny(router_jitter_noise=0.5), padded_rows((3, 9, 4, 8, 5, 7, 6, 2)), folder, max_steps=4, logging_steps=2
+        tiny.tiny_model(router_jitter_noise=0.5),
+        padded_rows((3, 9, 4, 8, 5, 7, 6, 2)),
+        folder,
+        max_steps=4,
+        logging_steps=2,
     )
     monitor = RoutingMonitor(collapse_steps=2, on_collapse="raise").attach(trainer)
     # What one process logs by itself is no reason to wait for the other.
@@ -473,7 +467,7 @@ def note_and_add(counts, mine, add, routing, valid, eps) -> None:
 
 
 def sharded_gradients(rank: int) -> None:
-    whole, sharded = tiny(router_aux_loss_coef=1.0), tiny(router_aux_loss_coef=1.0)
+    whole, sharded = tiny.tiny_model(router_aux_loss_coef=1.0), tiny.tiny_model(router_aux_loss_coef=1.0)
     for layer in (*sharded.model.layers, sharded):
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     ids = torch.arange(16).view(2, 8)

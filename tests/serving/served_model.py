@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
-from grinmoe.tokenization import build_tokenizer
 from tests import ROOT
-from tests.small_chat import COLOURS, THINGS, chats
+from tests.small_chat import COLOURS, THINGS, save_talking_model, words
 
 if TYPE_CHECKING:
     import openai
@@ -29,30 +26,7 @@ QUESTIONS = [f"What is a {colour} {thing}?" for colour in COLOURS for thing in T
 def served_folder(tmp_path_factory) -> Path:
     """A model of random weights whose text is nonsense, but the same every time, and differs from question to question."""
     folder = tmp_path_factory.mktemp("served") / "tiny-chat"
-    words = [message["content"] for row in chats() for message in row["messages"]]
-    tokenizer = build_tokenizer(words, 384, model_max_length=MAX_LENGTH)
-    torch.manual_seed(0)
-    config = GrinMoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=MAX_LENGTH,
-        sliding_window=31,
-        initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = GrinMoeForCausalLM(config)
-    with torch.no_grad():
-        # No single bytes: a run of them that is no text is shown differently while it grows.
-        model.lm_head.bias[3 : 3 + 256] = -1e4
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_talking_model(folder, words(), length=MAX_LENGTH, intermediate_size=32)
     return folder
 
 
