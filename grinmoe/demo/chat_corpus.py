@@ -78,13 +78,12 @@ def texts(conversations: list[Conversation]) -> list[str]:
     return [message["content"] for conversation in conversations for message in conversation]
 
 
-def preference_pairs(conversations: list[Conversation], seed: int = 0) -> list[dict[str, Conversation]]:
+def preference_pairs(conversations: list[Conversation]) -> list[dict[str, Conversation]]:
     """
-    A pair for every conversation: the true last answer is chosen, one to another question is rejected.
+    A pair for every conversation: the true last answer is chosen, one to another question is drawn and rejected.
 
     Args:
         conversations: of one part, so that no answer wanders from one to the other.
-        seed: which answers are drawn.
 
     Returns:
         Rows of `prompt` (all messages but the last), `chosen` and `rejected` (one message each). A rejected text is no
@@ -94,7 +93,7 @@ def preference_pairs(conversations: list[Conversation], seed: int = 0) -> list[d
     true_answers: dict[str, set[str]] = {}
     for conversation, answer in zip(conversations, answers, strict=True):
         true_answers.setdefault(_question(conversation), set()).add(answer)
-    draw = random.Random(seed)
+    draw = random.Random(0)
     pairs = []
     for conversation in conversations:
         others = true_answers[_question(conversation)]
@@ -110,24 +109,19 @@ def _question(conversation: Conversation) -> str:
     return json.dumps(conversation[:-1])
 
 
-def write_examples(folder: str | Path, held_out_share: float = 0.1, seed: int = 0) -> dict[str, Path]:
+def write_examples(folder: str | Path) -> dict[str, Path]:
     """
     Write the corpus as data for `grinmoe sft` and `grinmoe dpo`, the same bytes every time.
-
-    Args:
-        folder: is made.
-        held_out_share: see `load_corpus`; no question is in both parts.
-        seed: of the rejected answers.
 
     Returns:
         The files by what they hold: `chat` and `chat-held-out` with rows of `messages`, `preference` and
         `preference-held-out` with rows of `prompt`, `chosen` and `rejected`.
     """
-    corpus, folder = load_corpus(held_out_share), Path(folder)
+    corpus, folder = load_corpus(), Path(folder)
     rows: dict[str, list[Any]] = {}
     for suffix, part in (("", corpus.train), ("-held-out", corpus.held_out)):
         rows["chat" + suffix] = [{"messages": conversation} for conversation in part]
-        rows["preference" + suffix] = preference_pairs(part, seed)
+        rows["preference" + suffix] = preference_pairs(part)
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for name, part_rows in rows.items():

@@ -293,8 +293,8 @@ def prepare_corpus(folder: Path, settings: CompareSettings, text: Path | None, c
     held_out = [document for document in documents if document.is_held_out(0.05)]
     tokenizer = build_tokenizer((document.text for document in train), settings.vocab_size, model_max_length=10**9)
     domains = sorted({document.domain for document in documents})
-    train_ids, _ = _rows(train, tokenizer, settings.row_length, domains, settings.vocab_size)
-    held_out_ids, held_out_domain = _rows(held_out, tokenizer, settings.row_length, domains, settings.vocab_size)
+    train_ids, _ = _rows(train, tokenizer, settings.row_length, domains)
+    held_out_ids, held_out_domain = _rows(held_out, tokenizer, settings.row_length, domains)
     rows_per_step = settings.micro_batch_size * settings.accumulation
     if len(train_ids) < rows_per_step or not len(held_out_ids):
         raise ValueError(
@@ -317,9 +317,7 @@ def prepare_corpus(folder: Path, settings: CompareSettings, text: Path | None, c
     return facts
 
 
-def _rows(
-    documents: list[Document], tokenizer, length: int, domains: list[str], vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(documents: list[Document], tokenizer, length: int, domains: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, L) int32 ids and domains; the rest that does not fill a row is left out."""
     ids: list[int] = []
     domain: list[int] = []

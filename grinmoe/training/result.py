@@ -93,7 +93,7 @@ def _write_card(recipe: Recipe, folder: Path, run_folder: Path, metrics: dict[st
         datasets=[data] if on_hub else [],
         data="" if on_hub else "A local file that is not published here.",
         hyperparameters=_hyperparameters(recipe, trainer),
-        measurements=_measurements(metrics, trainer),
+        measurements=_measurements(metrics),
         evaluations=_evaluations(recipe, metrics),
         picture=picture,
         library_name="peft" if adapter else "transformers",
@@ -133,7 +133,7 @@ def _hyperparameters(recipe: Recipe, trainer: Any) -> dict[str, Any]:
     return chosen
 
 
-def _measurements(metrics: dict[str, float], trainer: Any) -> dict[str, str]:
+def _measurements(metrics: dict[str, float]) -> dict[str, str]:
     measured = {"peak memory": f"{metrics['peak_gib']:.2f} GiB"}
     if "tokens_per_s" in metrics:
         measured["speed"] = f"{metrics['tokens_per_s']:,.0f} tokens/s"

@@ -122,10 +122,7 @@ def test_no_question_or_answer_of_a_pair_crosses_over_to_the_other_part(examples
 
 def test_examples_are_the_same_bytes_every_time(tmp_path):
     first, second = write_examples(tmp_path / "a"), write_examples(tmp_path / "b")
-    other = write_examples(tmp_path / "c", seed=1)
     assert all(first[name].read_bytes() == second[name].read_bytes() for name in first)
-    assert first["preference"].read_bytes() != other["preference"].read_bytes()
-    assert first["chat"].read_bytes() == other["chat"].read_bytes()
 
 
 def test_pairs_of_one_question_alone_are_refused():
