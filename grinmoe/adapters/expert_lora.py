@@ -365,7 +365,7 @@ def _compact_factors(
                 yield key, name, adapter_name, choice
 
 
-def _expand_factors(module: ExpertLora, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
+def _expand_factors(module: ExpertLora, state_dict: dict[str, Any], prefix: str, _metadata: dict) -> None:
     """State-dict hook: compact factors leave in PEFT's shapes."""
     for key, name, _, choice in _compact_factors(module, state_dict, prefix):
         weight = state_dict[key].detach()
@@ -379,17 +379,9 @@ def _expand_factors(module: ExpertLora, state_dict: dict[str, Any], prefix: str,
         state_dict[key] = choice.expand(name, weight).contiguous()
 
 
-def _contract_factors(
-    module: ExpertLora,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    """Load-state-dict hook: the way back."""
+def _contract_factors(module: ExpertLora, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Load-state-dict hook: the way back. Of the hook's other arguments, the last takes messages of errors."""
+    error_msgs: list[str] = others[-1]
     for key, name, adapter_name, choice in _compact_factors(module, state_dict, prefix):
         full = state_dict[key]
         target = module.trained(name, adapter_name)

@@ -1,6 +1,6 @@
 """A phimoe checkpoint as vLLM, SGLang and llama.cpp read it: tensors that they insist on, and what they compute otherwise.
 
-Read off vLLM 0.33.0 and SGLang 0.5.23; `tests/test_phimoe_engines.py` runs their own model files. Both have biases on
+Read off vLLM 0.33.0 and SGLang 0.5.23; `tests/conversion/test_phimoe.py` runs their own model files. Both have biases on
 attention and head whatever config.json says (vLLM refuses a checkpoint without them) and never tie the head (vLLM), so an
 export writes these tensors out. Both mask routing with eps = 0.01, and neither adds the head's bias, which no export can
 mend: `engine_difference` measures it.
