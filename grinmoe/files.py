@@ -84,7 +84,7 @@ def default_mode(is_folder: bool = False) -> int:
 def require_packages(extra: str, *modules: str) -> None:
     """Raise ImportError unless all `modules` are installed; the message names the extra of this package that has them."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"{', '.join(missing)} not installed; pip install 'grinmoe[{extra}]'")
+        raise ImportError(f"not installed: {', '.join(missing)}; pip install 'grinmoe[{extra}]'")
 
 
 def physical_memory_bytes() -> int:

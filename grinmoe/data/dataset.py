@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
+from ..files import require_packages
 from .formats import (
     FORMATS,
     Columns,
@@ -192,10 +193,9 @@ def load_data(task: str, options: DataOptions, tokenizer: Any, vocab_size: int) 
             model has; or nothing left to train or to evaluate on.
         ImportError: `datasets` is not installed.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("datasets is not installed; pip install 'grinmoe[train]'") from error
+    require_packages("train", "datasets")
+    import datasets
+
     if task not in TASK_FORMATS:
         raise ValueError(f"task={task!r} is unknown; choose {', '.join(TASK_FORMATS)}")
     if task == "dpo" and options.packing:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..data import Message, held_out
+from ..files import require_packages
 
 # In these files an entry is a dialogue; everywhere else it is a question and one or more answers to it.
 _DIALOGUES = ("conversations", "health")
@@ -37,11 +40,9 @@ def load_corpus(held_out_share: float = 0.1) -> Corpus:
     Raises:
         ImportError: the package is not installed.
     """
-    try:
-        import chatterbot_corpus
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed; pip install 'grinmoe[train]'") from error
+    require_packages("train", "chatterbot_corpus")
+    import chatterbot_corpus
+
     folder = Path(chatterbot_corpus.__file__).parent / "data" / "english"
     seen: set[tuple[str, ...]] = set()
     corpus = Corpus([], [])

@@ -119,7 +119,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
     settings = DemoSettings(steps=steps, seed=options.seed)
     target = Path(options.output).resolve()
     _check_target(target)
-    require_packages("train", "accelerate", "chatterbot_corpus", "matplotlib", "yaml")
+    require_packages("train", "accelerate", "chatterbot_corpus", "matplotlib")
     console = Console(highlight=False, soft_wrap=True)
     result = DemoResult(asdict(settings))
     with folder_when_whole(target) as workspace:

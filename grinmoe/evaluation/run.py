@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from rich.console import Console
 
-from ..files import atomic_write_text, folder_or_repository, read_json_object
+from ..files import atomic_write_text, folder_or_repository, read_json_object, require_packages
 from ..hub import Evaluation, metric_name
 from ..loading import base_of_model, load_for_use
 from ..provenance import environment, markdown_table
@@ -27,7 +27,6 @@ _SUITE = {task.name: task for task in PAPER_SUITE}
 _SHARES = frozenset(
     "acc acc_norm acc_bytes exact_match f1 mcc em pass@1 pass_at_1 math_verify inst_level_strict_acc".split()
 )
-_MISSING = "lm-eval is not installed; pip install 'grinmoe[eval]'"
 # Tokens of an answer to tasks that name no other length; lm-eval's own default.
 _LONGEST_ANSWER = 256
 
@@ -95,10 +94,7 @@ def evaluate(options: EvaluateOptions, command: str, console: Console | None = N
             evaluation of another model or settings, or a model that cannot be used (see [`load_for_use`]).
         OSError: there is no such model.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
+    require_packages("eval", "lm_eval")
     console = console or Console(soft_wrap=True, markup=False)
     source = folder_or_repository(options.model, "--model")
     tasks = find_tasks(options.tasks, options.allow_code)
