@@ -1,4 +1,7 @@
-"""Files and machines: atomic writes, JSON, permissions, dtypes by name, how a model is named, packages and memory."""
+"""Files and machines: atomic writes, JSON, permissions, how commands name models, folders, dtypes and devices, and memory.
+
+This file imports the standard library alone: the command line reads it, and importing `grinmoe` takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,22 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 # What `--dtype` may be: "auto" is the checkpoint's own.
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+# Options that several commands share: type, help and metavar (see grinmoe_cli/flags.py).
+Model = Annotated[str, "folder of a model or adapter, or a repository of the Hub", "DIR_OR_HUB_ID"]
+Checkpoint = Annotated[str, "folder, or a repository of the Hub", "DIR_OR_HUB_ID"]
+NewFolder = Annotated[str, "new or empty folder", "DIR"]
+KeptFolder = Annotated[str, "new folder, or one to go on in", "DIR"]
+Dtype = Annotated[str, "auto (the checkpoint's), bfloat16, float16, float32"]
+Device = Annotated[
+    str | None,
+    "cpu, cuda, cuda:1, ...; auto spreads the layers over all accelerators (default: an accelerator if there is one)",
+]
+ShardSize = Annotated[int | str, "such as 500MB", "SIZE"]
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -1,4 +1,23 @@
-"""Parsers made of the options dataclasses of `grinmoe/<room>/options.py`, which `grinmoe/options.py` describes."""
+"""Parsers made of the options dataclasses of `grinmoe/<room>/options.py`.
+
+A command's options are one dataclass. Its docstring has three parts, separated by empty lines: the command's help, its
+description and an example. The command line makes a flag of every field `Annotated[type, help, metavar]`:
+
+| field | flag |
+|---|---|
+| `int`, `float`, `str`, each also `\\| None` | `--field-name VALUE` |
+| `tuple[str, ...]` | `--field-name VALUE VALUE ...` |
+| `Literal["a", "b"]` | `--field-name {a,b}` |
+| `bool` that is False by default | `--field-name` |
+| `bool` that is True by default | `--no-field-name`, which the help describes |
+| a dataclass | the flags of its fields; a help and a metavar are text and title of their group |
+
+A field without a default is a required flag, and so is one marked `typing.Required`, whose default is for callers from
+Python. A field that is not `Annotated` has no flag.
+
+These modules import the standard library and `grinmoe/files.py` alone: the command line reads them to parse a command line,
+and importing `grinmoe`, which registers the model with Transformers, takes seconds.
+"""
 
 from __future__ import annotations
 

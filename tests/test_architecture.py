@@ -31,7 +31,7 @@ FLAT = {
 }
 # Left never imports right, and within a step nobody imports a neighbour.
 STEPS = [
-    {"flat", "files", "options", "tokenization"},
+    {"flat", "files", "tokenization"},
     {"provenance"},
     {"kernels", "data", "monitoring"},
     {"adapters", "distributed"},
@@ -117,8 +117,8 @@ def test_the_package_holds_links_rooms_and_five_modules():
     }
     assert all((PACKAGE / name).exists() for name in links), "a link leads nowhere"
     modules = {path.name for path in PACKAGE.glob("*.py") if not path.is_symlink()}
-    assert modules == {"__init__.py", "files.py", "loading.py", "options.py", "provenance.py"}
-    assert set(ROOMS) == STEP_OF.keys() - {"flat", "files", "options", "provenance", "loading", "tokenization"}
+    assert modules == {"__init__.py", "files.py", "loading.py", "provenance.py"}
+    assert set(ROOMS) == STEP_OF.keys() - {"flat", "files", "provenance", "loading", "tokenization"}
 
 
 @named(MODULES)

@@ -1,4 +1,4 @@
-"""Options of `grinmoe tokenizer build` and `verify` (see `grinmoe/options.py`)."""
+"""Options of `grinmoe tokenizer build` and `verify`."""
 
 import os
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
-"""Options of `grinmoe merge` (see `grinmoe/options.py`)."""
+"""Options of `grinmoe merge`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..options import NewFolder
+from ..files import NewFolder
 
 Quantization = Literal["nf4", "fp4", "int8"]
 

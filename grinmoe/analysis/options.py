@@ -1,11 +1,10 @@
-"""Options of `grinmoe analyze` (see `grinmoe/options.py`)."""
+"""Options of `grinmoe analyze`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ..files import check_dtype
-from ..options import Device, Dtype, Model, NewFolder
+from ..files import Device, Dtype, Model, NewFolder, check_dtype
 
 
 @dataclass(frozen=True)

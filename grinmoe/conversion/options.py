@@ -1,10 +1,9 @@
-"""Options of `grinmoe export` and `grinmoe upcycle` (see `grinmoe/options.py`)."""
+"""Options of `grinmoe export` and `grinmoe upcycle`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..files import check_dtype
-from ..options import Checkpoint, Dtype, NewFolder, ShardSize
+from ..files import Checkpoint, Dtype, NewFolder, ShardSize, check_dtype
 
 Target = Literal["safetensors", "phimoe", "mixtral", "gguf"]
 

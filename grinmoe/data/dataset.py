@@ -102,14 +102,7 @@ class DataOptions:
     @property
     def columns(self) -> Columns:
         """The columns' names."""
-        return Columns(
-            self.messages_column,
-            self.prompt_column,
-            self.completion_column,
-            self.text_column,
-            self.chosen_column,
-            self.rejected_column,
-        )
+        return Columns(**{one.name: getattr(self, f"{one.name}_column") for one in dataclasses.fields(Columns)})
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Options of `grinmoe demo` (see `grinmoe/options.py`)."""
+"""Options of `grinmoe demo`."""
 
 from dataclasses import dataclass
 from typing import Annotated

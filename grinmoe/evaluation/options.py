@@ -1,10 +1,9 @@
-"""Options of `grinmoe evaluate` (see `grinmoe/options.py`)."""
+"""Options of `grinmoe evaluate`."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..files import check_dtype
-from ..options import Device, Dtype, KeptFolder, Model
+from ..files import Device, Dtype, KeptFolder, Model, check_dtype
 
 
 @dataclass(frozen=True)

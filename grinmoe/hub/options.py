@@ -1,11 +1,11 @@
-"""Options of `grinmoe push` and `grinmoe pull` (see `grinmoe/options.py`)."""
+"""Options of `grinmoe push` and `grinmoe pull`."""
 
 import os
 import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from ..options import NewFolder
+from ..files import NewFolder
 
 # Letters of a git reference, without what git refuses: "..", a part that begins with "." or ends with ".lock".
 _REFERENCE = re.compile(r"(?!.*\.\.)(?!.*\.lock(/|$))[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*(?<!\.)", re.ASCII)

@@ -1,10 +1,10 @@
-"""Options of `grinmoe plan` (see `grinmoe/options.py`)."""
+"""Options of `grinmoe plan`."""
 
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, Required
 
-from ..options import Checkpoint
+from ..files import Checkpoint
 
 RELEASED = "microsoft/GRIN-MoE"
 METHODS = ("full", "full-8bit", "lora", "qlora")

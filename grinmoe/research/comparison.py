@@ -81,7 +81,6 @@ class CompareSettings:
             "vocab_size": 8192,
             "row_length": 512,
             "micro_batch_size": 8,
-            "held_out_rows": 256,
             "evaluations": 12,
             "learning_rate": 1e-3,
             "hidden_size": 512,

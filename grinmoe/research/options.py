@@ -1,9 +1,9 @@
-"""Options of `grinmoe compare` (see `grinmoe/options.py`)."""
+"""Options of `grinmoe compare`."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..options import KeptFolder
+from ..files import KeptFolder
 
 
 @dataclass(frozen=True)

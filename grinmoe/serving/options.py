@@ -1,11 +1,10 @@
-"""Options of `grinmoe generate` and `grinmoe serve` (see `grinmoe/options.py`)."""
+"""Options of `grinmoe generate` and `grinmoe serve`."""
 
 import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..files import check_dtype
-from ..options import Device, Dtype, Model
+from ..files import Device, Dtype, Model, check_dtype
 
 
 @dataclass(frozen=True)

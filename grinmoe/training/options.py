@@ -1,4 +1,4 @@
-"""Options of `grinmoe sft`, `dpo` and `pretrain` besides a recipe's settings (see `grinmoe/options.py`)."""
+"""Options of `grinmoe sft`, `dpo` and `pretrain` besides a recipe's settings."""
 
 from dataclasses import dataclass
 from typing import Annotated
