@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainingArguments
 
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # Fields that dense models have too.
 SIZES = {
@@ -35,6 +38,8 @@ def tiny_model(seed: int = 0, **overrides) -> GrinMoeForCausalLM:
 
 def training_arguments(folder: str | os.PathLike, **overrides) -> TrainingArguments:
     """Four steps on a CPU that print, report and save nothing."""
+    from transformers import TrainingArguments  # takes seconds to import, and most tests train nothing
+
     options = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,

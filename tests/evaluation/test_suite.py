@@ -267,6 +267,8 @@ def test_what_cannot_be_loaded_is_said_at_once(monkeypatch, tmp_path):
         raise ConnectionError(f"Couldn't reach {path} on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    options = EvaluateOptions(str(tmp_path), ("arc_c", "boolq"), str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"2 of 2 cannot be loaded.*arc_c: ConnectionError: .*ai2_arc.*boolq: Conn"):
+    options = EvaluateOptions(str(tmp_path), ("arc_c", "openbookqa"), str(tmp_path / "out"))
+    with pytest.raises(
+        ValueError, match=r"2 of 2 cannot be loaded.*arc_c: ConnectionError: .*ai2_arc.*openbookqa: Conn"
+    ):
         evaluate(options, "X")

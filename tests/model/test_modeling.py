@@ -111,6 +111,7 @@ class TestContinuousBatching:
         found = self.generate(golden.load(), golden.inputs["generate.input_ids"].tolist())
         assert found == golden["generate.sequences"][:, -20:].tolist()
 
+    @pytest.mark.integration
     def test_longrope_is_served_up_to_its_switch_and_refused_beyond(self, goldens):
         golden = goldens["golden-c"]
         model, prompts = golden.load(), golden.inputs["generate.input_ids"].tolist()

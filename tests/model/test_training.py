@@ -94,7 +94,7 @@ def test_sharded_checkpoints_resume_too(tiny_model, dataset, tmp_path):
     """Experts split over shards are put together again."""
     straight = train(tiny_model(), dataset, tmp_path / "straight", save_strategy="steps", save_steps=2)
     folder = tmp_path / "straight" / "checkpoint-2"
-    GrinMoeForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="8KB")
+    GrinMoeForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 5 and not (folder / "model.safetensors").exists()
     resumed = train(tiny_model(seed=9), dataset, tmp_path / "resumed", resume=str(folder))
     for a, b in zip(straight.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):

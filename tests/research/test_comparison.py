@@ -138,6 +138,7 @@ def test_a_text_that_is_no_text_is_named(tmp_path):
         documents_of_file(path)
 
 
+@pytest.mark.integration
 def test_the_installed_documentation_is_plenty_and_splits_by_content():
     documents = installed_documentation(("numpy",))
     assert {document.domain for document in documents} == {"python", "numpy"}

@@ -31,7 +31,6 @@ from tests.tokenization.tokenizer_files import (
     WITH_SPECIAL,
     file_content,
     ids,
-    train,
     write_gguf,
 )
 
@@ -39,30 +38,6 @@ RELEASED = ROOT / "../shared/tokenizer"
 needs_released = pytest.mark.skipif(
     not RELEASED.is_dir(), reason="the released tokenizer is not here (../shared/tokenizer)"
 )
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
-    path.write_bytes(train())
-    return path
-
-
-@pytest.fixture(scope="module")
-def processor(model_file):
-    return SentencePieceProcessor(model_file=str(model_file))
-
-
-@pytest.fixture(scope="module")
-def built(model_file):
-    return assemble_tokenizer(read_vocabulary(model_file))
-
-
-@pytest.fixture
-def saved(built, tmp_path):
-    """The folder of the tokenizer built from SentencePiece."""
-    built.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
 
 
 # --- the rules are the family's ---

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
 from transformers import LlamaTokenizer
 
 from grinmoe.tokenization.build import assemble_tokenizer
@@ -29,31 +28,6 @@ from tests.tokenization.tokenizer_files import (
     train,
     write_gguf,
 )
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
-    path.write_bytes(train())
-    return path
-
-
-@pytest.fixture(scope="module")
-def processor(model_file):
-    return SentencePieceProcessor(model_file=str(model_file))
-
-
-@pytest.fixture(scope="module")
-def built(model_file):
-    return assemble_tokenizer(read_vocabulary(model_file))
-
-
-@pytest.fixture
-def saved(built, tmp_path):
-    """The folder of the tokenizer built from SentencePiece."""
-    built.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
-
 
 # --- the ids are SentencePiece's ---
 
