@@ -298,13 +298,13 @@ class PendingRouterLosses:
     balance: PendingBalanceLoss | None
 
     def finish(self) -> RouterLosses:
+        aux_share = self.share
         if self.balance is not None:
             aux_loss, aux_share = self.balance.finish()
         else:
             aux_loss = load_balancing_loss(
                 self.router_logits, self.selected_experts, self.top_k, self.scope, self.attention_mask
             )
-            aux_share = self.share
         weighted = self.aux_loss_coef * _times(aux_loss, aux_share)
         z_loss = None
         if self.z_loss_coef > 0:

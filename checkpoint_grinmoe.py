@@ -29,7 +29,6 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -201,7 +200,7 @@ def stale_weights(present: Iterable[str], entering: Collection[str]) -> list[str
 
 
 def load_per_expert_weights(
-    module: nn.Module,
+    module: Any,
     state_dict: dict[str, torch.Tensor],
     prefix: str,
     local_metadata: dict,

@@ -78,12 +78,12 @@ class _Choices(NamedTuple):
     Attributes:
         probs: (K, T, E), one masked softmax per choice.
         experts: (T, K).
-        is_argmax: (T, K) bool, whether a draw took the most probable expert; None where nothing is drawn.
+        is_argmax: (T, K) bool, whether a draw took the most probable expert; (T, 0) where nothing is drawn.
     """
 
     probs: torch.Tensor
     experts: torch.Tensor
-    is_argmax: torch.Tensor | None
+    is_argmax: torch.Tensor
 
 
 def _choose(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> _Choices:
@@ -106,8 +106,9 @@ def _choose(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: R
             is_argmax.append(choice == masked_probs.argmax(dim=-1, keepdim=True))
         probs.append(masked_probs)
         experts.append(choice)
-    drawn = torch.cat(is_argmax, dim=-1) if is_argmax else None
-    return _Choices(torch.stack(probs), torch.cat(experts, dim=-1), drawn)
+    chosen = torch.cat(experts, dim=-1)
+    drawn = torch.cat(is_argmax, dim=-1) if is_argmax else chosen.new_empty(len(chosen), 0, dtype=torch.bool)
+    return _Choices(torch.stack(probs), chosen, drawn)
 
 
 # How the contributions c_k = p_k <g, E_k> of a token's draws (T, K) become the factors of their scores.
