@@ -32,6 +32,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # otherwise Triton reports at the end that its functions were leaked
+
+
 @dataclass(frozen=True)
 class Golden:
     """One golden checkpoint: its folder and the reference's inputs, outputs and gradients."""
