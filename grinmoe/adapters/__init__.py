@@ -5,19 +5,3 @@ from .lora import AdapterError, base_of, check_adapter, load_adapter, lora_confi
 from .merge import merge_adapter, run_merge
 from .options import MergeOptions
 from .presets import QUANTIZATIONS, quantization_config
-
-__all__ = [
-    "QUANTIZATIONS",
-    "AdapterError",
-    "ExpertLora",
-    "GrinMoeLoraConfig",
-    "MergeOptions",
-    "base_of",
-    "check_adapter",
-    "load_adapter",
-    "lora_config",
-    "merge_adapter",
-    "quantization_config",
-    "run_merge",
-    "use_expert_lora",
-]

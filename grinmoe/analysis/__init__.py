@@ -2,8 +2,3 @@
 
 from .options import AnalyzeOptions
 from .run import run_analyze
-
-__all__ = [
-    "AnalyzeOptions",
-    "run_analyze",
-]

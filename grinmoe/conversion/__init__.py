@@ -4,13 +4,3 @@ from .configs import ConversionError
 from .export import export_checkpoint, run_export
 from .options import ExportOptions, UpcycleOptions
 from .upcycle import run_upcycle, upcycle_checkpoint
-
-__all__ = [
-    "ConversionError",
-    "ExportOptions",
-    "UpcycleOptions",
-    "export_checkpoint",
-    "run_export",
-    "run_upcycle",
-    "upcycle_checkpoint",
-]

@@ -38,7 +38,6 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
 
 

@@ -3,18 +3,3 @@
 from .dataset import DataOptions, PreparedData, held_out, load_data
 from .formats import SUFFIXES, Columns, Message, checked_messages, checked_text, checked_turns, read_rows
 from .packing import RowCollator
-
-__all__ = [
-    "SUFFIXES",
-    "Columns",
-    "DataOptions",
-    "Message",
-    "PreparedData",
-    "RowCollator",
-    "checked_messages",
-    "checked_text",
-    "checked_turns",
-    "held_out",
-    "load_data",
-    "read_rows",
-]

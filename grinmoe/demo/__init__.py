@@ -4,16 +4,3 @@ from .chat_corpus import load_corpus, texts, write_examples
 from .demo import DemoSettings, demo_config, run_demo
 from .docstring_corpus import Document, documents_of_file, installed_documentation
 from .options import DemoOptions
-
-__all__ = [
-    "DemoOptions",
-    "DemoSettings",
-    "Document",
-    "demo_config",
-    "documents_of_file",
-    "installed_documentation",
-    "load_corpus",
-    "run_demo",
-    "texts",
-    "write_examples",
-]

@@ -2,13 +2,3 @@
 
 from .sharded_checkpoint import export_sharded, is_sharded, is_whole
 from .sharding import check_gpus, load_for_sharding, shard_for, shard_model
-
-__all__ = [
-    "check_gpus",
-    "export_sharded",
-    "is_sharded",
-    "is_whole",
-    "load_for_sharding",
-    "shard_for",
-    "shard_model",
-]

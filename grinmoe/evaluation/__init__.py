@@ -2,9 +2,3 @@
 
 from .options import EvaluateOptions
 from .run import evaluate, run_evaluate
-
-__all__ = [
-    "EvaluateOptions",
-    "evaluate",
-    "run_evaluate",
-]

@@ -9,21 +9,3 @@ from .isolated_load import load_elsewhere
 from .options import CardOverrides, PullOptions, PushOptions, ReleaseOptions
 from .publish import push
 from .readme import CARD_NAME
-
-__all__ = [
-    "CARD_NAME",
-    "CardFacts",
-    "CardOverrides",
-    "Evaluation",
-    "HubError",
-    "PullOptions",
-    "PushOptions",
-    "ReleaseError",
-    "ReleaseOptions",
-    "card_for",
-    "load_elsewhere",
-    "metric_name",
-    "pull",
-    "push",
-    "run_pull",
-]

@@ -6,17 +6,10 @@ Importing this room registers them: the experts in Transformers' experts interfa
 
 from transformers.utils import is_triton_available
 
-from . import triton_experts as triton_experts
+from . import triton_experts
 from .dispatch import DEFAULT_EXPERTS, implementation_for
 from .philox import counter_noise
 from .triton_experts import ALIGNMENT_BYTES
 
 if is_triton_available():
-    from . import triton_router as triton_router
-
-__all__ = [
-    "ALIGNMENT_BYTES",
-    "DEFAULT_EXPERTS",
-    "counter_noise",
-    "implementation_for",
-]
+    from . import triton_router

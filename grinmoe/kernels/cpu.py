@@ -331,6 +331,3 @@ def _linear_into(result: torch.Tensor, left: torch.Tensor, right: torch.Tensor) 
         result.copy_(_float32_linear(left, right))
     else:
         torch.mm(left, right.t(), out=result)
-
-
-__all__ = ["SILU", "cpu_experts_forward", "padded_rows"]

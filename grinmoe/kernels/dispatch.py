@@ -63,5 +63,3 @@ class _Cast:
 
 # Assigning again is harmless: this module may be imported under several names.
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_EXPERTS, experts_forward)
-
-__all__ = ["DEFAULT_EXPERTS", "implementation_for"]

@@ -335,6 +335,3 @@ def _tile(width: int) -> tuple[int, int]:
     """Rows and columns of a program's tile: on a GPU a piece of one row, in the interpreter as much as there is."""
     columns = min(_COLUMNS, triton.next_power_of_2(width))
     return (64 if interpreted() else max(1, _COLUMNS // columns)), columns
-
-
-__all__ = ["combine", "place_rows", "swiglu", "swiglu_backward"]

@@ -99,6 +99,3 @@ def counter_jitter(
     uniform = (torch.stack(halves, dim=2).float() + 0.5) * 2.0**-16  # (T, chunks, stripes, lanes)
     factors = 1.0 + jitter_eps * (2.0 * uniform - 1.0)
     return factors.view(num_tokens, -1)[:, :hidden_size].to(dtype)
-
-
-__all__ = ["JITTER_DRAW", "STRIPE", "STRIPES", "counter_jitter", "counter_noise", "philox"]

@@ -246,6 +246,3 @@ def jitter_kernel(
         values = tl.load(input_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         values = _rounded(values * factor, input_ptr)
         tl.store(output_ptr + offsets, values.to(output_ptr.dtype.element_ty), mask=inside)
-
-
-__all__ = ["jitter_kernel", "router_backward_kernel", "router_kernel"]

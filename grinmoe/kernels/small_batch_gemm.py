@@ -301,6 +301,3 @@ def _options(tile: Tile) -> dict[str, int]:
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-
-
-__all__ = ["MAX_CHOICES", "Tile", "down_tile", "few_tokens_experts", "gate_up_tile", "launch"]

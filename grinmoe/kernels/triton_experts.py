@@ -276,5 +276,3 @@ def _backward(ctx, grad_output, *_):
 
 
 _experts.register_autograd(_backward, setup_context=_save)
-
-__all__ = ["GROUPED_MM", "Kept", "Products", "backward_pass", "check_triton", "forward_pass", "triton_experts_forward"]

@@ -300,5 +300,3 @@ def fused_input_jitter(
 
 
 ROUTERS["grinmoe_triton"] = FusedRouter(fused_route, fused_input_jitter)
-
-__all__ = ["fused_input_jitter", "fused_route"]

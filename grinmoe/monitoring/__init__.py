@@ -3,15 +3,3 @@
 from .callback import ExpertCollapseError, ExpertCollapseWarning, RoutingMonitor
 from .plots import draw_load, load_reach, plot_training
 from .record import RoutingRecord, kept_experts, routing_sums
-
-__all__ = [
-    "ExpertCollapseError",
-    "ExpertCollapseWarning",
-    "RoutingMonitor",
-    "RoutingRecord",
-    "draw_load",
-    "kept_experts",
-    "load_reach",
-    "plot_training",
-    "routing_sums",
-]

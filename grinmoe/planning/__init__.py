@@ -5,13 +5,3 @@ from .options import METHODS, PlanOptions
 from .plan import make_plan, run_plan
 from .random_model import random_quantized_model
 from .roofline import flops_per_token
-
-__all__ = [
-    "METHODS",
-    "PlanOptions",
-    "Step",
-    "flops_per_token",
-    "make_plan",
-    "random_quantized_model",
-    "run_plan",
-]

@@ -323,6 +323,3 @@ def run_plan(options: PlanOptions) -> None:
         print(plan.to_json())
     else:
         print_plan(plan)
-
-
-__all__ = ["Alternative", "Plan", "PlanOptions", "make_plan", "print_plan", "run_plan"]

@@ -11,18 +11,3 @@ from .enumeration import (
     random_decision,
 )
 from .options import CompareOptions
-
-__all__ = [
-    "LOSSES",
-    "CompareOptions",
-    "CompareSettings",
-    "cosine_and_error",
-    "exact_gradients",
-    "moments",
-    "outcome_gradients",
-    "own_objective",
-    "prepare_corpus",
-    "random_decision",
-    "run_compare",
-    "run_comparison",
-]

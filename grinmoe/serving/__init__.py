@@ -3,12 +3,3 @@
 from .chat import Chat, run_generate
 from .options import ChatOptions, GenerateOptions, ServeOptions
 from .serve import run_serve
-
-__all__ = [
-    "Chat",
-    "ChatOptions",
-    "GenerateOptions",
-    "ServeOptions",
-    "run_generate",
-    "run_serve",
-]
