@@ -41,5 +41,5 @@ if $dry_run; then
     exit 0
 fi
 # Before eight processes start and each fails in its own way.
-python -m grinmoe.distributed.sharding "$launch"
+python -m grinmoe.distributed check "$launch"
 exec "${command[@]}"

@@ -1,6 +1,6 @@
 """Sharded checkpoints of FSDP2 (torch.distributed.checkpoint): which are whole, and their export in the official layout.
 
-    python -m grinmoe.distributed.sharded_checkpoint --checkpoint run/checkpoint-200 --output model
+    python -m grinmoe.distributed export --checkpoint run/checkpoint-200 --output model
 
 The Trainer writes and resumes them itself, also on another number of ranks; docs/sharding.md says how. What is here runs
 on one process without GPU and process group.
@@ -8,7 +8,6 @@ on one process without GPU and process group.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from pathlib import Path
@@ -144,21 +143,3 @@ def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         dcp.load({"model": tensors}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     except (dcp.CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointFileError(f"{folder} cannot be read ({error}); take another checkpoint") from error
-
-
-def main(arguments: list[str] | None = None) -> None:
-    program = "python -m grinmoe.distributed.sharded_checkpoint"
-    parser = argparse.ArgumentParser(prog=program, description=export_sharded.__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the Trainer's folder: run/checkpoint-200")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the model or adapter")
-    parser.add_argument("--config", metavar="DIR_OR_HUB_ID", help="of the weights (default: the checkpoint's own)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    options = parser.parse_args(arguments)
-    try:
-        export_sharded(options.checkpoint, options.output, options.config, getattr(torch, options.dtype))
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

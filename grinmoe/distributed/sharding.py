@@ -15,7 +15,6 @@ Accelerate leaves a model that is sharded already as it is. docs/sharding.md say
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -332,19 +331,3 @@ class CompleteShardedCheckpoints(TrainerCallback):
             if hasattr(model, "peft_config"):
                 model.peft_config[model.active_adapter].save_pretrained(folder)
             state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m grinmoe.distributed.sharding",
-        description="Check that this machine has the GPUs that a launch needs.",
-    )
-    parser.add_argument("launch", metavar="FILE", help="configuration for accelerate launch (recipes/accelerate/)")
-    try:
-        check_launch(parser.parse_args(arguments).launch)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"error: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

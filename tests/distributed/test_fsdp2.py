@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from grinmoe import CheckpointError, CheckpointFileError, GrinMoeForCausalLM
-from grinmoe.distributed.sharded_checkpoint import export_sharded, is_sharded, is_whole, main
+from grinmoe.distributed.__main__ import main
+from grinmoe.distributed.sharded_checkpoint import export_sharded, is_sharded, is_whole
 from tests import ROOT
 from tests.distributed.fsdp_on_cpu import Gradients, greedy_routing, rows, trainer_for
 from tests.distributed.sharded_jobs import logged_losses, model, one_rank, two_ranks, with_adapter
@@ -197,7 +198,8 @@ def test_the_best_model_at_the_end_may_be_the_last(jobs):
 
 def test_a_sharded_checkpoint_is_exported_in_the_official_layout(jobs, tmp_path, capsys):
     """By itself, without a process group: as what save_pretrained gathered on the ranks."""
-    main(["--checkpoint", str(jobs / "two" / "checkpoint-4"), "--output", str(tmp_path), "--dtype", "float32"])
+    checkpoint = str(jobs / "two" / "checkpoint-4")
+    main(["export", "--checkpoint", checkpoint, "--output", str(tmp_path), "--dtype", "float32"])
     assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in load_file(tmp_path / "model.safetensors")
     exported, gathered = (GrinMoeForCausalLM.from_pretrained(folder) for folder in (tmp_path, jobs / "two" / "full"))
     assert_equal_states(dict(exported.state_dict()), dict(gathered.state_dict()))

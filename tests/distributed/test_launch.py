@@ -17,8 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 
 from grinmoe import GrinMoeForCausalLM
+from grinmoe.distributed.__main__ import main
 from grinmoe.distributed.sharding import check_gpus, check_launch, check_sharded, placement, shard_for, shard_model
-from grinmoe.distributed.sharding import main as check_before_launch
 from tests import ROOT
 from tests.distributed.fsdp_on_cpu import trainer_for
 from tests.distributed.sharded_jobs import model
@@ -78,7 +78,7 @@ def test_a_recipe_for_more_gpus_than_there_are_is_refused(monkeypatch, tmp_path)
 def test_the_check_of_gpus_runs_before_a_launch(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as stopped:
-        check_before_launch([str(ROOT / "recipes" / "accelerate" / "fsdp2_8xh100_lora.yaml")])
+        main(["check", str(ROOT / "recipes" / "accelerate" / "fsdp2_8xh100_lora.yaml")])
     assert stopped.value.code == 1
     assert "error: this needs 8 GPUs" in (said := capsys.readouterr().err) and "check the driver" in said
 
@@ -131,7 +131,7 @@ def test_the_machine_is_asked_for_its_gpus_before_anything_is_launched(tmp_path)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = run_script("finetune_8xh100.sh", "full", "sft", str(recipe), PATH=path)
     assert done.returncode == 3 and "called accelerate" not in done.stdout
-    assert "called python -m grinmoe.distributed.sharding recipes/accelerate/fsdp2_8xh100_full.yaml" in done.stdout
+    assert "called python -m grinmoe.distributed check recipes/accelerate/fsdp2_8xh100_full.yaml" in done.stdout
 
 
 def test_silent_data_parallelism_is_an_error(tmp_path, monkeypatch):
