@@ -25,6 +25,7 @@ from .formats import (
     checked_preference,
     checked_text,
     checked_turns,
+    common_length,
     format_of,
     is_local,
     read_rows,
@@ -34,6 +35,8 @@ from .packing import NO_LOSS, Samples, arrow_table, packed, wrapped
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# Token ids and labels of one sample.
+Sample = tuple[list[int], list[int]]
 # The formats that a task trains on; where a row could be several, the first one is meant.
 TASK_FORMATS = {
     "sft": ("messages", "prompt-completion", "text"),
@@ -197,25 +200,26 @@ def load_data(task: str, options: DataOptions, tokenizer: Any, vocab_size: int) 
         raise ValueError(
             f"data_format={options.data_format!r} is not for {task}, which trains on {', '.join(TASK_FORMATS[task])}"
         )
-    _check_vocabulary(tokenizer, vocab_size)
-    encoder = _Encoder(task, options, tokenizer)
-    prepare = _preference_table if task == "dpo" else _token_table
-    table, train_counts = prepare(_Rows(options, "training", TASK_FORMATS[task]), encoder)
-    train, evaluation, eval_counts = datasets.Dataset(table), None, None
-    if options.eval_data or options.eval_split or options.eval_share:
-        table, eval_counts = prepare(_Rows(options, "evaluation", TASK_FORMATS[task]), encoder)
-        evaluation = datasets.Dataset(table)
-    report = DataReport(task, encoder.data_format, options.max_length, train_counts, eval_counts)
-    return PreparedData(train, evaluation, report)
-
-
-def _check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
+    if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {largest} and the model {vocab_size} embeddings: they do not belong together; "
             "load the tokenizer of the model's own folder"
         )
+    encoder = _Encoder(task, options, tokenizer)
+
+    def prepared(part: str) -> tuple[Dataset, Counts, str]:
+        rows = _Rows(options, part, TASK_FORMATS[task])
+        table, counts = (_preference_table if task == "dpo" else _token_table)(rows, encoder)
+        if not counts.samples:
+            raise rows.nothing_left(counts)
+        return datasets.Dataset(table), counts, rows.data_format
+
+    train, train_counts, data_format = prepared("training")
+    evaluation, eval_counts = None, None
+    if options.eval_data or options.eval_split or options.eval_share:
+        evaluation, eval_counts, _ = prepared("evaluation")
+    report = DataReport(task, data_format, options.max_length, train_counts, eval_counts)
+    return PreparedData(train, evaluation, report)
 
 
 class _Rows:
@@ -233,16 +237,14 @@ class _Rows:
     def __iter__(self) -> Iterator[PlacedRow]:
         options = self.options
         rows = read_rows(self.source, self.split, options.data_config, options.data_revision)
-        is_empty = True
         for place, row in islice(rows, options.max_rows):
-            is_empty = False
-            if not self.data_format:
-                self.data_format = format_of(place, row, options.columns, options.data_format, self.formats)
-            format_of(place, row, options.columns, self.data_format, ())
-            is_held_out = options.eval_share > 0 and held_out(_question_of(row, options.columns), options.eval_share)
-            if options.eval_share == 0 or is_held_out == (self.part == "evaluation"):
+            data_format = self.data_format or options.data_format
+            self.data_format = format_of(place, row, options.columns, data_format, self.formats)
+            wants_held_out = self.part == "evaluation"
+            share = options.eval_share
+            if share == 0 or held_out(_question_of(row, options.columns), share) == wants_held_out:
                 yield place, row
-        if is_empty:
+        if not self.data_format:
             raise ValueError(f"{self.source} has no rows")
 
     def nothing_left(self, counts: Counts) -> ValueError:
@@ -272,10 +274,8 @@ def held_out(text: str, share: float) -> bool:
 
 def _question_of(row: dict[str, Any], columns: Columns) -> str:
     """What the row asks, as JSON: one question with two answers stays in one part."""
-    for column in (columns.prompt, columns.messages, columns.chosen, columns.text):
-        value = row.get(column)
-        if value is not None:
-            break
+    names = (columns.prompt, columns.messages, columns.chosen, columns.text)
+    value = next((row[name] for name in names if row.get(name) is not None), None)
     if isinstance(value, list):
         value = (
             list(takewhile(lambda turn: not isinstance(turn, dict) or turn.get("role") != "assistant", value)) or value
@@ -288,12 +288,11 @@ class _Encoder:
 
     def __init__(self, task: str, options: DataOptions, tokenizer: Any):
         self.task, self.options, self.tokenizer = task, options, tokenizer
-        self.data_format = ""
         # Every token of pretraining is a target.
         self.only_answers = task == "sft" and options.loss_on == "assistant"
         self.has_marks = bool(re.search(r"\{%[-+]?\s*generation\b", tokenizer.chat_template or ""))
 
-    def sample(self, data_format: str, place: str, row: dict[str, Any]) -> tuple[list[int], list[int]] | None:
+    def sample(self, data_format: str, place: str, row: dict[str, Any]) -> Sample | None:
         """Token ids and labels of a row; None where it is empty."""
         columns = self.options.columns
         if data_format == "messages":
@@ -312,17 +311,17 @@ class _Encoder:
         if isinstance(prompt, list) and isinstance(completion, list):
             before = self.conversation_ids(prompt, place, add_generation_prompt=True)
             whole = self.conversation_ids(prompt + completion, place)
-            return self._conversation(prompt + completion, place, first_target=_common_length(before, whole))
+            return self._conversation(prompt + completion, place, first_target=common_length(before, whole))
         if isinstance(prompt, list) or isinstance(completion, list):
             raise ValueError(
                 f"{place}: {columns.prompt!r} and {columns.completion!r} must be both texts or both messages"
             )
         ids = self.text_ids(prompt + completion)
         # Not the prompt's own length: tokens may merge across the border, and then the answer begins with the merged one.
-        begins = _common_length(self.ids(prompt), ids) if self.only_answers else 0
+        begins = common_length(self.ids(prompt), ids) if self.only_answers else 0
         return ids, [NO_LOSS] * begins + ids[begins:]
 
-    def _conversation(self, messages: list[Message], place: str, first_target: int) -> tuple[list[int], list[int]]:
+    def _conversation(self, messages: list[Message], place: str, first_target: int) -> Sample:
         if not self.only_answers:
             ids = self.conversation_ids(messages, place)
             return ids, ids
@@ -367,20 +366,37 @@ class _Encoder:
         """Token ids of a text."""
         return self.tokenizer(text, verbose=False)["input_ids"]
 
-    def pair_ids(self, pair: Preference, place: str) -> tuple[int, list[int], list[int]]:
-        """Length of the prompt, and token ids of prompt and either answer, as TRL's DPOTrainer will make them."""
+    def answers(self, pair: Preference, place: str) -> list[Sample]:
+        """Prompt with the chosen answer, and with the rejected one, as TRL's DPOTrainer will make them."""
         if isinstance(pair.prompt, str):
             prompt = self.ids(pair.prompt)
-            answers = [self.text_ids(pair.prompt + str(answer)) for answer in (pair.chosen, pair.rejected)]
+            whole = [self.text_ids(pair.prompt + str(answer)) for answer in (pair.chosen, pair.rejected)]
         else:
             prompt = self.conversation_ids(pair.prompt, place, add_generation_prompt=True)
-            answers = [self.conversation_ids([*pair.prompt, *answer], place) for answer in (pair.chosen, pair.rejected)]
-        return min(_common_length(prompt, ids) for ids in answers), answers[0], answers[1]
+            whole = [self.conversation_ids([*pair.prompt, *answer], place) for answer in (pair.chosen, pair.rejected)]
+        begins = min(common_length(prompt, ids) for ids in whole)
+        return [(ids, [NO_LOSS] * begins + ids[begins:]) for ids in whole]
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many elements two sequences begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+def _fitting(samples: list[Sample] | None, options: DataOptions, is_cut: bool, counts: Counts) -> list[Sample] | None:
+    """The samples of one row, no longer than `max_length`; None where the row is left out. Counts what became of it.
+
+    `is_cut`: whether packing cuts long samples.
+    """
+    counts.rows_read += 1
+    if samples is None:
+        counts.rows_empty += 1
+        return None
+    if not is_cut and any(len(ids) > options.max_length for ids, _ in samples):
+        if options.too_long == "drop":
+            counts.rows_dropped_too_long += 1
+            return None
+        counts.rows_truncated += 1
+        samples = [(ids[: options.max_length], labels[: options.max_length]) for ids, labels in samples]
+    if any(all(label == NO_LOSS for label in labels[1:]) for _, labels in samples):
+        counts.rows_without_target += 1
+        return None
+    return samples
 
 
 def _token_table(rows: _Rows, encoder: _Encoder) -> tuple[Any, Counts]:
@@ -389,30 +405,12 @@ def _token_table(rows: _Rows, encoder: _Encoder) -> tuple[Any, Counts]:
     packing = encoder.task == "pretrain" if options.packing is None else options.packing
     is_cut = packing and encoder.task == "pretrain"
     for place, row in rows:
-        counts.rows_read += 1
         sample = encoder.sample(rows.data_format, place, row)
-        if sample is None:
-            counts.rows_empty += 1
-            continue
-        ids, labels = sample
-        if len(ids) > options.max_length and not is_cut:
-            if options.too_long == "drop":
-                counts.rows_dropped_too_long += 1
-                continue
-            counts.rows_truncated += 1
-            ids, labels = ids[: options.max_length], labels[: options.max_length]
-        if all(label == NO_LOSS for label in labels[1:]):
-            counts.rows_without_target += 1
-            continue
-        samples.append(ids, labels)
-    encoder.data_format = encoder.data_format or rows.data_format
-    counts.samples = len(samples)
-    if not len(samples):
-        raise rows.nothing_left(counts)
+        for ids, labels in _fitting(sample and [sample], options, is_cut, counts) or ():
+            samples.append(ids, labels)
     pack = wrapped if is_cut else packed
     table = arrow_table(samples, pack(samples, options.max_length) if packing else None)
-    counts.rows = table.num_rows
-    counts.tokens = len(samples.input_ids)
+    counts.samples, counts.rows, counts.tokens = len(samples), table.num_rows, len(samples.input_ids)
     counts.target_tokens = int((table["labels"].combine_chunks().values.to_numpy() != NO_LOSS).sum())
     return table, counts
 
@@ -421,35 +419,20 @@ def _preference_table(rows: _Rows, encoder: _Encoder) -> tuple[Any, Counts]:
     """Table of pairs for dpo. What DPOTrainer would drop without a word is dropped here, and counted."""
     import pyarrow
 
-    options, counts = encoder.options, Counts()
+    counts = Counts()
     pairs: list[dict[str, Any]] = []
     for place, row in rows:
-        counts.rows_read += 1
-        pair = checked_preference(row, options.columns, place)
-        if pair is None:
-            counts.rows_empty += 1
-            continue
-        prompt_length, *answers = encoder.pair_ids(pair, place)
-        if any(len(ids) > options.max_length for ids in answers):
-            if options.too_long == "drop":
-                counts.rows_dropped_too_long += 1
-                continue
-            counts.rows_truncated += 1
-            answers = [ids[: options.max_length] for ids in answers]
-        if any(len(ids) <= prompt_length for ids in answers):
-            counts.rows_without_target += 1
+        pair = checked_preference(row, encoder.options.columns, place)
+        answers = _fitting(pair and encoder.answers(pair, place), encoder.options, False, counts)
+        if pair is None or answers is None:
             continue
         if answers[0] == answers[1]:
             counts.rows_identical += 1
             continue
-        tokens = sum(map(len, answers))
-        counts.tokens += tokens
-        counts.target_tokens += tokens - 2 * prompt_length
+        counts.tokens += sum(len(ids) for ids, _ in answers)
+        counts.target_tokens += sum(label != NO_LOSS for _, labels in answers for label in labels)
         pairs.append(dataclasses.asdict(pair))
         if isinstance(pairs[0]["prompt"], str) != isinstance(pair.prompt, str):
             raise ValueError(f"{place}: earlier pairs were {'texts' if isinstance(pair.prompt, list) else 'messages'}")
-    encoder.data_format = encoder.data_format or rows.data_format
     counts.samples = counts.rows = len(pairs)
-    if not pairs:
-        raise rows.nothing_left(counts)
     return pyarrow.Table.from_pylist(pairs), counts

@@ -6,8 +6,10 @@ Every error names the place: the file and its line, or the data set and its row.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +94,17 @@ def _read_files(files: list[Path]) -> Iterator[PlacedRow]:
 def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
     """JSON Lines, whatever the suffix, or one array of objects."""
     with file.open("rb") as lines:
-        number = 0
+        first_line = lines.readline()
+        begin = len(BOM_UTF8) if first_line.startswith(BOM_UTF8) else 0
+        lines.seek(begin)
+        if first_line[begin:].lstrip().startswith(b"["):
+            array = _parsed(_decoded(lines.read(), str(file)), file, 1)
+            yield from ((f"{file}, row {number}", row) for number, row in enumerate(array, start=1))
+            return
         for number, line in enumerate(lines, start=1):
-            text = _decoded(line, f"{file}, line {number}")
-            if number == 1:
-                text = text.removeprefix("\ufeff")
-            if text.lstrip().startswith("[") and number == 1:
-                yield from _read_array(file)
-                return
-            if text.strip():
-                yield f"{file}, line {number}", _parsed(text.rstrip(), file, number)  # its end is on this line
-
-
-def _read_array(file: Path) -> Iterator[tuple[str, Any]]:
-    text = _decoded(file.read_bytes(), str(file)).removeprefix("\ufeff")
-    for number, row in enumerate(_parsed(text, file, 1), start=1):
-        yield f"{file}, row {number}", row
+            place = f"{file}, line {number}"
+            if text := _decoded(line, place).rstrip():  # a syntax error at its end is on this line
+                yield place, _parsed(text, file, number)
 
 
 def _decoded(data: bytes, place: str) -> str:
@@ -133,12 +130,10 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", row
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
 
@@ -255,15 +250,18 @@ def checked_preference(row: dict[str, Any], columns: Columns, place: str) -> Pre
             raise ValueError(f"{place}: texts need a {columns.prompt!r}; name its column with prompt_column")
         return None if prompt is None else Preference(prompt, chosen, rejected)
     assert isinstance(rejected, list)
-    common = 0
-    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
-        common += 1
+    common = common_length(chosen[:-1], rejected[:-1])
     if common == 0:
         raise ValueError(
             f"{place}: {columns.chosen!r} and {columns.rejected!r} do not begin with the same message, so they are no whole "
             f"conversations; give the prompt as messages in the column {columns.prompt!r}"
         )
     return Preference(chosen[:common], chosen[common:], rejected[common:])
+
+
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many elements two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _shown(value: Any) -> str:

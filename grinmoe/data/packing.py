@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Any
 
 NO_LOSS = -100  # the label that torch's cross entropy leaves out
@@ -86,20 +87,9 @@ def packed(samples: Samples, capacity: int) -> Iterator[list[tuple[int, int]]]:
 
 def wrapped(samples: Samples, capacity: int) -> Iterator[list[tuple[int, int]]]:
     """Rows of exactly `capacity` tokens, but for the last: samples one after the other, cut where a row is full."""
-    row: list[tuple[int, int]] = []
-    free = capacity
-    for index in range(len(samples)):
-        begin, end = samples.span(index)
-        while begin < end:
-            cut = min(end, begin + free)
-            row.append((begin, cut))
-            free -= cut - begin
-            begin = cut
-            if free == 0:
-                yield row
-                row, free = [], capacity
-    if row:
-        yield row
+    borders = sorted({0, *samples.ends, *range(0, len(samples.input_ids), capacity)})
+    for _, row in groupby(pairwise(borders), key=lambda span: span[0] // capacity):
+        yield list(row)
 
 
 def arrow_table(samples: Samples, rows: Iterator[list[tuple[int, int]]] | None) -> Any:
@@ -148,14 +138,12 @@ class RowCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        width = max(len(row["input_ids"]) for row in rows)
-        filling = {"input_ids": self.pad_token_id, "labels": NO_LOSS, "position_ids": 0}
-        batch = {
-            name: torch.tensor([[*row[name], *[filling[name]] * (width - len(row[name]))] for row in rows])
-            for name in filling
+        fillings = {"input_ids": self.pad_token_id, "labels": NO_LOSS, "position_ids": 0, "attention_mask": 0}
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        return {
+            name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=filling)
+            for name, filling in fillings.items()
             if name in rows[0]
         }
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
-        return batch
