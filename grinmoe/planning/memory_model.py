@@ -48,10 +48,6 @@ class Precision:
     compute: int = 2
     autocast: bool = True
 
-    @property
-    def norm(self) -> int:
-        return FLOAT32 if self.autocast else self.compute
-
 
 @dataclass(frozen=True)
 class Step:
