@@ -16,7 +16,13 @@ import torch
 from ..monitoring import draw_load, load_reach
 from .statistics import RoutingAnalysis, similarity_of
 
-_DPI = 110
+_STYLE = {
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "legend.frameon": False,
+    "savefig.dpi": 110,
+}
 # Beyond these, numbers in the cells, panels of all layers and a legend cannot be read.
 _MOST_IN_NUMBERS = 10
 _MOST_PANELS = 36
@@ -45,7 +51,7 @@ def draw_pictures(analysis: RoutingAnalysis, folder: Path) -> list[Picture]:
     if analysis.total.top_k > 1:
         drawers.append(_pairs)
     drawers.append(_sentence)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), matplotlib.rc_context(_STYLE):
         # Letters that the font lacks are drawn as boxes; the page shows them.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         return [draw(analysis, folder) for draw in drawers]
@@ -75,7 +81,7 @@ def _short(name: str) -> str:
 def _save(figure, folder: Path, name: str) -> str:
     import matplotlib.pyplot as plt
 
-    figure.savefig(folder / name, dpi=_DPI)
+    figure.savefig(folder / name)
     plt.close(figure)
     return name
 
@@ -99,8 +105,9 @@ def _bar_place(figure) -> dict:
     return {"shrink": min(1.0, 5 / figure.get_figheight()), "anchor": (0.0, 1.0), "aspect": 25}
 
 
-def _title(axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontweight="bold", fontsize=11)
+def _without_frame(axes) -> None:
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def _load(analysis: RoutingAnalysis, folder: Path) -> Picture:
@@ -111,7 +118,7 @@ def _load(analysis: RoutingAnalysis, folder: Path) -> Picture:
     figure, panels = _grid(len(shares), 3 if width < 6 else 2, width, height)
     for panel, name, share, counts in zip(panels, analysis.domains, shares, analysis.counts):
         image = draw_load(panel, share, reach)
-        _title(panel, f"{_short(name)} ({counts.tokens:,} tokens)")
+        panel.set_title(f"{_short(name)} ({counts.tokens:,} tokens)")
     label = f"% of choices (even: {100 / num_experts:.3g})"
     figure.colorbar(image, ax=panels, label=label, **_bar_place(figure))
     return Picture(
@@ -150,9 +157,8 @@ def _draw_cosines(figure, axes, cosines: torch.Tensor, names: list[str], title: 
     image = axes.imshow(cosines, cmap=colormaps[colours].with_extremes(bad="0.75"), vmin=low, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    _title(axes, title)
+    _without_frame(axes)
+    axes.set_title(title)
     if len(names) <= _MOST_IN_NUMBERS:
         for row, values in enumerate(cosines.tolist()):
             for column, value in enumerate(values):
@@ -173,15 +179,15 @@ def _similarity_by_layer(analysis: RoutingAnalysis, folder: Path) -> Picture:
         for (a, b), line in zip(pairs, values):
             label = f"{_short(analysis.domains[a])} - {_short(analysis.domains[b])}"
             axes.plot(layers, line, "o-", markersize=4, label=label)
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="domains")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="domains")
     else:
         axes.fill_between(
             layers, values.amin(0), values.amax(0), alpha=0.2, linewidth=0, label="lowest to highest pair"
         )
         axes.plot(layers, values.mean(0), "o-", markersize=4, label=f"mean of {len(pairs)} pairs of domains")
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     _by_layer(axes, len(layers), "cosine of the loads")
-    _title(axes, "Similarity by layer")
+    axes.set_title("Similarity by layer")
     return Picture(
         _save(figure, folder, "similarity_by_layer.png"),
         "Similarity by layer",
@@ -211,24 +217,24 @@ def _decisions(analysis: RoutingAnalysis, folder: Path) -> Picture:
         kept.plot(range(num_layers), total.kept_experts[:, choice], "o-", label=f"choice {choice + 1}", **marks)
         weights.plot(range(num_layers), total.mean_weights[:, choice], "o-", label=f"choice {choice + 1}", **marks)
     _draw_kept_histogram(histogram, 100 * total.kept_share.mean(0))
-    _title(ties, "Tokens at a near tie")
+    ties.set_title("Tokens at a near tie")
     _by_layer(ties, num_layers, "% of the tokens")
     ties.set_ylim(0, max(ties.get_ylim()[1], 0.1))
-    _title(kept, "Experts kept, by layer")
+    kept.set_title("Experts kept, by layer")
     _by_layer(kept, num_layers, "experts, mean over tokens")
-    _title(weights, "Routing weight")
+    weights.set_title("Routing weight")
     _by_layer(weights, num_layers, "weight, mean over tokens")
     for axes in (kept, weights):
         axes.ticklabel_format(useOffset=False)
     # Bars reach the top: their legend stands beside the title.
     beside = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
-    histogram.legend(frameon=False, fontsize=9, ncols=4, **beside)
+    histogram.legend(fontsize=9, ncols=4, **beside)
     for axes in (ties, kept, weights):
         lines = len(axes.get_legend_handles_labels()[0])
         if lines <= _MOST_LINES_IN_LEGEND:
             low, high = axes.get_ylim()
             axes.set_ylim(low, high + (high - low) * (0.05 + 0.08 * math.ceil(lines / 2)))  # room for it
-            axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+            axes.legend(fontsize=9, ncols=2, loc="upper right")
     return Picture(
         _save(figure, folder, "decisions.png"),
         "How close the decisions are",
@@ -249,15 +255,14 @@ def _draw_kept_histogram(axes, percent: torch.Tensor) -> None:
     for choice, shares in enumerate(percent[:, :most].tolist()):
         places = [kept + 1 + (choice - (top_k - 1) / 2) * width for kept in range(most)]
         axes.bar(places, shares, width, label=f"choice {choice + 1}")
-    axes.set_yscale("log")
+    axes.set(xlabel="experts kept", ylabel="% of the tokens (log scale)", yscale="log")
     axes.set_ylim(top=100)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     axes.set_xlim(0.4, max(2, most) + 0.6)
-    axes.set(xlabel="experts kept", ylabel="% of the tokens (log scale)")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
-    _title(axes, "Experts kept, all layers")
+    axes.set_title("Experts kept, all layers")
 
 
 def _pairs(analysis: RoutingAnalysis, folder: Path) -> Picture:
@@ -265,20 +270,16 @@ def _pairs(analysis: RoutingAnalysis, folder: Path) -> Picture:
 
     lift = analysis.total.pair_lift
     num_layers, num_experts = lift.shape[:2]
-    shown = sorted({round(i * (num_layers - 1) / (_MOST_PANELS - 1)) for i in range(_MOST_PANELS)})
-    shown = shown if num_layers > _MOST_PANELS else list(range(num_layers))
+    shown = torch.linspace(0, num_layers - 1, min(num_layers, _MOST_PANELS), dtype=torch.float64).round().int().tolist()
     colours = colormaps["PuOr_r"].with_extremes(bad="0.75")
     figure, panels = _grid(len(shown), 4 if len(shown) <= 12 else 6, 3.3, 3.1)
     for panel, layer in zip(panels, shown):
         # No pair at all has the logarithm -inf, and is drawn as the lowest colour.
         image = panel.imshow(lift[layer].log2().clamp(-2, 2), cmap=colours, vmin=-2, vmax=2)
-        _title(panel, f"layer {layer}")
-        panel.tick_params(length=0)
-        panel.spines[:].set_visible(False)
-        ticks = range(0, num_experts, 1 if num_experts <= 8 else math.ceil(num_experts / 8))
-        panel.set_xticks(ticks)
-        panel.set_yticks(ticks)
-        panel.set(xlabel="expert", ylabel="expert")
+        panel.set_title(f"layer {layer}")
+        _without_frame(panel)
+        ticks = range(0, num_experts, math.ceil(num_experts / 8))
+        panel.set(xlabel="expert", ylabel="expert", xticks=ticks, yticks=ticks)
     bar = figure.colorbar(
         image, ax=panels, label="pairs / expected of the loads", ticks=[-2, -1, 0, 1, 2], **_bar_place(figure)
     )
@@ -294,7 +295,6 @@ def _pairs(analysis: RoutingAnalysis, folder: Path) -> Picture:
 
 
 def _sentence(analysis: RoutingAnalysis, folder: Path) -> Picture:
-    import matplotlib.pyplot as plt
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.ticker import MaxNLocator
 
@@ -306,12 +306,10 @@ def _sentence(analysis: RoutingAnalysis, folder: Path) -> Picture:
     per_strip = min(num_tokens, int(12 / cell))
     strips = math.ceil(num_tokens / per_strip)
     height = num_layers * (0.3 if num_layers <= 8 else 0.2) + 1.2
-    figure, panels = plt.subplots(
-        strips, 1, figsize=(per_strip * cell + 1.2, strips * height), layout="constrained", squeeze=False
-    )
+    figure, panels = _grid(strips, 1, per_strip * cell, height)
     norm = BoundaryNorm([expert - 0.5 for expert in range(num_experts + 1)], num_experts)
     labels = [_drawable(token) for token in sentence.tokens]
-    for strip, axes in enumerate(panels.flat):
+    for strip, axes in enumerate(panels):
         part = slice(strip * per_strip, (strip + 1) * per_strip)
         experts = sentence.experts[:, part]
         axes.imshow(experts[..., 0], cmap=colours, norm=norm, aspect="auto")
@@ -323,8 +321,7 @@ def _sentence(analysis: RoutingAnalysis, folder: Path) -> Picture:
         )
         axes.yaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
         axes.set(ylabel="layer", xlim=(-0.5, per_strip - 0.5))
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        _without_frame(axes)
     order = "expert" if top_k == 1 else f"{top_k} experts, first choice first"
     return Picture(
         _save(figure, folder, "sentence.png"),

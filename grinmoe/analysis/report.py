@@ -35,7 +35,7 @@ def write_report(analysis: RoutingAnalysis, folder: Path) -> None:
     summary = summary_of(analysis)
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_tables(analysis, folder)
-    (folder / PAGE).write_text(page_of(analysis, pictures, folder), encoding="utf-8")
+    (folder / PAGE).write_text(page_of(analysis, summary["sentence"], pictures, folder), encoding="utf-8")
 
 
 def summary_of(analysis: RoutingAnalysis) -> dict[str, Any]:
@@ -91,50 +91,42 @@ def write_tables(analysis: RoutingAnalysis, folder: Path) -> None:
 
     Choices count from 1, layers and experts from 0.
     """
-    named = list(zip(analysis.domains, analysis.counts))
-    experts = [_columns(name, ("layer", "choice", "expert"), counts.choices) for name, counts in named]
-    for columns, (_, counts) in zip(experts, named):
-        columns["share"] = [tokens / counts.tokens for tokens in columns["tokens"]]
-        columns["mean_weight"] = _nan_to_none(counts.weights / counts.choices)
-    kept = [_columns(name, ("layer", "choice", "kept_experts"), counts.kept) for name, counts in named]
-    for columns in experts + kept:
-        columns["choice"] = [choice + 1 for choice in columns["choice"]]
-    for columns in kept:
-        columns["kept_experts"] = [index + 1 for index in columns["kept_experts"]]
-    _write_parquet(experts, folder / "experts.parquet")
-    _write_parquet(kept, folder / "kept.parquet")
-    if analysis.total.top_k > 1:
-        pairs = []
-        for name, counts in named:
-            first, second = torch.triu_indices(counts.pairs.shape[1], counts.pairs.shape[2], offset=1)
-            columns = _columns(name, ("layer", "expert"), counts.pairs[:, first, second])
-            pair = columns.pop("expert")
-            columns |= {"expert": first[pair].tolist(), "other_expert": second[pair].tolist()}
-            columns["lift"] = _nan_to_none(counts.pair_lift[:, first, second])
-            pairs.append(columns)
-        _write_parquet(pairs, folder / "pairs.parquet")
-
-
-def _columns(domain: str, names: tuple[str, ...], tokens: torch.Tensor) -> dict[str, list]:
-    """A row for each element of `tokens`, whose axes have these names."""
-    places = torch.cartesian_prod(*(torch.arange(length) for length in tokens.shape))
-    columns = dict(zip(names, places.T.tolist()))
-    return {"domain": [domain] * tokens.numel(), **columns, "tokens": tokens.flatten().tolist()}
-
-
-def _nan_to_none(values: torch.Tensor) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values.flatten().tolist()]
-
-
-def _write_parquet(parts: list[dict[str, list]], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    joined = {name: [value for part in parts for value in part[name]] for name in parts[0]}
-    pyarrow.parquet.write_table(pyarrow.table(joined), path)
+    tables: dict[str, list[pyarrow.Table]] = {"experts": [], "kept": [], "pairs": []}
+
+    def add_rows(table: str, domain: str, columns: dict[str, torch.Tensor]) -> None:
+        flat = {name: values.flatten().numpy() for name, values in columns.items()}
+        # NaN becomes null.
+        arrays = {name: pyarrow.array(values, from_pandas=True) for name, values in flat.items()}
+        domains = pyarrow.repeat(domain, len(flat["tokens"]))
+        tables[table].append(pyarrow.table({"domain": domains, **arrays}))
+
+    for domain, counts in zip(analysis.domains, analysis.counts):
+        layer, choice, expert = torch.meshgrid(*map(torch.arange, counts.choices.shape), indexing="ij")
+        places = {"layer": layer, "choice": choice + 1}
+        share, mean_weight = counts.choices.double() / counts.tokens, counts.weights / counts.choices
+        chosen = {"expert": expert, "tokens": counts.choices, "share": share, "mean_weight": mean_weight}
+        add_rows("experts", domain, places | chosen)
+        add_rows("kept", domain, places | {"kept_experts": expert + 1, "tokens": counts.kept})
+        if counts.top_k > 1:
+            num_layers, num_experts = counts.pairs.shape[:2]
+            first, second = torch.triu_indices(num_experts, num_experts, offset=1)
+            pairs = {
+                "layer": torch.arange(num_layers).repeat_interleave(len(first)),
+                "tokens": counts.pairs[:, first, second],
+                "expert": first.repeat(num_layers),
+                "other_expert": second.repeat(num_layers),
+                "lift": counts.pair_lift[:, first, second],
+            }
+            add_rows("pairs", domain, pairs)
+    for name, parts in tables.items():
+        if parts:
+            pyarrow.parquet.write_table(pyarrow.concat_tables(parts), folder / f"{name}.parquet")
 
 
-def page_of(analysis: RoutingAnalysis, pictures: list[Picture], folder: Path) -> str:
+def page_of(analysis: RoutingAnalysis, sentence: dict[str, Any], pictures: list[Picture], folder: Path) -> str:
     """The page: pictures, style, script and the sentence's data are in it, and nothing is loaded from anywhere."""
     import jinja2
 
@@ -153,7 +145,7 @@ def page_of(analysis: RoutingAnalysis, pictures: list[Picture], folder: Path) ->
         top_k=top_k,
         threshold=f"{2 * analysis.jitter_eps:g}",
         pictures=[{**vars(picture), "data": _data_uri(folder / picture.file)} for picture in pictures],
-        sentence=_for_script(_sentence_data(analysis)),
+        sentence=sentence | {"colours": expert_colours(num_experts)},
     )
 
 
@@ -182,28 +174,6 @@ def _layer_rows(counts: RoutingCounts) -> list[dict[str, str]]:
         "mean weight, by choice": [", ".join(f"{v:.3f}" for v in row) for row in counts.mean_weights.tolist()],
     }
     return [dict(zip(columns, map(str, row))) for row in zip(*columns.values())]
-
-
-def _sentence_data(analysis: RoutingAnalysis) -> dict[str, Any]:
-    sentence = analysis.sentence
-    return {
-        "tokens": sentence.tokens,
-        "experts": sentence.experts.tolist(),
-        "weights": _numbers(sentence.weights),
-        "kept": sentence.kept.tolist(),
-        "probs": _numbers(sentence.probs, digits=4),
-        "colours": expert_colours(sentence.probs.shape[-1]),
-    }
-
-
-def _for_script(value: Any) -> Any:
-    """JSON within <script>, where `</` would end it: marked as safe for the template, with no `<`, `>` or `&` in it."""
-    from markupsafe import Markup
-
-    text = json.dumps(value, separators=(",", ":"))
-    for letter in "<>&":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return Markup(text)
 
 
 def _data_uri(path: Path) -> str:

@@ -88,13 +88,6 @@ def test_the_page_needs_nothing_from_outside_and_obeys_no_text(report):
         assert fact in "".join(page.texts)
 
 
-def test_a_token_cannot_end_the_script():
-    tokens = ["</script>", "<!--", "&lt;", "\u2028"]
-    written = str(grinmoe.analysis.report._for_script(tokens))
-    assert not set("<>&") & set(written)
-    assert json.loads(written) == tokens
-
-
 def test_json_and_parquet_hold_the_same_counts(report):
     summary = json.loads((report / "routing.json").read_text(encoding="utf-8"))
     experts, kept, pairs = (

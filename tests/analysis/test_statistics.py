@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import chain
 
@@ -291,7 +292,7 @@ def test_task_sets_are_told_by_their_suffix(tmp_path, suffix, kind):
 def test_reports_of_other_numbers_of_experts_per_token(routed, tmp_path, top_k):
     logits, experts, valid = routed(top_k)
     counts = count_routing(logits, experts, valid, EPS)
-    tokens = ["▁a", "\n", "$x$", "日", "<|end|>"]
+    tokens = ["</script>", "<!--", "$x$\n", "日\u2028", "&lt;|end|>"]
     sentence = route_sentence("", tokens, logits[:, :5], experts[:, :5], EPS)
     nothing = RoutingCounts.of_nothing(2, 5, top_k)
     analysis = RoutingAnalysis(
@@ -299,4 +300,8 @@ def test_reports_of_other_numbers_of_experts_per_token(routed, tmp_path, top_k):
     )
     write_report(analysis, tmp_path)
     assert (tmp_path / "pairs.parquet").exists() == (tmp_path / "coactivation.png").exists() == (top_k > 1)
-    assert ("top-1), so no two experts" in (tmp_path / "report.html").read_text(encoding="utf-8")) == (top_k == 1)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ("top-1), so no two experts" in page) == (top_k == 1)
+    data = page.split('id="sentence">')[1].split("</script>")[0]
+    assert not set("<>&") & set(data), "a token cannot end the script"
+    assert json.loads(data)["tokens"] == tokens
