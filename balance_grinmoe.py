@@ -340,12 +340,3 @@ def router_z_loss(router_logits: tuple[torch.Tensor, ...], attention_mask: torch
         return log_z.square().mean()
     valid = attention_mask.reshape(-1).to(device, torch.float32)
     return (log_z.square().mean(0) * valid).sum() / valid.sum().clamp(min=1.0)
-
-
-__all__ = [
-    "BalanceWindow",
-    "PendingRouterLosses",
-    "RouterLosses",
-    "load_balancing_loss",
-    "router_z_loss",
-]

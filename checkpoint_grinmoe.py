@@ -28,6 +28,7 @@ from huggingface_hub import (
     ModelCardData,
     try_to_load_from_cache,
 )
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -252,6 +253,7 @@ def load_per_expert_weights(
                 f"{prefix}{name}: {loaded[name]} of {expected} expert matrices cannot fill a parameter on the meta device; "
                 "give all of them at once, or materialise the model first (model.to_empty)"
             )
+        # Otherwise they are in place, and load_state_dict(strict=True) reports the parameter as missing.
 
 
 class CheckpointError(ValueError, RuntimeError):
@@ -695,7 +697,7 @@ class OfficialCheckpointMixin:
             written = _files_below(staging)
         if push_to_hub:
             # After the folder is whole, so that a failed upload costs no checkpoint.
-            repo_id = hub_options.pop("repo_id", Path(save_directory).resolve().name)
+            repo_id = hub_options.pop("repo_id", None) or Path(save_directory).resolve().name
             _upload(Path(save_directory), written, repo_id, self.model_tags or (), **hub_options)
 
     def _weights_to_write(
@@ -714,23 +716,29 @@ class OfficialCheckpointMixin:
         self,
         repo_id: str,
         *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
         max_shard_size: int | str = "5GB",
         tags: list[str] | str | None = None,
-        token: str | bool | None = None,
-        **kwargs: Any,
     ) -> CommitInfo:
         """
         Upload the model and its code; arguments as in Transformers.
 
         Beyond Transformers: the commit also deletes the shards of a former checkpoint that this one does not replace, which
-        the library would load in place of the new ones; and a model card that is there stays as it is. `grinmoe push`
-        publishes a whole folder, with tokenizer and card, and checks it before.
+        the library would load in place of the new ones; and a model card that is there stays as it is, so that tags go into
+        a card that this call makes. `grinmoe push` publishes a whole folder, with tokenizer and card, and checks it before.
         """
         tags = [tags] if isinstance(tags, str) else tags or []
+        options = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        options |= {"commit_message": commit_message, "commit_description": commit_description}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, token=token)
             all_tags = [*(self.model_tags or ()), *tags]
-            return _upload(Path(folder), _files_below(Path(folder)), repo_id, all_tags, token=token, **kwargs)
+            return _upload(Path(folder), _files_below(Path(folder)), repo_id, all_tags, **options)
 
 
 def _files_below(folder: Path) -> list[str]:
@@ -753,7 +761,13 @@ def _upload(
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        try:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        except (
+            HfHubHTTPError
+        ) as error:  # without the right to make branches, a pull request can be against one that is there
+            if not (create_pr and error.response.status_code == 403):
+                raise
     present = api.list_repo_files(repo_id, revision=revision)
     names = sorted(set(files) - {_CARD})
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -784,15 +798,3 @@ def _make_readable(folder: Path) -> None:
 
 _CARD = "README.md"
 _HUB_OPTIONS = {"repo_id", "private", "token", "commit_message", "revision", "create_pr"}
-
-
-__all__ = [
-    "ON_DISK",
-    "CheckpointError",
-    "CheckpointFileError",
-    "OfficialCheckpointMixin",
-    "official_shapes",
-    "official_state_dict",
-    "read_shapes",
-    "stale_weights",
-]

@@ -371,7 +371,7 @@ class GrinMoeExperts(nn.Module):
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "experts_implementation='eager' loops over group sizes on the host and cannot be compiled; use "
-                "model.set_experts_implementation('grinmoe')"
+                "model.set_experts_implementation('grouped_mm')"
             )
         return self.loop(hidden_states, top_k_index, top_k_weights)
 
@@ -432,6 +432,11 @@ class GrinMoeExperts(nn.Module):
         return activation * self.keep_mask(activation) if self.training and self.dropout > 0 else activation
 
 
+def library_experts(config: GrinMoeConfig) -> str:
+    """The implementation that runs without the package: Transformers' `grouped_mm`, which needs rows of whole 16 bytes."""
+    return "eager" if config.hidden_size % 8 or config.intermediate_size % 8 else "grouped_mm"
+
+
 class GrinMoeExperts4bit(Packed4bitExperts, GrinMoeExperts):
     """The experts with 4-bit weights."""
 
@@ -458,8 +463,6 @@ def group_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.
     """
     sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
     return order, torch.bincount(sorted_experts, minlength=num_experts)[:num_experts].tolist()
-
-    # Otherwise they are in place, and load_state_dict(strict=True) reports the parameter as missing.
 
 
 class GrinMoeSparseMoeBlock(nn.Module):
@@ -675,6 +678,8 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         if requested_experts is None and "grinmoe" in ALL_EXPERTS_FUNCTIONS:
             requested_experts = "grinmoe"
+        elif requested_experts is None and library_experts(self.config) == "eager":
+            requested_experts = "eager"
         if (requested_experts or "").startswith("grinmoe") and requested_experts not in ALL_EXPERTS_FUNCTIONS:
             raise ImportError(
                 f"experts_implementation={requested_experts!r} belongs to the package grinmoe, which this process has not "
@@ -763,8 +768,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         mask_positions = position_ids
         if samples is not None:
             attention_mask = None
-            mask_positions, flash_borders = samples
-            kwargs.update(flash_borders)
+            mask_positions, flash_arguments = samples
+            kwargs.update(flash_arguments)
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, mask_positions, cache)
         if self.training and kwargs.get("routing_seed") is None:
             kwargs["routing_seed"] = routing_seed(inputs_embeds.device, self._ranks_per_batch())

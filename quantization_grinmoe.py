@@ -645,16 +645,3 @@ def quantize_model(model: PreTrainedModel, quantization_config: BitsAndBytesConf
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
     return model
-
-
-__all__ = [
-    "FUSED",
-    "Packed4bitExperts",
-    "Packed8bitExperts",
-    "PackedExperts",
-    "experts_are_quantized",
-    "is_bitsandbytes",
-    "packed_layout",
-    "quantize_model",
-    "replace_experts",
-]

@@ -227,9 +227,9 @@ class EstimatorSpec:
         halves_logits: sample from halved logits (Algorithm 2).
         expert_gradient: over m, the factor of the experts' own gradient; None leaves it scaled by m with the output.
         kernel: whether `grinmoe.kernels` has a Triton kernel for it.
-        exports_to: engines' architectures that route alike in evaluation.
+        exports_to: architectures of other projects (phimoe, mixtral) that route alike in evaluation.
         equal_experts_sum: sum of the K routing weights where the mask leaves one candidate to every draw, as a function of
-            K; None where it depends on the logits, so that a dense checkpoint cannot be upcycled to it.
+            K; None where upcycling a dense checkpoint to it is not offered.
     """
 
     source: str

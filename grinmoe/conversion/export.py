@@ -41,6 +41,7 @@ from ..files import atomic_write_text, copy_files, folder_or_repository, read_js
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..provenance import markdown_table
 from ..quantization_grinmoe import FUSED, dense_shape, quantize_rows
+from ..routing_grinmoe import ESTIMATORS
 from ..tokenization import TOKENIZER_FILES
 from .compare import compare_logits, warn_of_difference, why_not_compared
 from .configs import ConversionError, from_mixtral, to_mixtral, to_phimoe
@@ -368,7 +369,7 @@ def _compare(
 
 def _notes_of_gguf(config: GrinMoeConfig) -> list[str]:
     notes = []
-    if config.router_estimator != "topk_renormalized":
+    if "mixtral" not in ESTIMATORS[config.router_estimator].exports_to:
         notes.append(
             "llama.cpp routes by a softmax over the chosen experts, this model by SparseMixer's masked softmax, so the file "
             "computes something else than the checkpoint"

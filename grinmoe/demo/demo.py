@@ -25,7 +25,7 @@ from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, Trai
 
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import folder_when_whole, require_packages
-from ..hub import CARD_NAME, CardFacts, Evaluation, card_for, load_elsewhere
+from ..hub import CARD_NAME, CardFacts, Evaluation, card_for, load_elsewhere, logits_without_the_package
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..monitoring import RoutingMonitor, plot_training
 from ..tokenization import answer_ends, build_tokenizer
@@ -291,8 +291,7 @@ def _write_card(folder: Path, result: DemoResult) -> None:
 
 
 def _load_elsewhere(model, ids: torch.Tensor, folder: Path, settings: DemoSettings, result: DemoResult) -> None:
-    with torch.inference_mode():
-        logits = model.eval().to("cpu")(ids[None]).logits
+    logits = logits_without_the_package(model.to("cpu"), ids)
     found = load_elsewhere(folder, ids, logits, prompts=PROMPTS, max_new_tokens=settings.max_new_tokens)
     result.logits_difference, result.answers = found.logits_difference, found.answers
 

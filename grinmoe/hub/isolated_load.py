@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ..modeling_grinmoe import library_experts
+
 
 @dataclass(frozen=True)
 class Elsewhere:
@@ -27,6 +29,26 @@ class Elsewhere:
 
 class LoadElsewhereError(ValueError, RuntimeError):
     """The checkpoint does not load by its own code, or gives other logits than here."""
+
+
+def logits_without_the_package(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """
+    What a model gives for (S,) token ids with the experts that a process without the package has.
+
+    Other experts round otherwise, and the difference can be as large as that of a broken weight.
+
+    Returns:
+        (1, S, V) logits, (1, labels) or (1, S, H) hidden states of a headless model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    implementation = base.config._experts_implementation
+    base.set_experts_implementation(library_experts(base.config))
+    try:
+        with torch.inference_mode():
+            output = model.eval()(input_ids[None])
+    finally:
+        base.set_experts_implementation(implementation)
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 
 def load_elsewhere(

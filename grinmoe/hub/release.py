@@ -34,7 +34,7 @@ from .card import card_for
 from .card_facts import FACTS_NAME
 from .card_metadata import BASE_MODEL_TAG, is_repo_id
 from .checks import ReleaseError, check_files, check_finite, sha256_of
-from .isolated_load import load_elsewhere
+from .isolated_load import load_elsewhere, logits_without_the_package
 from .options import ReleaseOptions
 from .private_text import Private, secrets_of_environment
 from .readme import CARD_NAME
@@ -374,9 +374,7 @@ def _logits_here(source: Path, base: Path | None, auto_class: str) -> tuple[torc
             ) from error
         model = PeftModel.from_pretrained(model, source)
     input_ids = torch.arange(16) * model.config.vocab_size // 16
-    with torch.inference_mode():
-        output = model.eval()(input_ids[None])
-    logits = output["logits"] if "logits" in output else output["last_hidden_state"]
+    logits = logits_without_the_package(model, input_ids)
     if not torch.isfinite(logits).all():
         raise ReleaseError(f"{source} gives logits that are not finite (NaN or infinite); its weights are broken")
     return input_ids, logits

@@ -6,6 +6,7 @@ Importing this room registers them: the experts in Transformers' experts interfa
 
 from transformers.utils import is_triton_available
 
+from ..routing_grinmoe import ROUTERS, FusedRouter
 from . import triton_experts
 from .dispatch import DEFAULT_EXPERTS, implementation_for
 from .philox import counter_noise
@@ -13,3 +14,6 @@ from .triton_experts import ALIGNMENT_BYTES
 
 if is_triton_available():
     from . import triton_router
+else:
+    # Nothing of `grinmoe_triton` runs, and the error says what is missing.
+    ROUTERS["grinmoe_triton"] = FusedRouter(*[lambda tensor, *_: triton_experts.check_triton(tensor.device)] * 2)

@@ -99,7 +99,8 @@ def _router_outputs(router_logits, top_k: int, estimator: str, samples: bool) ->
     return weights, torch.empty_like(weights, dtype=torch.int64), expert_scale
 
 
-_router = torch.library.custom_op("grinmoe::router", router_forward, mutates_args=())
+# Operators are global, also to remote code of a former version: another schema gets another name.
+_router = torch.library.custom_op("grinmoe::route", router_forward, mutates_args=())
 
 
 @_router.register_fake
@@ -139,7 +140,7 @@ def router_backward(
     return grad_logits
 
 
-_router_backward = torch.library.custom_op("grinmoe::router_backward", router_backward, mutates_args=())
+_router_backward = torch.library.custom_op("grinmoe::route_backward", router_backward, mutates_args=())
 
 
 @_router_backward.register_fake

@@ -92,11 +92,12 @@ class TestPushToHub:
         tiny_model(seed=0).push_to_hub("grin")
         refs = hub.refs("writer-user/grin")
         monkeypatch.setenv("HF_TOKEN", OTHER)
-        with pytest.raises(HfHubHTTPError, match="403"):
+        with pytest.raises(HfHubHTTPError, match="new"):
             tiny_model(seed=1).push_to_hub("writer-user/grin", create_pr=True, revision="new")
         assert hub.refs("writer-user/grin") == refs, "no branch is made"
-        request = tiny_model(seed=1).push_to_hub("writer-user/grin", create_pr=True)
-        assert loads_as("writer-user/grin", tiny_model(seed=1), f"refs/pr/{request.pr_num}")
+        for revision in (None, "main"):
+            request = tiny_model(seed=1).push_to_hub("writer-user/grin", create_pr=True, revision=revision)
+            assert loads_as("writer-user/grin", tiny_model(seed=1), f"refs/pr/{request.pr_num}")
 
     def test_a_failed_upload_publishes_nothing(self, hub, tiny_model):
         tiny_model(seed=0).push_to_hub("grin")
@@ -111,7 +112,7 @@ class TestPushWhileSaving:
     def test_only_the_models_own_files_are_sent(self, hub, tiny_model, tmp_path):
         (tmp_path / "grin").mkdir()
         (tmp_path / "grin" / "notes.txt").write_text("mine")
-        tiny_model().save_pretrained(tmp_path / "grin", push_to_hub=True, max_shard_size="20KB")
+        tiny_model().save_pretrained(tmp_path / "grin", push_to_hub=True, repo_id=None, max_shard_size="20KB")
         files = hub.files("writer-user/grin")
         assert files.keys() >= CODE | {"README.md", "generation_config.json", "model.safetensors.index.json"}
         assert "notes.txt" not in files and loads_as("writer-user/grin", tiny_model())

@@ -226,3 +226,22 @@ def test_remote_code_beside_the_imported_package_gets_its_experts_and_router(rel
     assert found["default"] == pytest.approx(found["eager"], abs=1e-5)
     assert found["remote"] == pytest.approx(found["own"], abs=1e-6)
     assert abs(found["remote"] - found["eager"]) > 1e-4
+
+
+ODD_WIDTHS = """
+    import json, torch
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        print(json.dumps({"experts": model.config._experts_implementation, "loss": model(ids, labels=ids).loss.item()}))
+"""
+
+
+def test_remote_code_with_rows_that_grouped_products_refuse_runs_the_reference(tmp_path, tiny_model):
+    model = tiny_model(hidden_size=20, intermediate_size=7, num_attention_heads=2, num_key_value_heads=1)
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.arange(10)[None]
+    found = run_without_package(ODD_WIDTHS, tmp_path, str(tmp_path / "model"))
+    assert found["experts"] == "eager"
+    assert found["loss"] == pytest.approx(model(ids, labels=ids).loss.item(), abs=1e-5)
