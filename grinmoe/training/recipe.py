@@ -86,10 +86,15 @@ class RunOptions:
         _check_choice("quantization", self.quantization, QUANTIZATIONS)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("resume", self.resume, ("auto", "never"))
-        if isinstance(self.config_overrides, str):
-            object.__setattr__(self, "config_overrides", _json_object("config_overrides", self.config_overrides))
-        if not isinstance(self.config_overrides, dict | None):
-            raise ValueError(f"config_overrides={self.config_overrides!r} is no mapping of fields to values")
+        overrides = self.config_overrides
+        if isinstance(overrides, str):
+            try:
+                overrides = json.loads(overrides)
+            except ValueError as error:
+                raise ValueError(f"config_overrides={overrides!r} is not JSON ({error})") from error
+        if self.config_overrides is not None and not isinstance(overrides, dict):
+            raise ValueError(f'config_overrides={overrides!r} is not a mapping; write {{"field": value}}')
+        object.__setattr__(self, "config_overrides", overrides)
         if isinstance(self.lora_experts, list):  # as YAML may have it
             object.__setattr__(self, "lora_experts", ",".join(map(str, self.lora_experts)))
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
@@ -289,9 +294,8 @@ def _build(task: str, values: dict[str, Any]) -> Recipe:
         return Recipe(task, run, data, TrainingArguments(**chosen))
     from trl import DPOConfig
 
-    options = {f.name: values[f.name] for f in _dpo_only_fields() if f.name in values}
     # The data part counts and drops by the same two rules; TRL cuts.
-    options |= {"max_length": data.max_length, "truncation_mode": "keep_start"}
+    options = of(_dpo_only()) | {"max_length": data.max_length, "truncation_mode": "keep_start"}
     return Recipe(task, run, data, DPOConfig(**chosen, **options))
 
 
@@ -333,9 +337,8 @@ def _parser(task: str) -> HfArgumentParser:
         kinds.append(_dpo_only())
     parser = _Parser(kinds, prog=f"grinmoe {task}", allow_abbrev=False)
     for action in parser._actions:
-        if (
-            action.type is string_to_bool and action.nargs is None
-        ):  # those without a default, which the library left out
+        # Those without a default, which the library leaves out.
+        if action.type is string_to_bool and action.nargs is None:
             action.nargs, action.const = "?", True
     return parser
 
@@ -346,23 +349,18 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message} ({self.prog} --options lists all flags)")
 
 
-def _dpo_only_fields() -> list[dataclasses.Field]:
-    from trl import DPOConfig
-
-    ours = {f.name for kind in (RunOptions, DataOptions, TrainingArguments) for f in dataclasses.fields(kind)}
-    return [f for f in dataclasses.fields(DPOConfig) if f.init and f.name not in ours]
-
-
 def _dpo_only() -> type:
     """A dataclass of what DPOConfig has beyond TrainingArguments, since a flag may come from one dataclass only."""
     from trl import DPOConfig
 
+    ours = {f.name for kind in (RunOptions, DataOptions, TrainingArguments) for f in dataclasses.fields(kind)}
     hints = get_type_hints(DPOConfig)
-    fields: list[Any] = []
-    for f in _dpo_only_fields():
-        copied = field(default=f.default, default_factory=f.default_factory, metadata=f.metadata)
-        fields.append((f.name, hints[f.name], copied))
-    return dataclasses.make_dataclass("DpoOptions", fields)
+    added: list[Any] = []
+    for f in dataclasses.fields(DPOConfig):
+        if f.init and f.name not in ours:
+            copied = field(default=f.default, default_factory=f.default_factory, metadata=f.metadata)
+            added.append((f.name, hints[f.name], copied))
+    return dataclasses.make_dataclass("DpoOptions", added)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -404,16 +402,6 @@ def _as_flag(value: Any) -> Any:
     (YAML takes 1e-4 for text, and 3 for a number where a flag wants a float.)
     """
     return repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f'{name}={text!r} is not JSON ({error}); write {{"field": value}}') from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{name}={text!r} is no JSON object; write {{"field": value}}')
-    return content
 
 
 def _with_hints(names: list[str], known: Iterable[str]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..distributed import export_sharded, is_sharded
+from ..files import folder_when_whole
 from ..hub import CARD_NAME, CardFacts, Evaluation, card_for
 from .recipe import Recipe
 from .run_directory import PICTURE_NAME
@@ -36,31 +37,24 @@ def save_trained(recipe: Recipe, trainer: Any, target: Path, metrics: dict[str, 
     Returns:
         The folder.
     """
-    run_folder, partial = target.parent, target.with_name(f".{target.name}-partial")
-    is_main = trainer.args.should_save
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+    run_folder, is_main = target.parent, trainer.args.should_save
     trainer.accelerator.wait_for_everyone()
     trainer.model.config.use_cache = True  # the Trainer had turned it off
     if "ref" in getattr(trainer.model, "peft_config", {}):
         trainer.model.delete_adapter("ref")  # TRL's copy of the adapter that a preference training began with
     source = _sharded_source(trainer, run_folder)
-    if source is None:
-        trainer.save_model(str(partial))
-    elif is_main:
-        # Rather than gather all float32 weights on one rank a second time.
-        export_sharded(source, partial)
-        trainer.processing_class.save_pretrained(partial)
-    if is_main:
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of this machine
-        (partial / CARD_NAME).unlink(missing_ok=True)  # of PEFT or TRL: ours says more
-        _write_card(recipe, partial, run_folder, metrics, trainer)
-        previous = target.with_name(f".{target.name}-previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        if target.exists():
-            target.rename(previous)
-        os.replace(partial, target)
-        shutil.rmtree(previous, ignore_errors=True)
+    # The other ranks give their weights and write nothing.
+    with folder_when_whole(target) if is_main else contextlib.nullcontext(target) as partial:
+        if source is None:
+            trainer.save_model(str(partial))
+        elif is_main:
+            # Rather than gather all float32 weights on one rank a second time.
+            export_sharded(source, partial)
+            trainer.processing_class.save_pretrained(partial)
+        if is_main:
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of this machine
+            (partial / CARD_NAME).unlink(missing_ok=True)  # of PEFT or TRL: ours says more
+            _write_card(recipe, partial, run_folder, metrics, trainer)
     trainer.accelerator.wait_for_everyone()
     return target
 

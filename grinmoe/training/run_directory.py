@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..files import atomic_write_text
+from ..files import atomic_write_text, read_json_object
 from ..provenance import environment
 from .recipe import Recipe
 from .stop import last_whole_checkpoint, remove_partial_checkpoints
@@ -101,7 +100,9 @@ class RunFolder:
             return folder
         if recipe.run.resume == "never":
             raise ValueError(f"output_dir={folder.path} holds a run, and resume=never; give a new folder")
-        folder.record = _read(file)
+        folder.record = read_json_object(file, remedy="give a new output_dir")
+        if not isinstance(folder.record.get("settings"), dict) or not isinstance(folder.record.get("batch_size"), int):
+            raise ValueError(f"{file} is not what this command writes; give a new output_dir")
         folder.checkpoint = last_whole_checkpoint(folder.path)
         if folder.checkpoint is not None or any((folder.path / name).is_dir() for name in ("model", "adapter")):
             folder._compare()
@@ -168,22 +169,12 @@ class RunFolder:
 def _name_best_here(checkpoint: Path) -> None:
     """The Trainer writes down the best checkpoint as output_dir was typed; the folder may be named otherwise by now."""
     file = checkpoint / TRAINER_STATE_NAME
-    state = json.loads(file.read_text(encoding="utf-8"))
+    state = read_json_object(file)
     best = state.get("best_model_checkpoint")
     here = None if best is None else checkpoint.parent / Path(best).name
     if here is not None and here.is_dir() and str(here) != best:
         state["best_model_checkpoint"] = str(here)
         atomic_write_text(file, json.dumps(state, indent=2) + "\n")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(record["settings"], dict) and isinstance(record["batch_size"], int):
-            return record
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise ValueError(f"{os.fspath(file)} is not what this command writes; give a new output_dir")
 
 
 def _shown(facts: dict[str, int]) -> str:

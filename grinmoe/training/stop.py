@@ -10,7 +10,6 @@ What is promised, and how it is tested: docs/training.md.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import re
@@ -30,7 +29,9 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpoint_grinmoe import read_shapes
 from ..distributed import is_sharded, is_whole
+from ..files import read_json_object
 
 
 class _EvaluationInterrupted(Exception):
@@ -168,16 +169,12 @@ def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 def _is_whole(folder: Path) -> bool:
     """The Trainer writes the state last. What it wrote before is looked at too: a machine may have lost its cache."""
     try:
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        read_json_object(folder / TRAINER_STATE_NAME)
+        read_shapes(folder)  # refuses an index whose shards are not all there
     except (OSError, ValueError):
         return False
     weights = list(folder.glob("*.safetensors"))
-    if not isinstance(state, dict) or any(folder.glob(".saving-*")):
-        return False
-    if not (is_whole(folder) if is_sharded(folder) else weights):
-        return False
-    index = next(folder.glob("*.safetensors.index.json"), None)
-    if index is not None and not _holds_all(index):
+    if any(folder.glob(".saving-*")) or not (is_whole(folder) if is_sharded(folder) else weights):
         return False
     pickles = [*folder.glob("optimizer*"), *folder.glob("scheduler.pt"), *folder.glob("rng_state*.pth")]
     return (
@@ -185,14 +182,6 @@ def _is_whole(folder: Path) -> bool:
         and all(zipfile.is_zipfile(file) for file in pickles if file.is_file())
         and any(file.name.startswith("rng_state") for file in pickles)
     )
-
-
-def _holds_all(index: Path) -> bool:
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (KeyError, TypeError, ValueError):
-        return False
-    return all((index.parent / shard).is_file() for shard in shards)
 
 
 def _is_safetensors(file: Path) -> bool:

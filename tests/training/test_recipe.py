@@ -78,7 +78,7 @@ def test_overrides_of_the_config_may_be_a_mapping_or_json(flags, tmp_path):
         ({"lora_experts": "some"}, "neither all, none nor numbers"),
         ({"lora_r": 0}, "lora_r=0 is no rank"),
         ({"config_overrides": "{]"}, "is not JSON"),
-        ({"config_overrides": "[1]"}, "is no JSON object"),
+        ({"config_overrides": "[1]"}, "is not a mapping"),
         ({"early_stopping_patience": 0}, "early_stopping_patience=0 is below 1"),
         ({"early_stopping_patience": 2, "eval_strategy": "no"}, "chosen by evaluations"),
         ({"too_long": "wrap"}, "too_long='wrap' is unknown"),
@@ -132,7 +132,7 @@ def test_pretraining_starts_from_a_model_or_from_a_config(flags, chat_model):
         ("packing: perhaps\n", "packing"),
         ("3: 4\n", "key 3 is no text"),
         ("text_column: [a, b]\n", "text_column is .'a', 'b'.; give one value"),
-        ("config_overrides: [1]\n", "no mapping of fields to values"),
+        ("config_overrides: [1]\n", "is not a mapping"),
         ("learning_rate: null\n", "learning_rate=None; give a number"),
     ],
 )
