@@ -282,7 +282,7 @@ class TestWhatIsRefused:
             ({"stop": [""]}, "stop.0"),
             ({"best_guess": 1}, "best_guess is not supported by this server"),
             ({"half \ud800": 1}, ""),
-            ({"generation_config": "{"}, "generation_config is no JSON"),
+            ({"generation_config": "{"}, "generation_config: Invalid JSON"),
             ({"generation_config": "[]"}, "generation_config"),
             ({"generation_config": json.dumps({"num_beams": 4})}, "generation_config.num_beams is not supported"),
             ({"generation_config": json.dumps({"temperature": "hot"})}, "generation_config.temperature"),
