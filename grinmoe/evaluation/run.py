@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,7 @@ def find_tasks(names: Iterable[str], allow_code: bool) -> list[SuiteTask]:
         elif name.endswith(".jsonl"):
             if not Path(name).is_file():
                 raise ValueError(f"--tasks {name}: there is no such file")
-            local = local_task(Path(name))
-            metric = "acc,none" if local["output_type"] == "multiple_choice" else "exact_match,none"
-            found.append(SuiteTask(local["task"], local["task"], local, metric, None, None))
+            found.append(local_task(Path(name)))
         else:
             if name not in _index().all_tasks:
                 raise ValueError(
@@ -60,16 +57,10 @@ def find_tasks(names: Iterable[str], allow_code: bool) -> list[SuiteTask]:
             raise ValueError(
                 f"--tasks {task.name} runs programs that the model writes; pass --allow-code, best in a container"
             )
-    _check_names(found)
-    return list({task.name: task for task in found}.values())
-
-
-def _check_names(tasks: list[SuiteTask]) -> None:
-    """Raise ValueError where two tasks would be one name, in the table and for their results."""
-    files = [task for task in tasks if task.is_local]
-    for task in files:
-        if task.name in _SUITE or sum(other.name == task.name for other in tasks) > 1:
+        # One name in the table, and one file of results.
+        if task.file is not None and (task.name in _SUITE or sum(other.name == task.name for other in found) > 1):
             raise ValueError(f"--tasks: two tasks are called {task.name}; rename the file {task.name}.jsonl")
+    return list({task.name: task for task in found}.values())
 
 
 @functools.cache
@@ -98,17 +89,17 @@ def evaluate(options: EvaluateOptions, command: str, console: Console | None = N
     console = console or Console(soft_wrap=True, markup=False)
     source = folder_or_repository(options.model, "--model")
     tasks = find_tasks(options.tasks, options.allow_code)
+    if options.shots is not None:
+        tasks = [replace(task, shots=options.shots) for task in tasks]
     output = Path(options.output)
     settings = _settings(options, source)
     _check_folder(output, settings)
-    done = {}
+    done = {task.name: _read(_file(output, task)) for task in tasks if _file(output, task).is_file()}
     for task in tasks:
-        if _file(output, task).is_file():
-            done[task.name] = _read(_file(output, task))
-            if done[task.name].get("questions_sha256") != task.sha256():
-                raise ValueError(
-                    f"--output {output} holds results of other questions called {task.name}; give a new folder"
-                )
+        if task.name in done and done[task.name].get("questions_sha256") != task.sha256():
+            raise ValueError(
+                f"--output {output} holds results of other questions called {task.name}; give a new folder"
+            )
     if left := [task for task in tasks if task.name not in done]:
         longest = _rehearse(left, options)
         model = _model(source, options, longest)
@@ -132,11 +123,6 @@ def run_evaluate(options: EvaluateOptions, command: str) -> None:
 
 
 # --- running -----------------------------------------------------------------------------------------------------------
-
-
-def _shots(options: EvaluateOptions, task: SuiteTask) -> int | None:
-    """Examples in the prompts of `task`; None for lm-eval's."""
-    return task.shots if options.shots is None else options.shots
 
 
 def _settings(options: EvaluateOptions, source: str) -> dict[str, Any]:
@@ -181,18 +167,16 @@ def _rehearse(tasks: list[SuiteTask], options: EvaluateOptions) -> dict[str, int
     Raises:
         ValueError: some tasks cannot be loaded. Names all of them.
     """
-    from lm_eval.tasks import get_task_dict
-
     longest, failed = {}, {}
     for task in tasks:
-        task.check_shots(_shots(options, task))
+        task.check_shots()
         try:
-            loaded = get_task_dict([task.task], _manager(task))
+            loaded = _manager(task).load([task.task])
         # A task is somebody's code, which reaches for data and packages: anything can be raised.
         except Exception as error:
             failed[task.name] = " ".join(f"{type(error).__name__}: {error}".split())
             continue
-        longest[task.name] = max(map(functools.partial(_answer_tokens, task), _leaves(loaded)))
+        longest[task.name] = max(_answer_tokens(task, part.config) for part in loaded["tasks"].values())
     if failed:
         raise ValueError(
             f"--tasks: {len(failed)} of {len(tasks)} cannot be loaded; leave them out, or mend this: "
@@ -207,13 +191,7 @@ def _manager(task: SuiteTask) -> Any:
     return _index(isinstance(task.task, str))
 
 
-def _leaves(loaded: dict[Any, Any]) -> list[Any]:
-    """Tasks of lm-eval's tree of groups."""
-    return [leaf for value in loaded.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
-
-
-def _answer_tokens(task: SuiteTask, loaded: Any) -> int:
-    config = loaded.config
+def _answer_tokens(task: SuiteTask, config: Any) -> int:
     if config.output_type != "generate_until":
         return 0
     return task.longest_answer or (config.generation_kwargs or {}).get("max_gen_toks") or _LONGEST_ANSWER
@@ -252,7 +230,7 @@ def _run(model: Any, task: SuiteTask, options: EvaluateOptions) -> dict[str, Any
         model=model,
         tasks=[task.task],
         task_manager=_manager(task),
-        num_fewshot=_shots(options, task),
+        num_fewshot=task.shots,
         limit=options.limit,
         gen_kwargs=None if task.longest_answer is None else {"max_gen_toks": task.longest_answer},
         log_samples=False,
@@ -359,18 +337,19 @@ def card_entries(rows: Iterable[tuple[SuiteTask, dict[str, Any]]]) -> list[Evalu
         if not math.isfinite(score["value"]):
             continue
         config = task.task if isinstance(task.task, dict) else {}
-        on_hub = "/" in str(config.get("dataset_path", ""))
+        hub: dict[str, Any] = {}
+        if "/" in str(config.get("dataset_path", "")):
+            split = config.get("test_split") or config.get("validation_split")
+            hub = {"dataset_config": config.get("dataset_name"), "dataset_split": split}
         entry = Evaluation(
             dataset_name=task.label,
-            dataset_type=config["dataset_path"] if on_hub else task.name,
+            dataset_type=config["dataset_path"] if hub else task.name,
             metric_name=metric_name(score["metric"]),
             metric_type=score["metric"].split(",")[0],
             value=round(score["value"], 2),
             shots=score["shots"],
+            **hub,
         )
-        if on_hub:
-            split = config.get("test_split") or config.get("validation_split")
-            entry = dataclasses.replace(entry, dataset_config=config.get("dataset_name"), dataset_split=split)
         entries.append(entry)
     return entries
 

@@ -199,9 +199,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "content, message",
         [
-            (b"\xff\xfe", "is not UTF-8"),
-            (b"", "has no questions"),
-            (b"{", "line 1 is no JSON"),
+            (b"\xff\xfe", "not UTF-8"),
+            (b"", "is empty"),
+            (b"\n", "has no questions"),
+            (b"{", "line 1: not JSON"),
             (b'{"prompt": "a", "answer": "b"}\n{"question": "a"}', "line 2 has neither"),
             (b'{"question": "a", "choices": ["x"], "answer": 0}', "has 1 choices"),
             (b'{"question": "a", "choices": ["x", "y"], "answer": "C"}', "answer='C'"),
@@ -258,4 +259,4 @@ def test_answers_may_be_letters_or_places(tmp_path):
     file.write_text('{"question": "a", "choices": ["x", "y"], "answer": 1}\n')
     task = local_task(file)
     for answer in (1, "B", " b "):
-        assert task["doc_to_target"]({"question": "a", "choices": ["x", "y"], "answer": answer}) == 1
+        assert task.task["doc_to_target"]({"question": "a", "choices": ["x", "y"], "answer": answer}) == 1
