@@ -235,14 +235,13 @@ class _Rows:
         self.data_format = ""
 
     def __iter__(self) -> Iterator[PlacedRow]:
-        options = self.options
+        options, columns = self.options, self.options.columns
         rows = read_rows(self.source, self.split, options.data_config, options.data_revision)
         for place, row in islice(rows, options.max_rows):
             data_format = self.data_format or options.data_format
-            self.data_format = format_of(place, row, options.columns, data_format, self.formats)
+            self.data_format = format_of(place, row, columns, data_format, self.formats)
             wants_held_out = self.part == "evaluation"
-            share = options.eval_share
-            if share == 0 or held_out(_question_of(row, options.columns), share) == wants_held_out:
+            if not options.eval_share or held_out(_question_of(row, columns), options.eval_share) == wants_held_out:
                 yield place, row
         if not self.data_format:
             raise ValueError(f"{self.source} has no rows")
@@ -309,8 +308,8 @@ class _Encoder:
         if prompt is None or completion is None:
             return None
         if isinstance(prompt, list) and isinstance(completion, list):
-            before = self.conversation_ids(prompt, place, add_generation_prompt=True)
-            whole = self.conversation_ids(prompt + completion, place)
+            before = self._encoded(prompt, place, add_generation_prompt=True)["input_ids"]
+            whole = self._encoded(prompt + completion, place)["input_ids"]
             return self._conversation(prompt + completion, place, first_target=common_length(before, whole))
         if isinstance(prompt, list) or isinstance(completion, list):
             raise ValueError(
@@ -323,26 +322,20 @@ class _Encoder:
 
     def _conversation(self, messages: list[Message], place: str, first_target: int) -> Sample:
         if not self.only_answers:
-            ids = self.conversation_ids(messages, place)
+            ids = self._encoded(messages, place)["input_ids"]
             return ids, ids
         if self.tokenizer.chat_template and not self.has_marks:
             raise ValueError(
                 "loss_on='assistant' needs a chat template that marks what the assistant says ({% generation %}); "
                 "grinmoe.load_tokenizer gives the family's own one such marks, and loss_on='all' needs none"
             )
-        encoded = self._apply_template(messages, place, return_assistant_tokens_mask=True)
-        is_target = encoded["assistant_masks"]
-        labels = [
-            token if said and position >= first_target else NO_LOSS
-            for position, (token, said) in enumerate(zip(encoded["input_ids"], is_target, strict=True))
-        ]
-        return encoded["input_ids"], labels
+        encoded = self._encoded(messages, place, return_assistant_tokens_mask=True)
+        ids = encoded["input_ids"]
+        is_target = [0] * first_target + encoded["assistant_masks"][first_target:]
+        return ids, [token if said else NO_LOSS for token, said in zip(ids, is_target, strict=True)]
 
-    def conversation_ids(self, messages: list[Message], place: str, **kwargs: Any) -> list[int]:
-        """Token ids of messages, through the chat template."""
-        return self._apply_template(messages, place, **kwargs)["input_ids"]
-
-    def _apply_template(self, messages: list[Message], place: str, **kwargs: Any) -> Any:
+    def _encoded(self, messages: list[Message], place: str, **kwargs: Any) -> Any:
+        """Token ids of messages and what `kwargs` add, through the chat template."""
         import jinja2
 
         if not self.tokenizer.chat_template:
@@ -368,12 +361,12 @@ class _Encoder:
 
     def answers(self, pair: Preference, place: str) -> list[Sample]:
         """Prompt with the chosen answer, and with the rejected one, as TRL's DPOTrainer will make them."""
+        both = (pair.chosen, pair.rejected)
         if isinstance(pair.prompt, str):
-            prompt = self.ids(pair.prompt)
-            whole = [self.text_ids(pair.prompt + str(answer)) for answer in (pair.chosen, pair.rejected)]
+            prompt, whole = self.ids(pair.prompt), [self.text_ids(pair.prompt + str(answer)) for answer in both]
         else:
-            prompt = self.conversation_ids(pair.prompt, place, add_generation_prompt=True)
-            whole = [self.conversation_ids([*pair.prompt, *answer], place) for answer in (pair.chosen, pair.rejected)]
+            prompt = self._encoded(pair.prompt, place, add_generation_prompt=True)["input_ids"]
+            whole = [self._encoded([*pair.prompt, *answer], place)["input_ids"] for answer in both]
         begins = min(common_length(prompt, ids) for ids in whole)
         return [(ids, [NO_LOSS] * begins + ids[begins:]) for ids in whole]
 
