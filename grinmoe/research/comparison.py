@@ -6,7 +6,6 @@ it is complete, so that an interrupted comparison goes on where it was; `compari
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -14,15 +13,16 @@ import shutil
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import track
 from safetensors.torch import load_file, save_file
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ..configuration_grinmoe import GrinMoeConfig
 from ..demo import Document, documents_of_file, installed_documentation
@@ -73,62 +73,58 @@ class CompareSettings:
     def tokens_per_step(self) -> int:
         return self.micro_batch_size * self.accumulation * self.row_length
 
-    @classmethod
-    def for_gpu(cls, **overrides) -> CompareSettings:
-        """A model of 62 M parameters, 18 M active, on 25 M tokens: the installed documentation some six times."""
-        sizes = {
-            "steps": 1500,
-            "vocab_size": 8192,
-            "row_length": 512,
-            "micro_batch_size": 8,
-            "evaluations": 12,
-            "learning_rate": 1e-3,
-            "hidden_size": 512,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "num_local_experts": 16,
-            "initializer_range": 0.03,
-            "bf16": True,
-            "packages": ("torch", "numpy", "transformers"),
-        }
-        return cls(**{**sizes, **overrides})
+
+# A model of 62 M parameters, 18 M active, on 25 M tokens: the installed documentation some six times.
+_GPU_SIZES: dict[str, Any] = {
+    "steps": 1500,
+    "vocab_size": 8192,
+    "row_length": 512,
+    "micro_batch_size": 8,
+    "evaluations": 12,
+    "learning_rate": 1e-3,
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_local_experts": 16,
+    "initializer_range": 0.03,
+    "bf16": True,
+    "packages": ("torch", "numpy", "transformers"),
+}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a label for people, fields of the config, and the width that the mask starts from, if another."""
+    """One way to train: a label for people, fields of the config, and the width that the mask starts from, if another.
+
+    Without an estimator the model is dense.
+    """
 
     label: str
-    config: dict[str, Any] = field(default_factory=dict)
+    estimator: str | None
     mask_from: float | None = None
-    dense: bool = False
-
-
-def _moe(label: str, estimator: str, eps: float = 0.01, scope: str = "global", mask_from: float | None = None) -> Arm:
-    config = {"router_estimator": estimator, "router_jitter_noise": eps, "router_aux_loss_scope": scope}
-    return Arm(label, config, mask_from)
+    scope: str = "global"
 
 
 ARMS: dict[str, Arm] = {
-    "dense": Arm("dense, equal active parameters", dense=True),
-    "topk-local": _moe("GShard top-k, local balance", "topk", scope="local"),
-    "topk": _moe("GShard top-k", "topk"),
-    "v2": _moe("SparseMixer-v2", "sparsemixer_v2"),
-    "printed": _moe("v2 as printed", "sparsemixer_v2_printed"),
-    "star": _moe("v2*", "sparsemixer_v2_star"),
-    "togo": _moe("togo", "sparsemixer_togo"),
-    "joint": _moe("joint", "sparsemixer_joint"),
-    "unscaled": _moe("unscaled", "sparsemixer_unscaled"),
-    "v2-wide": _moe("v2, mask 0.1", "sparsemixer_v2", 0.1),
-    "togo-wide": _moe("togo, mask 0.1", "sparsemixer_togo", 0.1),
-    "joint-wide": _moe("joint, mask 0.1", "sparsemixer_joint", 0.1),
-    "unscaled-wide": _moe("unscaled, mask 0.1", "sparsemixer_unscaled", 0.1),
-    "centred-wide": _moe("togo with a baseline, mask 0.1", "sparsemixer_centred", 0.1),
-    "v2-narrowing": _moe("v2, mask from 0.1 to 0.01", "sparsemixer_v2", mask_from=0.1),
-    "v2-narrowing-far": _moe("v2, mask from 0.5 to 0.01", "sparsemixer_v2", mask_from=0.5),
-    "unscaled-narrowing-far": _moe("unscaled, mask from 0.5 to 0.01", "sparsemixer_unscaled", mask_from=0.5),
+    "dense": Arm("dense, equal active parameters", None),
+    "topk-local": Arm("GShard top-k, local balance", "topk", scope="local"),
+    "topk": Arm("GShard top-k", "topk"),
+    "v2": Arm("SparseMixer-v2", "sparsemixer_v2"),
+    "printed": Arm("v2 as printed", "sparsemixer_v2_printed"),
+    "star": Arm("v2*", "sparsemixer_v2_star"),
+    "togo": Arm("togo", "sparsemixer_togo"),
+    "joint": Arm("joint", "sparsemixer_joint"),
+    "unscaled": Arm("unscaled", "sparsemixer_unscaled"),
+    "v2-wide": Arm("v2, mask 0.1", "sparsemixer_v2", 0.1),
+    "togo-wide": Arm("togo, mask 0.1", "sparsemixer_togo", 0.1),
+    "joint-wide": Arm("joint, mask 0.1", "sparsemixer_joint", 0.1),
+    "unscaled-wide": Arm("unscaled, mask 0.1", "sparsemixer_unscaled", 0.1),
+    "centred-wide": Arm("togo with a baseline, mask 0.1", "sparsemixer_centred", 0.1),
+    "v2-narrowing": Arm("v2, mask from 0.1 to 0.01", "sparsemixer_v2", mask_from=0.1),
+    "v2-narrowing-far": Arm("v2, mask from 0.5 to 0.01", "sparsemixer_v2", mask_from=0.5),
+    "unscaled-narrowing-far": Arm("unscaled, mask from 0.5 to 0.01", "sparsemixer_unscaled", mask_from=0.5),
 }
 
 
@@ -182,7 +178,8 @@ def run_comparison(
 
 def run_compare(options: CompareOptions, command: str) -> None:
     """`grinmoe compare`. Raises SystemExit with a message where runs failed."""
-    settings = settings_here(seeds=options.seeds, steps=options.steps)
+    given = {name: value for name in ("seeds", "steps") if (value := getattr(options, name)) is not None}
+    settings = CompareSettings(**{**(_GPU_SIZES if torch.cuda.is_available() else {}), **given})
     arms = None if options.arms is None else list(options.arms)
     try:
         report = run_comparison(options.output, settings, arms, options.text, options.workers, command)
@@ -196,19 +193,18 @@ def _check_same(folder: Path, facts: dict[str, Any]) -> None:
     record = folder / "settings.json"
     facts = json.loads(json.dumps(facts))
     comparable = {**facts, "settings": {**facts["settings"], "seeds": None}}
-    if record.exists():
-        earlier = json.loads(record.read_text())
-        if earlier != comparable and any((folder / "runs").iterdir()):
-            different = [
-                f"{part}.{key}"
-                for part in comparable
-                for key in comparable[part]
-                if comparable[part][key] != earlier.get(part, {}).get(key)
-            ]
-            raise ValueError(
-                f"--output {folder} holds runs with other settings ({', '.join(different)}); give a new folder, or the "
-                "settings of those runs"
-            )
+    earlier = json.loads(record.read_text()) if record.exists() else comparable
+    if earlier != comparable and any((folder / "runs").iterdir()):
+        different = [
+            f"{part}.{key}"
+            for part, values in comparable.items()
+            for key, value in values.items()
+            if value != earlier.get(part, {}).get(key)
+        ]
+        raise ValueError(
+            f"--output {folder} holds runs with other settings ({', '.join(different)}); give a new folder, or the "
+            "settings of those runs"
+        )
     atomic_write_text(record, json.dumps(comparable, indent=2) + "\n")
 
 
@@ -219,33 +215,20 @@ def _run_file(folder: Path, name: str, seed: int) -> Path:
 def _train_all(
     folder: Path, settings: CompareSettings, todo: list[tuple[str, int]], workers: int | None, console: Console
 ) -> None:
-    on_gpu = torch.cuda.is_available()
-    workers = workers or (4 if on_gpu else os.cpu_count() or 1)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    workers = workers or (4 if torch.cuda.is_available() else os.cpu_count() or 1)
+    shown = {"description": f"{len(todo)} runs, {workers} at a time", "total": len(todo), "console": console}
+    if workers == 1:
+        for name, seed in track(todo, **shown):
+            run_arm(folder, settings, name, seed)
+        return
     failures = []
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"{len(todo)} runs, {workers} at a time", total=len(todo))
-        if workers == 1:
-            for name, seed in todo:
-                run_arm(folder, settings, name, seed)
-                progress.advance(bar)
-            return
-        # One thread each: small models gain nothing from more.
-        with concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_start_worker
-        ) as pool:
-            jobs = {pool.submit(run_arm, folder, settings, name, seed): (name, seed) for name, seed in todo}
-            for job in concurrent.futures.as_completed(jobs):
+    # One thread each: small models gain nothing from more.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
+        jobs = {pool.submit(run_arm, folder, settings, name, seed): (name, seed) for name, seed in todo}
+        for job in track(as_completed(jobs), **shown):
+            if error := job.exception():
                 name, seed = jobs[job]
-                if error := job.exception():
-                    failures.append(f"{name} with seed {seed}: {type(error).__name__}: {error}")
-                progress.advance(bar)
+                failures.append(f"{name} with seed {seed}: {type(error).__name__}: {error}")
     if failures:
         raise RunsFailedError(
             f"{len(failures)} of {len(todo)} runs failed, the others are kept; run again to repeat them. "
@@ -338,33 +321,32 @@ def build_config(settings: CompareSettings, arm: Arm) -> GrinMoeConfig:
         ).split()
     }
     fields |= {"max_position_embeddings": settings.row_length, "sliding_window": None, "use_cache": False}
-    if arm.dense:
+    if arm.estimator is None:
         fields |= {
             "num_local_experts": 1,
             "num_experts_per_tok": 1,
             "intermediate_size": settings.intermediate_size * settings.num_experts_per_tok,
             "router_aux_loss_coef": 0.0,
         }
-    return GrinMoeConfig(**{**fields, **arm.config, "eos_token_id": None, "bos_token_id": None})
+    else:
+        fields |= {"router_estimator": arm.estimator, "router_jitter_noise": 0.01, "router_aux_loss_scope": arm.scope}
+    return GrinMoeConfig(**fields, eos_token_id=None, bos_token_id=None)
 
 
 def run_arm(folder: Path, settings: CompareSettings, name: str, seed: int) -> None:
     """Train one arm with one seed and write its result."""
     arm = ARMS[name]
     corpus = load_file(folder / "corpus.safetensors")
+    rows = {part: [{"input_ids": row, "labels": row} for row in corpus[part].long()] for part in ("train", "held_out")}
     set_seed(seed)
     model = GrinMoeForCausalLM(build_config(settings, arm))
-    curve = _Curve()
     scratch = folder / "runs" / f".{name}-seed{seed}"
-    callbacks: list[TrainerCallback] = [curve]
-    if arm.mask_from is not None:
-        callbacks.append(NarrowingMask(arm.mask_from))
     trainer = Trainer(
         model=model,
         args=_arguments(settings, seed, scratch),
-        train_dataset=_as_dataset(corpus["train"]),
-        eval_dataset=_as_dataset(corpus["held_out"]),
-        callbacks=callbacks,
+        train_dataset=rows["train"],
+        eval_dataset=rows["held_out"],
+        callbacks=None if arm.mask_from is None else [NarrowingMask(arm.mask_from)],
     )
     trainer.remove_callback(PrinterCallback)
     with warnings.catch_warnings():
@@ -373,17 +355,18 @@ def run_arm(folder: Path, settings: CompareSettings, name: str, seed: int) -> No
         trainer.train()
         seconds = time.perf_counter() - start
     shutil.rmtree(scratch, ignore_errors=True)
+    log = trainer.state.log_history
     result = {
         "arm": name,
         "seed": seed,
-        "held_out": curve.held_out,
-        "train": curve.train,
+        "held_out": [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry],
+        "train": [(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
         "seconds": seconds,
         "tokens_per_s": settings.steps * settings.tokens_per_step / seconds,
         "environment": environment(f"run of {name} with seed {seed}"),
         "parameters": model.num_parameters(),
     }
-    if not arm.dense:
+    if arm.estimator is not None:
         result["routing"] = routing_report(model, corpus["held_out"], corpus["held_out_domain"])
     atomic_write_text(_run_file(folder, name, seed), json.dumps(result, indent=1) + "\n")
 
@@ -411,25 +394,6 @@ def _arguments(settings: CompareSettings, seed: int, scratch: Path) -> TrainingA
         seed=seed,
         prediction_loss_only=True,
     )
-
-
-def _as_dataset(rows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    return [{"input_ids": row, "labels": row} for row in rows.long()]
-
-
-class _Curve(TrainerCallback):
-    """Losses by step."""
-
-    def __init__(self):
-        self.held_out: list[tuple[int, float]] = []
-        self.train: list[tuple[int, float]] = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.train.append((state.global_step, float(logs["loss"])))
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self.held_out.append((state.global_step, float(metrics["eval_loss"])))
 
 
 @torch.no_grad()
@@ -469,9 +433,3 @@ def explained_entropy(target: torch.Tensor, given: torch.Tensor) -> float:
 
     whole = entropy(joint.sum(1))
     return 0.0 if whole == 0 else (whole + entropy(joint.sum(0)) - entropy(joint)) / whole
-
-
-def settings_here(**overrides: Any) -> CompareSettings:
-    """The sizes for this machine, GPU or CPU, with those overrides that are not None."""
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return CompareSettings.for_gpu(**given) if torch.cuda.is_available() else CompareSettings(**given)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +73,20 @@ def _markdown(facts: dict[str, Any], runs: Runs, labels: dict[str, str], summary
     rows = []
     for name, label in labels.items():
         arm = summary[name]
+        is_routed = "token_information" in arm
         rows.append(
-            [
-                label,
-                f"{arm['mean']:.4f} ± {arm['spread']:.4f}",
-                f"{arm['difference']:+.4f} ± {arm['difference_spread']:.4f}" if "difference" in arm else "",
-                " ".join(f"{loss:.3f}" for loss in arm["held_out"]),
-                f"{arm['max_over_mean_load']:.2f}" if "max_over_mean_load" in arm else "",
-                f"{100 * arm['token_information']:.0f} %" if "token_information" in arm else "",
-                f"{100 * arm['domain_information']:.1f} %" if "domain_information" in arm else "",
-            ]
+            {
+                "arm": label,
+                "held-out loss": f"{arm['mean']:.4f} ± {arm['spread']:.4f}",
+                "against top-k, seed by seed": (
+                    f"{arm['difference']:+.4f} ± {arm['difference_spread']:.4f}" if "difference" in arm else ""
+                ),
+                "each seed": " ".join(f"{loss:.3f}" for loss in arm["held_out"]),
+                "busiest expert / mean": f"{arm['max_over_mean_load']:.2f}" if is_routed else "",
+                "choice explained by the token": f"{100 * arm['token_information']:.0f} %" if is_routed else "",
+                "by the domain": f"{100 * arm['domain_information']:.1f} %" if is_routed else "",
+            }
         )
-    header = [
-        "arm",
-        "held-out loss",
-        "against top-k, seed by seed",
-        "each seed",
-        "busiest expert / mean",
-        "choice explained by the token",
-        "by the domain",
-    ]
     commits = sorted({run["environment"]["commit"] for run in runs})
     tokens = settings["micro_batch_size"] * settings["accumulation"] * settings["row_length"]
     model = (
@@ -104,7 +100,7 @@ def _markdown(facts: dict[str, Any], runs: Runs, labels: dict[str, str], summary
 order for all arms of a seed. Loss in nats per token; ± is the standard deviation over {settings["seeds"]} seeds. Load and
 explained choices (mutual information over entropy of the first choice) are of the trained model on held-out text.
 
-{markdown_table(header, rows)}
+{markdown_table(list(rows[0]), [list(row.values()) for row in rows])}
 
 ![curves and final losses](comparison.png)
 
@@ -128,8 +124,8 @@ def _plot(path: Path, arms: dict[str, Runs], labels: dict[str, str], summary: di
         1, 3, figsize=(17, height), layout="constrained", gridspec_kw={"width_ratios": [1.15, 1, 0.75]}
     )
     # The strong half of the palette first: neighbours of the table differ, and few arms use no pale colour.
-    palette = [plt.get_cmap("tab20")(index) for index in (*range(0, 20, 2), *range(1, 20, 2))]
-    colours = {name: palette[index % 20] for index, name in enumerate(labels)}
+    palette = matplotlib.color_sequences["tab20"]
+    colours = dict(zip(labels, cycle([*palette[::2], *palette[1::2]])))
     _plot_curves(curves, arms, labels, colours)
     _plot_final(final, labels, summary, colours)
     _plot_load(load, labels, summary, colours)
@@ -155,10 +151,9 @@ def _plot_curves(axes, arms: dict[str, Runs], labels: dict[str, str], colours: d
 
 
 def _mean_curve(runs: Runs) -> dict[int, float]:
-    by_step: dict[int, list[float]] = {}
-    for run in runs:
-        for step, loss in run["held_out"]:
-            by_step.setdefault(step, []).append(loss)
+    by_step = defaultdict(list)
+    for step, loss in chain.from_iterable(run["held_out"] for run in runs):
+        by_step[step].append(loss)
     return {step: statistics.mean(losses) for step, losses in by_step.items()}
 
 
@@ -169,10 +164,9 @@ def _plot_final(axes, labels: dict[str, str], summary: dict[str, Any], colours: 
         arm = summary[name]
         axes.plot(arm["held_out"], [row] * len(arm["held_out"]), "o", color=colours[name], markersize=5, alpha=0.75)
         axes.plot([arm["mean"]] * 2, [row - 0.32, row + 0.32], color=colours[name], linewidth=2.5)
-    axes.set_yticks(range(len(names)), [labels[name] for name in names])
+    axes.set_yticks(range(len(names)), [labels[name] for name in names], fontweight="bold")
     for text, name in zip(axes.get_yticklabels(), names):  # the legend of all panels
         text.set_color(colours[name])
-        text.set_fontweight("bold")
     axes.set_xlabel("nats per token (bar: mean)")
 
 

@@ -14,6 +14,7 @@ Shapes: E experts, K draws, H width of the experts' outputs, S sequences of draw
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -210,18 +211,14 @@ def random_loss(kind: str, width: int, generator: torch.Generator) -> Loss:
     if kind == "mlp":
         into, bias, out = draw(width, 16), draw(16), draw(16)
         return lambda y: torch.tanh(y @ into + bias) @ out
-    degree = LOSSES.index(kind) + 1
     constant, linear, quadratic, cubic = draw(1), draw(width), draw(width, width), draw(width, width, width)
-
-    def polynomial(y: torch.Tensor) -> torch.Tensor:
-        value = constant + y @ linear
-        if degree >= 2:
-            value = value + torch.einsum("ni,nj,ij->n", y, y, quadratic)
-        if degree >= 3:
-            value = value + torch.einsum("ni,nj,nk,ijk->n", y, y, y, cubic)
-        return value
-
-    return polynomial
+    terms: list[Loss] = [
+        lambda y: constant + y @ linear,
+        lambda y: torch.einsum("ni,nj,ij->n", y, y, quadratic),
+        lambda y: torch.einsum("ni,nj,nk,ijk->n", y, y, y, cubic),
+    ]
+    degree = LOSSES.index(kind) + 1
+    return lambda y: functools.reduce(torch.add, (term(y) for term in terms[:degree]))
 
 
 def random_decision(
