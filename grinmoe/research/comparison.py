@@ -103,8 +103,9 @@ class Arm:
 
     label: str
     estimator: str | None
-    mask_from: float | None = None
+    eps: float = 0.01
     scope: str = "global"
+    mask_from: float | None = None
 
 
 ARMS: dict[str, Arm] = {
@@ -329,7 +330,11 @@ def build_config(settings: CompareSettings, arm: Arm) -> GrinMoeConfig:
             "router_aux_loss_coef": 0.0,
         }
     else:
-        fields |= {"router_estimator": arm.estimator, "router_jitter_noise": 0.01, "router_aux_loss_scope": arm.scope}
+        fields |= {
+            "router_estimator": arm.estimator,
+            "router_jitter_noise": arm.eps,
+            "router_aux_loss_scope": arm.scope,
+        }
     return GrinMoeConfig(**fields, eos_token_id=None, bos_token_id=None)
 
 
