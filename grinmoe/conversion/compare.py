@@ -106,8 +106,6 @@ def distribution_difference(folder: Path, config: GrinMoeConfig, change: Callabl
         own = model(ids, use_cache=False).logits[0].log_softmax(-1)
         change(model)
         other = model(ids, use_cache=False).logits[0].log_softmax(-1)
-    del model
-    gc.collect()
     return {
         "tokens": ids.shape[1],
         "text": text,

@@ -27,18 +27,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..checkpoint_grinmoe import CheckpointFileError, read_shapes
 from ..files import default_mode
 
-# As safetensors spells them.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
+_NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8".split()
+_DTYPES = {getattr(torch, name) for name in _NAMES}
 
 
 @dataclass(frozen=True)
@@ -75,17 +65,17 @@ class WeightSource:
         shapes = read_shapes(self.folder)
         if shapes is None:
             raise CheckpointFileError(f"{self.folder} holds no safetensors weights; give a checkpoint's folder")
-        self._shapes = shapes
+        self.shapes = shapes  # of every tensor, by its key
         self._files = self._file_of_each()
         self._open: tuple[Path, Any] | None = None
 
     def _file_of_each(self) -> dict[str, Path]:
         single = self.folder / SAFE_WEIGHTS_NAME
         if single.is_file():
-            return dict.fromkeys(self._shapes, single)
+            return dict.fromkeys(self.shapes, single)
         index = json.loads((self.folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
         files = {name: self.folder / file for name, file in index["weight_map"].items()}
-        if absent := self._shapes.keys() - files.keys():
+        if absent := self.shapes.keys() - files.keys():
             # Which of two shards has the right one would be a guess.
             raise CheckpointFileError(
                 f"the shards in {self.folder} hold {len(absent)} tensors that the index does not name, {min(absent)} for "
@@ -93,25 +83,18 @@ class WeightSource:
             )
         return files
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, by its key."""
-        return self._shapes
-
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def dtype(self, name: str) -> torch.dtype:
         """
         Raises:
-            ValueError: one that this file does not know (8-bit floats, say).
+            ValueError: one that no conversion takes (8-bit floats, say).
         """
-        spelled = self._shard_of(name).get_slice(name).get_dtype()
-        if spelled not in _DTYPES:
-            raise ValueError(
-                f"{self.folder} holds {name} as {spelled}; convert it to one of {', '.join(_DTYPES)} first"
-            )
-        return _DTYPES[spelled]
+        dtype = self.read(name, (slice(0, 0),)).dtype
+        if dtype not in _DTYPES:
+            raise ValueError(f"{self.folder} holds {name} as {dtype}; convert it to one of {', '.join(_NAMES)} first")
+        return dtype
 
     def read(self, name: str, part: tuple[int | slice, ...] = ()) -> torch.Tensor:
         """A tensor, or the part of it that the indices name; nothing else of it is read."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,32 +167,30 @@ def _place(dense: PreTrainedConfig, config: GrinMoeConfig, name: str) -> tuple[s
     return name, ()
 
 
-def _read(
-    source: WeightSource, key: str, rows: tuple[slice, ...], shape: tuple[int, ...]
-) -> Callable[[], torch.Tensor]:
-    """How to read it; that it is there and fits is checked now."""
+def _dense(source: WeightSource, dense: PreTrainedConfig, config: GrinMoeConfig, name: str, shape) -> Entry:
+    """A tensor of the dense checkpoint in its own dtype; that it is there and fits is checked now."""
+    key, rows = _place(dense, config, name)
     if key not in source:
         raise CheckpointError(f"{source.folder} lacks {key}; the checkpoint is incomplete, or not of its config")
     whole = source.shapes[key]
     found = (rows[0].stop - rows[0].start, *whole[1:]) if rows else whole
     if found != shape or (rows and rows[0].stop > whole[0]):
         raise CheckpointError(f"{source.folder} holds {key} with shape {whole}, which does not give {shape}")
-    return lambda: source.read(key, rows)
+    return Entry(name, shape, source.dtype(key), lambda: source.read(key, rows))
 
 
-def _dtype(source: WeightSource, key: str, options: UpcycleOptions) -> torch.dtype:
-    return source.dtype(key) if options.dtype == "auto" else getattr(torch, options.dtype)
+def _wanted(own: torch.dtype, options: UpcycleOptions) -> torch.dtype:
+    return own if options.dtype == "auto" else getattr(torch, options.dtype)
 
 
 def _copied(source, dense, config, name: str, shape, options: UpcycleOptions) -> Entry:
-    key, rows = _place(dense, config, name)
-    read = _read(source, key, rows, shape)
-    dtype = _dtype(source, key, options)
-    return Entry(name, shape, dtype, lambda: read().to(dtype))
+    original = _dense(source, dense, config, name, shape)
+    dtype = _wanted(original.dtype, options)
+    return Entry(name, shape, dtype, lambda: original.make().to(dtype))
 
 
 def _router(source, config, name: str, shape, layer: int, options: UpcycleOptions) -> Entry:
-    dtype = _dtype(source, "model.embed_tokens.weight", options)
+    dtype = _wanted(source.dtype("model.embed_tokens.weight"), options)
     generator = routing_generator(options.seed, layer, "cpu")
 
     def make() -> torch.Tensor:
@@ -205,15 +202,14 @@ def _router(source, config, name: str, shape, layer: int, options: UpcycleOption
 def _expert(source, dense, config, name: str, shape, match: re.Match, options: UpcycleOptions) -> Entry:
     layer, expert, on_disk = int(match[1]), int(match[3]), match[4]
     part = {"w1": "gate", "w3": "up", "w2": "down"}[on_disk]
-    key, rows = _place(dense, config, f"model.layers.{layer}.mlp.{part}.weight")
-    read = _read(source, key, rows, shape)
-    dtype = _dtype(source, key, options)
+    original = _dense(source, dense, config, f"model.layers.{layer}.mlp.{part}.weight", shape)
+    dtype = _wanted(original.dtype, options)
     sum_of_weights = ESTIMATORS[options.estimator].equal_experts_sum
     scale = 1 / sum_of_weights(options.top_k) if on_disk == "w2" and sum_of_weights is not None else 1.0
     stream = mix_seed(options.seed, 1 + layer * config.num_local_experts + expert)
 
     def make() -> torch.Tensor:
-        matrix = read().float()
+        matrix = original.make().float()
         mean, std = matrix.mean(), matrix.std()
         numbers = routing_generator(stream, ("w1", "w3", "w2").index(on_disk), "cpu")
         if options.noise:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -169,25 +169,16 @@ def _run_stages(settings: DemoSettings, workspace: Path, result: DemoResult, con
 
 
 def demo_config(settings: DemoSettings, tokenizer) -> GrinMoeConfig:
-    """The demo's model."""
-    return GrinMoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        num_key_value_heads=settings.num_key_value_heads,
-        num_local_experts=settings.num_local_experts,
-        num_experts_per_tok=settings.num_experts_per_tok,
-        max_position_embeddings=2 * settings.row_length,
-        sliding_window=settings.row_length - 1,
-        router_aux_loss_coef=settings.router_aux_loss_coef,
-        router_aux_loss_scope="global",
-        initializer_range=settings.initializer_range,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    """The demo's model: sizes have the same names in the settings and in the config."""
+    names = {f.name for f in fields(GrinMoeConfig)}
+    sizes = {name: value for name, value in asdict(settings).items() if name in names}
+    sizes |= {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 2 * settings.row_length,
+        "sliding_window": settings.row_length - 1,
+    }
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GrinMoeConfig(**sizes, **tokens, router_aux_loss_scope="global")
 
 
 def count_parameters(model: GrinMoeForCausalLM) -> tuple[int, int]:
