@@ -5,19 +5,3 @@ from .loading import TOKENIZER_FILES, TokenizerError, check_tokenizer, load_toke
 from .options import BuildOptions, VerifyOptions
 from .template import answer_ends, chat_template, template_difference
 from .verify import run_verify
-
-__all__ = [
-    "SPECIAL_TOKENS",
-    "TOKENIZER_FILES",
-    "BuildOptions",
-    "TokenizerError",
-    "VerifyOptions",
-    "answer_ends",
-    "build_tokenizer",
-    "chat_template",
-    "check_tokenizer",
-    "load_tokenizer",
-    "run_build",
-    "run_verify",
-    "template_difference",
-]

@@ -24,6 +24,10 @@ from .sources import BYTE_TOKENS, FIRST_TOKENS, SPECIAL_TOKENS, Vocabulary, read
 from .template import chat_template
 
 _SPACE = "▁"
+_FAMILY_TOKENS = [
+    AddedToken(token, normalized=False, rstrip=rstrip, special=token != "</s>")
+    for token, rstrip in (("<unk>", False), ("<s>", False), ("</s>", True), *SPECIAL_TOKENS)
+]
 # The first three are written. The others are of older versions of Transformers, which puts their tokens above those of the
 # first: a previous tokenizer's must not stay beside a new one.
 _WRITTEN = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -76,31 +80,27 @@ def assemble_tokenizer(vocabulary: Vocabulary, model_max_length: int = 4096) -> 
     """
     Put the family's normaliser, decoder, special tokens and chat template on a vocabulary.
 
-    Args:
-        vocabulary: with `<unk>`, `<s>`, `</s>` and the bytes. Every piece keeps its id. Special tokens of the family that
-            it lacks follow at the end; those that it has get the family's flags, other added tokens keep their own.
-        model_max_length: the length from which the tokenizer warns.
+    Every piece keeps its id. Special tokens of the family that the vocabulary lacks follow at the end; those that it has
+    get the family's flags, other added tokens keep their own.
 
     Returns:
         A tokenizer whose saved folder loads with `AutoTokenizer`, beside a `config.json` of model_type `grinmoe` too:
         its `tokenizer_class` is `TokenizersBackend`. (For this model type Transformers would otherwise build a Llama
         tokenizer, which drops the normaliser and gives other ids.)
+
+    Raises:
+        ValueError: a piece would get another id.
     """
-    added = {token.content: token for token in vocabulary.added}
-    added |= {token.content: token for token in _family_tokens()}
+    added = {token.content: token for token in (*vocabulary.added, *_FAMILY_TOKENS)}
     pieces = vocabulary.pieces
     learned = len(pieces)
     while pieces[learned - 1] in added:
         learned -= 1
     tokenizer = Tokenizer(_model({piece: number for number, piece in enumerate(pieces[:learned])}, vocabulary.merges))
     tokenizer.normalizer = _normalizer()
+    without_first_space = decoders.Strip(content=" ", left=1, right=0)
     tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(_SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1, right=0),
-        ]
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), without_first_space]
     )
     # An added token gets the id of its piece, or else the next one: those behind the learned pieces in their order, then
     # what the vocabulary lacks.
@@ -124,14 +124,6 @@ def assemble_tokenizer(vocabulary: Vocabulary, model_max_length: int = 4096) -> 
         clean_up_tokenization_spaces=False,
         chat_template=chat_template(),
     )
-
-
-def _family_tokens() -> list[AddedToken]:
-    first = [AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>")]
-    first.append(AddedToken("</s>", normalized=False, rstrip=True, special=False))
-    return first + [
-        AddedToken(token, normalized=False, rstrip=rstrip, special=True) for token, rstrip in SPECIAL_TOKENS
-    ]
 
 
 def _model(vocab: dict[str, int] | None = None, merges: list[tuple[str, str]] | None = None) -> models.BPE:
@@ -163,26 +155,19 @@ def run_build(options: BuildOptions) -> None:
         )
     removed = write_tokenizer(tokenizer, output)
     new = range(len(vocabulary.pieces), len(tokenizer))
-    print(
-        f"{output}: {len(tokenizer)} tokens, {len(vocabulary.merges)} merges; "
-        + (
-            f"added {len(new)} special tokens, ids {new[0]} to {new[-1]}"
-            if new
-            else "all special tokens as in the source"
-        )
-        + (f"; removed the outdated {' and '.join(removed)}" if removed else "")
+    what = (
+        f"added {len(new)} special tokens, ids {new[0]} to {new[-1]}" if new else "all special tokens as in the source"
     )
+    outdated = f"; removed the outdated {' and '.join(removed)}" if removed else ""
+    print(f"{output}: {len(tokenizer)} tokens, {len(vocabulary.merges)} merges; {what}{outdated}")
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerFast, output: str | os.PathLike) -> list[str]:
     """
     Save a tokenizer: written in a temporary folder first, then moved, so that no file is ever half-written.
 
-    Args:
-        tokenizer: what to save.
-        output: a new or empty folder, or one that holds a tokenizer or a model. Of its files only the tokenizer's are
-            replaced, its chat template too; what a previous one has left and would change the new one is removed
-            (special_tokens_map.json, added_tokens.json, additional_chat_templates).
+    The output is a new or empty folder, or one with a tokenizer or a model. Of its files only the tokenizer's are replaced;
+    what a previous one has left and would change the new one is removed.
 
     Returns:
         Names of the files that were removed.
@@ -191,14 +176,13 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, output: str | os.PathLik
         ValueError: `output` is a file, or a folder with other things in it.
     """
     folder = _checked_output(output)
-    is_new = not folder.exists()
-    if is_new:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     # On the file system of its final place: there moving is a rename.
-    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder.parent if is_new else folder) as workspace:
+    beside = folder if folder.exists() else folder.parent
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=beside) as workspace:
         staging = Path(workspace) / "tokenizer"
         tokenizer.save_pretrained(staging)
-        if is_new:
+        if beside != folder:
             staging.rename(folder)
             return []
         removed = [name for name in _OUTDATED if (folder / name).exists()]
@@ -214,12 +198,10 @@ def _checked_output(output: str | os.PathLike) -> Path:
     folder = Path(output)
     if not os.fspath(output):
         raise ValueError("--output is empty; give a folder ('.' is the current one)")
-    if folder.is_symlink() and not folder.exists():
-        raise ValueError(f"--output {folder} is a link that leads nowhere; give a folder")
-    if not folder.exists():
+    if not folder.exists() and not folder.is_symlink():
         return folder
     if not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; give a folder")
+        raise ValueError(f"--output {folder} is a file, or a link that leads nowhere; give a folder")
     present = {path.name for path in folder.iterdir()}
     if present and not present & _TOKENIZER_OR_MODEL:
         raise ValueError(

@@ -7,11 +7,13 @@ on, without an error. `TokenizersBackend` takes the file as it is.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import decoders
 from transformers import PreTrainedConfig, TokenizersBackend
 
 from .template import with_marks
@@ -30,6 +32,7 @@ _ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _END_OF_TEXT = "<|endoftext|>"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 _SPACE = "▁"
+_BYTES_TO_TEXT = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
 # Each of them comes out otherwise if a rule of the family is lost: the space in front, every further space, bytes for what
 # is not in the vocabulary.
 _PROBES = ("Hello", " Hello", "  two", "a\n\tb")
@@ -101,8 +104,19 @@ def check_tokenizer(tokenizer: Any, vocab_size: int | None = None) -> None:
     has_family_pieces = "<0x0A>" in vocabulary and any(piece.startswith(_SPACE) for piece in vocabulary)
     is_family = has_family_pieces and any(token in vocabulary for token in _ROLE_TOKENS)
     _check_special_tokens(tokenizer, vocabulary, (*_ROLE_TOKENS, _END_OF_TEXT) if is_family else written)
-    if is_family:
-        _check_rules(tokenizer, vocabulary)
+    problem = _broken_rule(tokenizer, vocabulary) if is_family else None
+    name = type(tokenizer).__name__
+    if problem and name != TokenizersBackend.__name__:
+        raise TokenizerError(
+            f"the tokenizer is a {name}, which does not do what its tokenizer.json says: {problem}. Load it with "
+            "grinmoe.load_tokenizer, or with AutoTokenizer after `import grinmoe`; do not save this one, that would make "
+            "it permanent"
+        )
+    if problem:
+        raise TokenizerError(
+            f"its tokenizer.json is not the family's any more (another tokenizer class rewrites it on saving): {problem}. "
+            "Take the original file, or restore it: grinmoe tokenizer build --source tokenizer.json --output FOLDER"
+        )
 
 
 def _check_special_tokens(tokenizer: Any, vocabulary: dict[str, int], required: Sequence[str]) -> None:
@@ -127,47 +141,21 @@ def _check_special_tokens(tokenizer: Any, vocabulary: dict[str, int], required: 
         )
 
 
-def _check_rules(tokenizer: Any, vocabulary: dict[str, int]) -> None:
-    """Hold the tokenizer to what the family's does with any vocabulary; raises TokenizerError with the class's name."""
-    problem = _broken_rule(tokenizer, vocabulary)
-    if problem is None:
-        return
-    name = type(tokenizer).__name__
-    if name != TokenizersBackend.__name__:
-        raise TokenizerError(
-            f"the tokenizer is a {name}, which does not do what its tokenizer.json says: {problem}. Load it with "
-            "grinmoe.load_tokenizer, or with AutoTokenizer after `import grinmoe`; do not save this one, that would make "
-            "it permanent"
-        )
-    raise TokenizerError(
-        f"its tokenizer.json is not the family's any more (another tokenizer class rewrites it on saving): {problem}. Take "
-        "the original file, or restore it: grinmoe tokenizer build --source tokenizer.json --output FOLDER"
-    )
-
-
 def _broken_rule(tokenizer: Any, vocabulary: dict[str, int]) -> str | None:
-    """What the tokenizer does otherwise, as a clause; None if it keeps the rules."""
+    """A clause that says what the tokenizer does otherwise than the family's tokenizer with any vocabulary, or None."""
     plain = tokenizer("Hello", add_special_tokens=False).input_ids
     if (ids := tokenizer("Hello").input_ids) != plain:
         return f"it puts tokens around a text ('Hello' becomes {tokenizer.convert_ids_to_tokens(ids)})"
-    for probe in _PROBES:
-        expected = _SPACE + probe.replace(" ", _SPACE)
-        for before in ("", "<|user|>\n"):
-            # Whitespace behind <|user|> belongs to it.
-            wanted = _SPACE + probe.lstrip().replace(" ", _SPACE) if before else expected
-            tokens = tokenizer.convert_ids_to_tokens(tokenizer(before + probe, add_special_tokens=False).input_ids)
-            text = "".join(_as_text(token) for token in tokens[bool(before) :])
-            if text != wanted:
-                return f"{before + probe!r} becomes {tokens}, where the model was trained on {wanted!r} in pieces"
+    for before, probe in itertools.product(("", "<|user|>\n"), _PROBES):
+        # Whitespace behind <|user|> belongs to it.
+        wanted = _SPACE + (probe.lstrip() if before else probe).replace(" ", _SPACE)
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer(before + probe, add_special_tokens=False).input_ids)
+        if _BYTES_TO_TEXT.decode(tokens[bool(before) :]) != wanted:
+            return f"{before + probe!r} becomes {tokens}, where the model was trained on {wanted!r} in pieces"
     longest = max((piece for piece in vocabulary if re.fullmatch(_SPACE + "[a-z]{3,}", piece)), key=len, default=None)
     if longest and len(tokenizer(longest[1:], add_special_tokens=False).input_ids) >= len(longest):
         return f"it has no merges ({longest[1:]!r} is taken apart into letters)"
     return None
-
-
-def _as_text(token: str) -> str:
-    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-    return chr(int(byte[1], 16)) if byte else token
 
 
 def vocab_size_beside(source: str | os.PathLike, **kwargs: Any) -> int | None:

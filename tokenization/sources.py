@@ -14,12 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tokenizers import AddedToken
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
+from tokenizers import AddedToken, Tokenizer
 
 # What every tokenizer of the family has. The special tokens are in the order that their ids follow; the second value:
 # whitespace right of the token belongs to it.
@@ -43,46 +40,34 @@ SPECIAL_TOKENS = (
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _PADDING = re.compile(r"\[PAD\d*\]")
 _PROBE = "  ﬁ  x "
+_GGUF_LISTS = {"tokens": str, "token_type": int, "scores": float, "merges": str}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """
-    What a tokenizer has learned.
+    """What a tokenizer has learned."""
 
-    Args:
-        pieces: the text of every id, from 0 on.
-        merges: pairs of pieces, the first to be merged first.
-        added: tokens that are found in a text before anything else is: control and user-defined ones of the source.
-    """
-
-    pieces: list[str]
-    merges: list[tuple[str, str]]
+    pieces: list[str]  # the text of every id, from 0 on
+    merges: list[tuple[str, str]]  # the first to be merged first
+    # Tokens that are found in a text before anything else is: control and user-defined ones of the source.
     added: list[AddedToken] = field(default_factory=list)
 
 
 def read_vocabulary(source: str | os.PathLike) -> Vocabulary:
     """
-    Read pieces and merges from a file, and check that a tokenizer of the family can be made of them.
+    Read a SentencePiece model (`*.model`), a GGUF (`*.gguf`) or a tokenizer.json (`*.json`) of type BPE.
 
-    Args:
-        source: a SentencePiece model of type BPE (`*.model`), a GGUF file with the vocabulary of one (`*.gguf`), or a
-            tokenizer.json of type BPE (`*.json`).
-
-    Returns:
-        Pieces, merges and added tokens. Entries at the end of a GGUF's vocabulary that only fill the embedding are dropped.
+    Entries at the end of a GGUF's vocabulary that only fill the embedding are dropped.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or its tokenizer is of another kind; says what to do.
+        ValueError: there is no such file, it is damaged, or no tokenizer of the family can be made of it; says what to do.
         ImportError: the package that reads this format is not installed.
     """
     path = Path(source)
     readers = {".model": _read_sentencepiece, ".gguf": _read_gguf, ".json": _read_tokenizer_json}
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name the file in it (tokenizer.model, tokenizer.json or a *.gguf)")
     if not path.is_file():
-        raise ValueError(f"there is no file {path}; give a tokenizer.model, a *.gguf or a tokenizer.json")
+        raise ValueError(f"there is no file {path}; give a tokenizer.model, *.gguf or tokenizer.json, not a folder")
     if path.suffix.lower() not in readers:
         raise ValueError(
             f"{path} ends in {path.suffix!r}, which no format here has; give a tokenizer.model, a *.gguf or a "
@@ -91,55 +76,47 @@ def read_vocabulary(source: str | os.PathLike) -> Vocabulary:
     try:
         vocabulary = readers[path.suffix.lower()](path)
         _check(vocabulary)
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs {error.name}: pip install 'grinmoe[tokenizer]'") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return vocabulary
 
 
-def vocabulary_of_json(content: dict[str, Any]) -> Vocabulary:
-    """
-    Pieces and merges of a tokenizer.json.
-
-    Args:
-        content: the parsed file.
-
-    Raises:
-        ValueError: it is not of type BPE, or its ids have gaps or are given twice.
-    """
-    model = content.get("model")
-    kind = model.get("type") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or kind != "BPE":
-        raise ValueError(f"its model is of type {kind!r}; only BPE can be taken: give the tokenizer.json of such a one")
-    vocab, merges, added = model.get("vocab"), model.get("merges"), content.get("added_tokens") or []
-    if not (isinstance(vocab, dict) and isinstance(merges, list) and isinstance(added, list)):
-        raise ValueError("its vocab, merges or added_tokens are missing or no lists; take the original file again")
-    if not all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
-        raise ValueError("an entry of its added_tokens has no content; take the original file again")
-    pieces = _by_id([*vocab.items(), *((token["content"], token.get("id")) for token in added)])
+def vocabulary_of_json(content: Any) -> Vocabulary:
+    """Read a parsed tokenizer.json; raises ValueError where it is not of type BPE, or its ids have gaps or stand twice."""
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        raise ValueError("it has no model of type BPE; give the tokenizer.json of a tokenizer that has one")
+    vocab: Any = model.get("vocab")
+    added = content.get("added_tokens") or []
+    merges = _pairs(vocab, model.get("merges"))
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
+        for token in added
+    ):
+        raise ValueError("its added_tokens are no list of tokens with id and content; take the original file again")
+    of_vocab = {(number, piece) for piece, number in vocab.items()}
+    numbered = sorted(of_vocab | {(token["id"], token["content"]) for token in added})
+    for place, (number, piece) in enumerate(numbered):
+        # The library would count added tokens on without a gap, so that file and tokenizer had different ids.
+        if number != place:
+            raise ValueError(
+                f"{piece!r} has the id {number} where {place} follows, and ids must neither leave a gap nor stand twice; "
+                "take the original file again"
+            )
     tokens = [AddedToken(token["content"], **{flag: token.get(flag) is True for flag in _FLAGS}) for token in added]
-    return Vocabulary(pieces, [_pair(merge) for merge in merges], tokens)
+    return Vocabulary([piece for _, piece in numbered], merges, tokens)
 
 
-def _by_id(entries: list[tuple[str, Any]]) -> list[str]:
-    found: dict[int, str] = {}
-    for text, number in entries:
-        if type(number) is not int or number < 0:
-            raise ValueError(f"the id of {text!r} is {number!r}, not a whole number; take the original file again")
-        if found.setdefault(number, text) != text:
-            raise ValueError(f"id {number} is given to {found[number]!r} and to {text!r}; take the original file again")
-    gap = next((number for number in range(len(found)) if number not in found), None)
-    if gap is not None:
-        # The library would count added tokens on without the gap, so that file and tokenizer had different ids.
-        raise ValueError(f"no token has the id {gap}, but one has {max(found)}; give a file whose ids have no gap")
-    return [found[number] for number in range(len(found))]
-
-
-def _pair(merge: Any) -> tuple[str, str]:
-    """A merge as tokenizer.json has it, ["a", "b"], or as older ones and GGUF have it, "a b"."""
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    if not (isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) for part in parts)):
-        raise ValueError(f"the merge {merge!r} is not a pair of pieces; take the original file again")
-    return parts[0], parts[1]
+def _pairs(vocab: Any, merges: Any) -> list[tuple[str, str]]:
+    """Merges as tokenizer.json has them, ["a", "b"], or as older ones and GGUF have them, "a b"; all of known pieces."""
+    content = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises nothing more particular
+        raise ValueError(f"its vocabulary and merges cannot be read ({error}); take the original file again") from error
+    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def _read_tokenizer_json(path: Path) -> Vocabulary:
@@ -147,16 +124,12 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error}); take the original file again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not the object that a tokenizer.json is")
     return vocabulary_of_json(content)
 
 
 def _read_sentencepiece(path: Path) -> Vocabulary:
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs sentencepiece: pip install 'grinmoe[tokenizer]'") from error
+    from sentencepiece import SentencePieceProcessor
+
     content = path.read_bytes()
     if not content:  # the library takes it, and then writes to stderr with every call
         raise ValueError("the file is empty; download it again")
@@ -165,10 +138,15 @@ def _read_sentencepiece(path: Path) -> Vocabulary:
     except RuntimeError as error:
         raise ValueError(f"it is not a SentencePiece model, or not a whole one; download it again ({error})") from error
     _check_sentencepiece(processor)
-    numbers = range(processor.get_piece_size())
-    pieces = [processor.id_to_piece(number) for number in numbers]
-    scores = [processor.get_score(number) for number in numbers]
-    types = [_sentencepiece_type(processor, number) for number in numbers]
+    numbers = list(range(processor.get_piece_size()))
+    pieces, scores = processor.id_to_piece(numbers), processor.get_score(numbers)
+    tests = {
+        _UNKNOWN: processor.is_unknown,
+        _CONTROL: processor.is_control,
+        _UNUSED: processor.is_unused,
+        _BYTE: processor.is_byte,
+    }
+    types = [next((kind for kind, test in tests.items() if test(number)), _NORMAL) for number in numbers]
     merges = merges_by_score(pieces, scores, types)
     # The processor does not say which pieces are user-defined. But for the family's tokens they are refused: SentencePiece
     # does not set them apart in a text the way added tokens are, so the family's tokenizer could not give the same ids.
@@ -183,7 +161,7 @@ def _read_sentencepiece(path: Path) -> Vocabulary:
 
 
 def _check_sentencepiece(processor: Any) -> None:
-    """Type and normalisation, by what the processor does: reading its settings would take protobuf."""
+    """Refuse other types and normalisations, by what the processor does: reading its settings would take protobuf."""
     try:
         processor.nbest_encode("x", nbest_size=2)
     except RuntimeError:
@@ -202,37 +180,18 @@ def _check_sentencepiece(processor: Any) -> None:
         )
 
 
-def _sentencepiece_type(processor: Any, number: int) -> int:
-    if processor.is_unknown(number):
-        return _UNKNOWN
-    if processor.is_control(number):
-        return _CONTROL
-    if processor.is_unused(number):
-        return _UNUSED
-    return _BYTE if processor.is_byte(number) else _NORMAL
-
-
 def merges_by_score(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
     """
     The merges that a vocabulary with scores implies: SentencePiece joins the neighbours whose union has the highest score.
 
-    Every way to cut a piece in two pieces is a merge, of the rank of the piece. Among equal scores (the runs of spaces of
-    Llama's vocabulary) the ids of left and right part decide, as in the converter that made the released tokenizer.json.
-
-    Args:
-        pieces, scores, types: text, score and type (1: normal) of every id.
-
-    Returns:
-        Pairs of pieces, the first to be merged first. Control, byte and unused pieces take no part.
+    Every way to cut a normal piece into two normal pieces is a merge, of the rank of the piece. Among equal scores (the
+    runs of spaces of Llama's vocabulary) the ids of left and right part decide, as in the converter that made the released
+    tokenizer.json; the one that Transformers has now (`generate_merges`) orders them by length.
     """
     normal = {piece: number for number, (piece, kind) in enumerate(zip(pieces, types, strict=True)) if kind == _NORMAL}
-    found = []
-    for piece, number in normal.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in normal and right in normal:
-                found.append((-scores[number], normal[left], normal[right]))
-    return [(pieces[left], pieces[right]) for _, left, right in sorted(found)]
+    cuts = [(piece[:place], piece[place:]) for piece in normal for place in range(1, len(piece))]
+    merges = [(left, right) for left, right in cuts if left in normal and right in normal]
+    return sorted(merges, key=lambda pair: (-scores[normal["".join(pair)]], normal[pair[0]], normal[pair[1]]))
 
 
 def _added(pieces: Sequence[str], types: Sequence[int]) -> list[AddedToken]:
@@ -244,61 +203,42 @@ def _added(pieces: Sequence[str], types: Sequence[int]) -> list[AddedToken]:
 
 
 def _read_gguf(path: Path) -> Vocabulary:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs gguf: pip install 'grinmoe[tokenizer]'") from error
+    from gguf import GGUFReader
+
     try:
         reader = GGUFReader(path)
-    except (IndexError, KeyError, ValueError) as error:
+        fields = {name: reader.get_field(f"tokenizer.ggml.{name}") for name in ("model", *_GGUF_LISTS)}
+        found = {name: field.contents() for name, field in fields.items() if field is not None}
+    except (IndexError, KeyError, ValueError) as error:  # no UTF-8 is a ValueError too
         raise ValueError(f"it is not a GGUF file, or not a whole one; download it again ({error})") from error
-    model_field = reader.get_field("tokenizer.ggml.model")
-    pieces = _gguf_list(reader, "tokens", str)
-    if model_field is None or not pieces:
-        raise ValueError("it holds no vocabulary (tokenizer.ggml.tokens); give the GGUF of a model, or of a vocabulary")
-    model = model_field.contents()
-    if model != "llama":
+    model, pieces, merges = found.get("model"), found.get("tokens") or [], found.get("merges")
+    if model != "llama" or not pieces:
         raise ValueError(
-            f"its tokenizer.ggml.model is {model!r}, this family's is 'llama' (SentencePiece BPE); give a GGUF of the family"
+            f"it holds no vocabulary of this family: its tokenizer.ggml.model is {model!r} in place of 'llama' "
+            "(SentencePiece BPE), or it has no tokenizer.ggml.tokens; give a GGUF of the family, or of its vocabulary"
         )
-    # Without types llama.cpp, too, takes all for normal.
-    types = _gguf_list(reader, "token_type", int) or [_NORMAL] * len(pieces)
-    scores, merges = _gguf_list(reader, "scores", float), _gguf_list(reader, "merges", str)
-    for name, values in (("token_type", types), ("scores", scores)):
-        if values is not None and len(values) != len(pieces):
+    for name, kind in _GGUF_LISTS.items():
+        values = found.get(name, [])
+        is_list = isinstance(values, list) and all(isinstance(value, kind) for value in values)
+        if not is_list or (values and name != "merges" and len(values) != len(pieces)):
             raise ValueError(
-                f"its tokenizer.ggml.{name} has {len(values)} entries for {len(pieces)} tokens; download it again"
+                f"its tokenizer.ggml.{name} is not a list of {kind.__name__}, or not of one for each of its {len(pieces)} "
+                "tokens; download it again"
             )
+    # Without types llama.cpp, too, takes all for normal.
+    types, scores = found.get("token_type") or [_NORMAL] * len(pieces), found.get("scores")
     while pieces and (types[-1] == _UNUSED or _PADDING.fullmatch(pieces[-1])):
-        # To the end of the embedding; no text gives these.
-        pieces, types = pieces[:-1], types[:-1]
+        pieces, types = pieces[:-1], types[:-1]  # they fill the embedding; no text gives them
     if merges is not None:
-        return Vocabulary(pieces, [_pair(merge) for merge in merges], _added(pieces, types))
-    if scores is None:
-        raise ValueError("it has neither tokenizer.ggml.merges nor tokenizer.ggml.scores; give a GGUF with one of them")
-    ranks = {score for score, kind in zip(scores, types) if kind == _NORMAL}
-    if len(ranks) == 1:
-        # llama.cpp's converter writes so where it has a tokenizer.json and no tokenizer.model.
+        vocab = {piece: number for number, piece in enumerate(pieces)}
+        return Vocabulary(pieces, _pairs(vocab, merges), _added(pieces, types))
+    if not scores or len({score for score, kind in zip(scores, types) if kind == _NORMAL}) == 1:
+        # llama.cpp's converter writes equal scores where it has a tokenizer.json and no tokenizer.model.
         raise ValueError(
-            f"all its scores are {ranks.pop()}: no order of merges; take the tokenizer.json that it was made from"
+            "it has neither tokenizer.ggml.merges nor tokenizer.ggml.scores that differ, so no order of merges; take the "
+            "tokenizer.json that it was made from"
         )
     return Vocabulary(pieces, merges_by_score(pieces, scores, types), _added(pieces, types))
-
-
-def _gguf_list(reader: GGUFReader, name: str, kind: type) -> list | None:
-    """The array tokenizer.ggml.`name`; None if the file has none."""
-    entry = reader.get_field(f"tokenizer.ggml.{name}")
-    if entry is None:
-        return None
-    try:
-        values = entry.contents()
-    except (IndexError, ValueError) as error:  # cut off, or no UTF-8
-        raise ValueError(f"its tokenizer.ggml.{name} cannot be read ({error}); download it again") from error
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise ValueError(
-            f"its tokenizer.ggml.{name} is not a list of {kind.__name__}; give a GGUF that llama.cpp loads"
-        )
-    return values
 
 
 def _check(vocabulary: Vocabulary) -> None:
@@ -313,10 +253,3 @@ def _check(vocabulary: Vocabulary) -> None:
             f"it lacks {shown}; tokenizers of this family have <unk>, <s>, </s> and all 256 bytes <0x00> to <0xFF>: give a "
             "SentencePiece BPE with byte fallback"
         )
-    for left, right in vocabulary.merges:
-        absent = next((piece for piece in (left, right, left + right) if piece not in known), None)
-        if absent is not None:
-            raise ValueError(
-                f"its merge of {left!r} and {right!r} needs {absent!r}, which is not in the vocabulary; take the original "
-                "file again"
-            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,7 @@ def answer_ends(tokenizer: Any) -> list[int]:
 
 
 def with_marks(template: Any) -> Any:
-    """
-    The template that a tokenizer should have in place of the released one.
-
-    Args:
-        template: of a tokenizer; a dict where it has several under names.
-
-    Returns:
-        The same, with the released template (and no other) replaced by ours, which renders alike and marks the assistant's
-        text.
-    """
+    """The template, or dict of templates by name, with the released one replaced by ours, which marks the answers."""
     if isinstance(template, dict):
         return {name: with_marks(text) for name, text in template.items()}
     released = (Path(__file__).parent / "released_chat_template.jinja").read_text(encoding="utf-8")
@@ -57,20 +50,16 @@ def template_difference(tokenizer: Any) -> str | None:
     Returns:
         None if all probe conversations render byte for byte alike; else a sentence with the first one that does not.
     """
-    for probe in _PROBES:
+    for probe, generate in itertools.product(_PROBES, (True, False)):
         messages = [{"role": role, "content": content} for role, content in probe]
-        for generate in (True, False):
-            expected = _render(tokenizer, messages, generate, chat_template())
-            try:
-                rendered = _render(tokenizer, messages, generate, None)
-            except (jinja2.TemplateError, TypeError, ValueError) as error:
-                return f"it fails on {messages} ({error})"
-            if rendered != expected:
-                return f"it renders {messages} as {rendered!r}, the family's renders {expected!r}"
+        render = functools.partial(
+            tokenizer.apply_chat_template, messages, tokenize=False, add_generation_prompt=generate
+        )
+        expected = render(chat_template=chat_template())
+        try:
+            rendered = render()
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            return f"it fails on {messages} ({error})"
+        if rendered != expected:
+            return f"it renders {messages} as {rendered!r}, the family's renders {expected!r}"
     return None
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], generate: bool, template: str | None) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=generate, chat_template=template
-    )

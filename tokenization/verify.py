@@ -20,10 +20,13 @@ tokenizer puts around a text (beginning of sequence).
 
 from __future__ import annotations
 
+import difflib
 import io
+import itertools
 import json
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -42,27 +45,20 @@ _CONVERSATION = [
     {"role": "assistant", "content": "Yo"},
 ]
 _SEPARATOR = "\n__ggml_vocab_test__\n"
-_SHOWN_BEFORE, _SHOWN_AFTER = 4, 8  # tokens around the place where two sequences part
-_SHOWN_CHARACTERS = 200
+_SHOWN_BEFORE, _SHOWN_AFTER = 4, 8  # tokens, or lines of a text, around the place where two sequences part
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 200
 _LARGEST = 10**9 - 1  # id; the library takes 32 bits
 
 
 @dataclass(frozen=True)
 class Vector:
-    """
-    One thing that a tokenizer must do.
+    """One thing that a tokenizer must do."""
 
-    Args:
-        name: the string, or a key with a meaning of its own.
-        expected: ids, or a text.
-        key: whether `name` is such a key.
-        add_special_tokens: whether `expected` has the tokens that the tokenizer puts around a text.
-    """
-
-    name: str
+    name: str  # the string, or a key with a meaning of its own
     expected: list[int] | str
-    key: bool = False
-    add_special_tokens: bool = True
+    key: bool = False  # whether `name` is such a key
+    add_special_tokens: bool = True  # whether `expected` has the tokens that the tokenizer puts around a text
 
 
 @dataclass(frozen=True)
@@ -72,44 +68,34 @@ class Difference:
     vector: Vector
     got: list[int] | str
 
-    @property
-    def position(self) -> int:
-        """Where the two part: number of the first token, or character, that differs."""
-        both = zip(self.vector.expected, self.got)
-        shorter = min(len(self.vector.expected), len(self.got))
-        return next((number for number, (one, other) in enumerate(both) if one != other), shorter)
-
     def describe(self, tokenizer: Any) -> str:
-        """Several lines: the string, what was expected and what came, and a mark where they part."""
-        expected, got = self.vector.expected, self.got
-        name = self.vector.name if self.vector.key else _shortened(repr(self.vector.name))
-        if isinstance(expected, list) and isinstance(got, list):
-            what = f"token {self.position + 1} (expected are {len(expected)}, got {len(got)})"
-            lines = [_token_line(tokenizer, ids, self.position) for ids in (expected, got)]
-        elif isinstance(expected, str) and isinstance(got, str):
-            what = f"character {self.position + 1}"
-            lines = [_text_line(text, self.position) for text in (expected, got)]
-        else:
-            what, lines = "the start", [(str(expected), 0), (str(got), 0)]
-        (first, mark), (second, _) = lines
-        return f"{name} parts at {what}\n  expected  {first}\n  got       {second}\n            {' ' * mark}^"
+        """Name the string and the place where the two part, and show a diff of what stands around that place."""
+        name = self.vector.name if self.vector.key else _SHORT.repr(self.vector.name)
+        unit = "line" if isinstance(self.vector.expected, str) else "token"
+        expected, got = (_lines(tokenizer, value) for value in (self.vector.expected, self.got))
+        pairs = enumerate(itertools.zip_longest(expected, got))
+        place = next(place for place, (one, other) in pairs if one != other)
+        around = slice(max(place - _SHOWN_BEFORE, 0), place + _SHOWN_AFTER)
+        diff = [line for line in difflib.ndiff(expected[around], got[around]) if not line.startswith("?")]
+        counts = f"expected are {len(expected)}, got {len(got)}"
+        return "\n".join([f"{name} parts at {unit} {place + 1} ({counts}; - expected, + got)", *diff])
+
+
+def _lines(tokenizer: Any, value: list[int] | str) -> list[str]:
+    """One line for each token, or for each line of a text."""
+    if isinstance(value, str):
+        return [repr(line) for line in value.splitlines(keepends=True)]
+    return [f"{number} {tokenizer.convert_ids_to_tokens(number)!r}" for number in value]
 
 
 def read_vectors(path: str | os.PathLike) -> list[Vector]:
-    """
-    Read vectors; the formats are described at the top of this module.
-
-    Args:
-        path: a `*.json`, or a `*.inp` with a `*.out` beside it.
-
-    Raises:
-        ValueError: there is no such file, it is malformed, or it holds nothing; says what to do.
-    """
+    """Read a `*.json`, or a `*.inp` with its `*.out`; raises ValueError where one is missing, malformed or empty."""
     file = Path(path)
-    if file.suffix.lower() not in (".json", ".inp"):
+    readers = {".json": _of_json, ".inp": _of_llama_cpp}
+    if file.suffix.lower() not in readers:
         raise ValueError(f"--vectors {file} is of no known format; give a *.json, or llama.cpp's *.inp (not its *.out)")
     try:
-        vectors = _of_json(_text(file)) if file.suffix.lower() == ".json" else _of_llama_cpp(_text(file), file)
+        vectors = readers[file.suffix.lower()](file)
     except ValueError as error:
         raise ValueError(f"--vectors {file}: {error}") from error
     if not vectors:
@@ -118,17 +104,15 @@ def read_vectors(path: str | os.PathLike) -> list[Vector]:
 
 
 def _text(file: Path) -> str:
-    if not file.is_file():
-        raise ValueError(f"there is no file {file.name}; give the path of one")
     try:
         return file.read_bytes().decode("utf-8-sig")  # not read_text: line feeds stay what they are
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} is not UTF-8 ({error}); take the original file again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file.name} cannot be read as UTF-8 ({error}); give the original file") from error
 
 
-def _of_json(text: str) -> list[Vector]:
+def _of_json(file: Path) -> list[Vector]:
     try:
-        content = json.loads(text, object_pairs_hook=_without_repetition)
+        content = json.loads(_text(file), object_pairs_hook=_without_repetition)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON ({error}); take the original file again") from error
     if not isinstance(content, dict):
@@ -145,23 +129,20 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _vector(name: str, value: Any) -> Vector:
-    if any("\ud800" <= character <= "\udfff" for character in name + (value if isinstance(value, str) else "")):
+    is_text = isinstance(value, str) and name in _KEYS and name != "TPL_ids"
+    is_ids = isinstance(value, list) and all(type(number) is int and 0 <= number <= _LARGEST for number in value)
+    if not is_text and not is_ids:
         raise ValueError(
-            f"{name!r} or its value has half a surrogate pair, which is no text; write the whole character"
+            f"{name!r} has the value {_SHORT.repr(value)}; give a list of ids, whole numbers from 0 (a text for "
+            "TPL_gen, TPL_nogen, dec and dec2 alone)"
         )
-    if isinstance(value, str):
-        if name not in _KEYS or name == "TPL_ids":
-            raise ValueError(
-                f"{name!r} has a text as value; give its ids (texts are for TPL_gen, TPL_nogen, dec, dec2)"
-            )
-        return Vector(name, value, key=True)
-    if not isinstance(value, list) or not all(type(number) is int and 0 <= number <= _LARGEST for number in value):
-        raise ValueError(f"{name!r} has the value {_shortened(repr(value))}; give a list of ids, whole numbers from 0")
-    return Vector(name, value, key=name == "TPL_ids")
+    if re.search(r"[\ud800-\udfff]", f"{name}{value}"):
+        raise ValueError(f"{name!r} or its value has half a surrogate pair; write the whole character")
+    return Vector(name, value, key=is_text or name == "TPL_ids")
 
 
-def _of_llama_cpp(text: str, file: Path) -> list[Vector]:
-    *strings, rest = text.split(_SEPARATOR)
+def _of_llama_cpp(file: Path) -> list[Vector]:
+    *strings, rest = _text(file).split(_SEPARATOR)
     if rest:
         raise ValueError(
             f"it does not end in a line __ggml_vocab_test__ and a line feed, but in {rest[-40:]!r}; take the original "
@@ -171,37 +152,24 @@ def _of_llama_cpp(text: str, file: Path) -> list[Vector]:
     lines = _text(answers).splitlines()
     if len(lines) != len(strings):
         raise ValueError(
-            f"it has {len(strings)} strings, {answers.name} {len(lines)} lines; take both from one version"
+            f"it has {len(strings)} strings, {answers.name} {len(lines)} lines; both must be of one version"
         )
     vectors = []
     for number, (string, line) in enumerate(zip(strings, lines), start=1):
         if not all(re.fullmatch(r"[0-9]{1,9}", part) for part in line.split()):
-            raise ValueError(
-                f"line {number} of {answers.name} is {_shortened(repr(line))}; give ids with spaces between"
-            )
+            raise ValueError(f"line {number} of {answers.name} is {_SHORT.repr(line)}; give ids with spaces between")
         vectors.append(Vector(string, [int(part) for part in line.split()], add_special_tokens=False))
     return vectors
 
 
 def verify_tokenizer(tokenizer: Any, vectors: Iterable[Vector]) -> list[Difference]:
-    """
-    Hold a tokenizer against vectors.
-
-    Args:
-        tokenizer: any tokenizer of Transformers.
-        vectors: as from `read_vectors`.
-
-    Returns:
-        One difference for every vector that the tokenizer does not agree with, in their order; empty if it agrees with all.
-    """
-    results = [(vector, _result(tokenizer, vector)) for vector in vectors]
-    return [Difference(vector, got) for vector, got in results if got != vector.expected]
-
-
-def _result(tokenizer: Any, vector: Vector) -> list[int] | str:
-    if vector.key:
-        return _KEYS[vector.name](tokenizer)
-    return _ids(tokenizer, vector.name, vector.add_special_tokens)
+    """What a tokenizer of Transformers gives otherwise than the vectors (see `read_vectors`) expect, in their order."""
+    differences = []
+    for vector in vectors:
+        got = _KEYS[vector.name](tokenizer) if vector.key else _ids(tokenizer, vector.name, vector.add_special_tokens)
+        if got != vector.expected:
+            differences.append(Difference(vector, got))
+    return differences
 
 
 def _ids(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -226,30 +194,6 @@ _KEYS: dict[str, Callable[[Any], list[int] | str]] = {
     "dec": lambda tokenizer: tokenizer.decode(_ids(tokenizer, "<|user|>\nHello<|end|>\n<|assistant|>\n")),
     "dec2": lambda tokenizer: tokenizer.decode(_ids(tokenizer, "Hello  world \n x")),
 }
-
-
-def _token_line(tokenizer: Any, ids: list[int], position: int) -> tuple[str, int]:
-    """The tokens around `position`, and the column where that one begins."""
-    first, last = max(position - _SHOWN_BEFORE, 0), position + _SHOWN_AFTER
-    cells = [f"{number} {tokenizer.convert_ids_to_tokens(number)!r}" for number in ids[first:last]]
-    before = ["..."] * (first > 0) + cells[: position - first]
-    after = (cells[position - first :] or ["(end)"]) + ["..."] * (last < len(ids))
-    mark = len(" | ".join([*before, ""]))
-    return " | ".join([*before, *after]), mark
-
-
-def _text_line(text: str, position: int) -> tuple[str, int]:
-    """The characters around `position`, escaped as in JSON, and the column of that one."""
-    first, last = max(position - 5 * _SHOWN_BEFORE, 0), position + 5 * _SHOWN_AFTER
-    before, after = (json.dumps(part, ensure_ascii=False)[1:-1] for part in (text[first:position], text[position:last]))
-    before = ("..." if first > 0 else "") + '"' + before
-    return before + after + '"' + ("..." if last < len(text) else ""), len(before)
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= _SHOWN_CHARACTERS:
-        return text
-    return f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
 def run_verify(options: VerifyOptions) -> int:

@@ -94,8 +94,8 @@ BAD_JSON = {
     "true as id": ({"Hello": [True]}, "whole numbers"),
     "a negative id": ({"Hello": [-1]}, "whole numbers"),
     "too large an id": ({"Hello": [2**32]}, "whole numbers"),
-    "a text for a string": ({"Hello": "World"}, "'Hello' has a text as value"),
-    "a text for ids": ({"TPL_ids": "World"}, "'TPL_ids' has a text as value"),
+    "a text for a string": ({"Hello": "World"}, "'Hello' has the value 'World'"),
+    "a text for ids": ({"TPL_ids": "World"}, "'TPL_ids' has the value 'World'"),
     "a string twice": ('{"a": [1], "b": [1], "a": [2]}', "has 'a' twice"),
     "half a character": ('{"\\ud83d": [1]}', "half a surrogate pair"),
     "half a character in a value": ('{"dec": "\\ud83d"}', "half a surrogate pair"),
@@ -116,9 +116,9 @@ BAD_LLAMA_CPP = {
     "line ends of Windows": (f"a{SEPARATOR}".replace("\n", "\r\n"), "1\n", "line ends must not be changed"),
     "a line too few": (f"a{SEPARATOR}b{SEPARATOR}", "1\n", "has 2 strings, v.out 1 lines"),
     "words": (f"a{SEPARATOR}b{SEPARATOR}", "1\n2 x\n", "line 2 of v.out is '2 x'"),
-    "no ids": (None, "1\n", "there is no file v.inp"),
-    "no strings": (f"a{SEPARATOR}", None, "there is no file v.out"),
-    "not UTF-8": ("\udcff", "1\n", "v.inp is not UTF-8"),
+    "no ids": (None, "1\n", "v.inp cannot be read .*No such file"),
+    "no strings": (f"a{SEPARATOR}", None, "v.out cannot be read .*No such file"),
+    "not UTF-8": ("\udcff", "1\n", "v.inp cannot be read as UTF-8"),
 }
 
 
@@ -150,7 +150,6 @@ def test_each_vector_alone_can_differ(name, tokenizer, vectors, tmp_path):
     vectors[name] = expected + "x" if isinstance(expected, str) else [*expected, 7]
     differences = verify_tokenizer(tokenizer, read_vectors(write_json(tmp_path / "v.json", vectors)))
     assert [(difference.vector.name, difference.got) for difference in differences] == [(name, expected)]
-    assert differences[0].position == len(expected)
 
 
 def test_tokens_put_around_a_text_count_where_the_vectors_have_them(tmp_path):
@@ -162,7 +161,7 @@ def test_tokens_put_around_a_text_count_where_the_vectors_have_them(tmp_path):
     line = " ".join(map(str, plain))
     assert not verify_tokenizer(adding, read_vectors(write_llama_cpp(tmp_path / "v.inp", ["Hello"], [line])))
     difference = verify_tokenizer(adding, read_vectors(write_json(tmp_path / "v.json", {"Hello": plain})))[0]
-    assert (difference.got, difference.position) == ([1, *plain], 0)
+    assert difference.got == [1, *plain]
 
 
 def test_a_missing_or_broken_template_is_a_difference(tmp_path):
@@ -185,37 +184,31 @@ def shown(difference: Difference, tokenizer) -> list[str]:
     return difference.describe(tokenizer).splitlines()
 
 
-def test_tokens_are_shown_with_a_mark_where_they_part(tokenizer):
-    name, expected, got, mark = shown(Difference(Vector("A\n", [1, 68, 2, 9999]), [1, 68, 3]), tokenizer)
-    assert name == r"'A\n' parts at token 3 (expected are 4, got 3)"
-    assert expected == "  expected  1 '<s>' | 68 '<0x41>' | 2 '</s>' | 9999 None"
-    assert got == "  got       1 '<s>' | 68 '<0x41>' | 3 '<0x00>'"
-    assert mark == " " * expected.index("2 '</s>'") + "^"
+def test_describe_tokens_that_differ_shows_the_place_and_a_diff(tokenizer):
+    name, *lines = shown(Difference(Vector("A\n", [1, 68, 2, 9999]), [1, 68, 3]), tokenizer)
+    assert name == r"'A\n' parts at token 3 (expected are 4, got 3; - expected, + got)"
+    assert lines[:2] == ["  1 '<s>'", "  68 '<0x41>'"]
+    assert set(lines[2:]) == {"- 2 '</s>'", "- 9999 None", "+ 3 '<0x00>'"}
 
 
-def test_an_end_is_marked_too(tokenizer):
-    _, expected, got, mark = shown(Difference(Vector("", []), [1]), tokenizer)
-    assert (expected, got) == ("  expected  (end)", "  got       1 '<s>'")
-    assert mark.index("^") == got.index("1")
+@pytest.mark.parametrize("expected, got, line", [([], [1], "+ 1 '<s>'"), ([1], [], "- 1 '<s>'")])
+def test_describe_tokens_too_many_or_too_few_shows_the_end(tokenizer, expected, got, line):
+    name, *lines = shown(Difference(Vector("", expected), got), tokenizer)
+    assert name.startswith("'' parts at token 1 ") and lines == [line]
 
 
-def test_of_many_tokens_those_around_the_mark_are_shown(tokenizer):
-    _, expected, got, mark = shown(Difference(Vector("x" * 999, [1] * 99), [1] * 50 + [2] * 49), tokenizer)
-    assert expected.count("1 '<s>'") == 12 and expected.count("...") == 2
-    assert got.count("1 '<s>'") == 4 and got.count("2 '</s>'") == 8
-    assert mark.index("^") == got.index("2 '</s>'")
-    assert len(shown(Difference(Vector("x" * 999, [1]), [2]), tokenizer)[0]) < 300
+def test_describe_many_tokens_shows_those_around_the_place(tokenizer):
+    name, *lines = shown(Difference(Vector("x" * 999, [1] * 99), [1] * 50 + [2] * 49), tokenizer)
+    assert "parts at token 51 (expected are 99, got 99; " in name and len(name) < 300
+    counts = {line: lines.count(line) for line in lines}
+    assert counts == {"  1 '<s>'": 4, "- 1 '<s>'": 8, "+ 2 '</s>'": 8}
 
 
-def test_characters_are_shown_with_a_mark_where_they_part(tokenizer):
+def test_describe_texts_that_differ_shows_the_line_escaped(tokenizer):
     one, other = 'one "line"\nand', 'one "line"\n and'
-    name, expected, got, mark = shown(Difference(Vector("dec", one, key=True), other), tokenizer)
-    assert name == "dec parts at character 12"
-    assert (expected, got) == (r'  expected  "one \"line\"\nand"', r'  got       "one \"line\"\n and"')
-    assert mark.index("^") == expected.index("and")
-    _, expected, _, mark = shown(Difference(Vector("dec", "a" * 500 + "b" * 500, key=True), "a" * 1000), tokenizer)
-    assert expected == f'  expected  ..."{"a" * 20}{"b" * 40}"...'
-    assert mark.index("^") == expected.index("b")
+    name, *lines = shown(Difference(Vector("dec", one, key=True), other), tokenizer)
+    assert name.startswith("dec parts at line 2 ")
+    assert lines == [r"""  'one "line"\n'""", "- 'and'", "+ ' and'"]
 
 
 # --- the command ---
@@ -267,7 +260,7 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(changed, folder, vec
     options = {"--tokenizer": folder, "--vectors": write_json(tmp_path / "v.json", vectors), changed: "nope.json"}
     assert run_verify(*[word for pair in options.items() for word in pair]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("grinmoe tokenizer: ") and "there is no" in error and len(error.splitlines()) == 1
+    assert error.startswith("grinmoe tokenizer: ") and "nope.json" in error and len(error.splitlines()) == 1
 
 
 def test_a_folder_that_autotokenizer_cannot_load_is_exit_code_2(folder, vectors, tmp_path, capsys):
@@ -295,7 +288,7 @@ def test_the_released_vectors_tell_llama_tokenizer_apart(capsys):
         read_vectors(RELEASED / "vectors" / "expected_transformers_4.44.2.json"),
     )
     found = {difference.vector.name: difference for difference in differences}
-    assert found["<|user|>Hello"].got == [32010, 10994] and found["<|user|>Hello"].position == 1
+    assert found["<|user|>Hello"].got == [32010, 10994]
     assert {"TPL_ids", "dec"} <= found.keys() and not {"TPL_gen", "dec2", "Hello"} & found.keys()
 
 
