@@ -10,13 +10,14 @@ import warnings
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..monitoring import draw_load, load_reach
 from .statistics import RoutingAnalysis, similarity_of
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.titlesize": 11,
