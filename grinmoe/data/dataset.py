@@ -416,7 +416,8 @@ def _preference_table(rows: _Rows, encoder: _Encoder) -> tuple[Any, Counts]:
     pairs: list[dict[str, Any]] = []
     for place, row in rows:
         pair = checked_preference(row, encoder.options.columns, place)
-        answers = _fitting(pair and encoder.answers(pair, place), encoder.options, False, counts)
+        both = None if pair is None else encoder.answers(pair, place)
+        answers = _fitting(both, encoder.options, False, counts)
         if pair is None or answers is None:
             continue
         if answers[0] == answers[1]:

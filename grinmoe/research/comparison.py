@@ -15,6 +15,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,16 +218,16 @@ def _train_all(
     folder: Path, settings: CompareSettings, todo: list[tuple[str, int]], workers: int | None, console: Console
 ) -> None:
     workers = workers or (4 if torch.cuda.is_available() else os.cpu_count() or 1)
-    shown = {"description": f"{len(todo)} runs, {workers} at a time", "total": len(todo), "console": console}
+    tracked = partial(track, description=f"{len(todo)} runs, {workers} at a time", total=len(todo), console=console)
     if workers == 1:
-        for name, seed in track(todo, **shown):
+        for name, seed in tracked(todo):
             run_arm(folder, settings, name, seed)
         return
     failures = []
     # One thread each: small models gain nothing from more.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
         jobs = {pool.submit(run_arm, folder, settings, name, seed): (name, seed) for name, seed in todo}
-        for job in track(as_completed(jobs), **shown):
+        for job in tracked(as_completed(jobs)):
             if error := job.exception():
                 name, seed = jobs[job]
                 failures.append(f"{name} with seed {seed}: {type(error).__name__}: {error}")

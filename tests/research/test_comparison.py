@@ -162,6 +162,12 @@ def test_arms_start_from_the_same_weights_and_the_dense_twin_has_as_many_active_
     assert dense == TINY.num_experts_per_tok * expert
 
 
+def test_build_config_of_wide_and_narrowing_arms_has_the_width_that_training_ends_with():
+    for name, (width, mask_from) in {"v2": (0.01, None), "v2-wide": (0.1, None), "v2-narrowing": (0.01, 0.1)}.items():
+        assert (build_config(TINY, ARMS[name]).router_jitter_noise, ARMS[name].mask_from) == (width, mask_from)
+    assert build_config(TINY, ARMS["topk-local"]).router_aux_loss_scope == "local"
+
+
 def test_explained_entropy():
     target = torch.tensor([0, 0, 1, 1])
     assert explained_entropy(target, torch.tensor([3, 3, 5, 5])) == pytest.approx(1)
