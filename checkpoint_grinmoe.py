@@ -733,7 +733,7 @@ class OfficialCheckpointMixin:
         a card that this call makes. `grinmoe push` publishes a whole folder, with tokenizer and card, and checks it before.
         """
         tags = [tags] if isinstance(tags, str) else tags or []
-        options = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        options: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
         options |= {"commit_message": commit_message, "commit_description": commit_description}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, token=token)

@@ -448,5 +448,3 @@ def _register_tokenizer_class() -> None:
 
 
 _register_tokenizer_class()
-
-__all__ = ["GrinMoeConfig", "GRINMoEConfig"]

@@ -593,18 +593,3 @@ def number_of_ranks() -> int:
 def this_rank() -> int:
     """Rank in the default group, 0 where there is none."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-__all__ = [
-    "ESTIMATORS",
-    "ROUTERS",
-    "EstimatorSpec",
-    "FusedRouter",
-    "NonFiniteRouterLogitsError",
-    "Routing",
-    "RoutingNoise",
-    "draw_routing_noise",
-    "masked_softmax",
-    "route",
-    "sparsemixer",
-]
