@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import (
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .configuration_grinmoe import AUTO_MAP, GrinMoeConfig
 from .quantization_grinmoe import experts_are_quantized, is_bitsandbytes, packed_layout
@@ -267,6 +267,14 @@ class CheckpointFileError(CheckpointError, OSError):
     """A file of the checkpoint is missing, truncated or of a refused kind. An OSError, as in Transformers."""
 
 
+def read_index(file: Path) -> dict[str, str]:
+    """Read which shard holds each key. Raises CheckpointFileError for what is not a safetensors index."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:  # invalid JSON and UTF-8 are ValueErrors
+        raise CheckpointFileError(f"{file} is not a safetensors index ({error!r}); download it again") from error
+
+
 def read_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
     """Shapes of all tensors of a local checkpoint, read from the shards' headers only.
 
@@ -285,17 +293,13 @@ def read_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
     if single_file.is_file():
         return _read_header(single_file)
     if not index_file.is_file():
-        pickles = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if (folder / name).is_file()]
-        if pickles:
+        if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin*")):
             raise CheckpointFileError(
                 f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are loaded and are "
                 "refused; convert them to safetensors first (safetensors.torch.save_file)"
             )
         return None
-    try:
-        weight_map = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
-        raise CheckpointFileError(f"{index_file} is not a safetensors index ({error!r}); download it again") from error
+    weight_map = read_index(index_file)
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in sorted(set(weight_map.values())):
         promised = {key for key, file in weight_map.items() if file == shard}
@@ -446,7 +450,7 @@ def refuse_checkout(folder: str | os.PathLike) -> None:
 
 # Without one of these a folder does not load. So they leave first and come last, and a process that is killed in between
 # leaves no mixture of two checkpoints that would load.
-_KEYSTONES = (CONFIG_NAME, "adapter_config.json")
+_KEYSTONES = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
 WORKSPACE = ".saving-"
 
 
@@ -537,34 +541,6 @@ def safetensors_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "use_safetensors": True}
 
 
-class _Source(NamedTuple):
-    """What `from_pretrained` was given, and which of our checks apply to it.
-
-    Attributes:
-        needs_safetensors: weights come from a checkpoint of Transformers' (not a GGUF, and not no checkpoint at all).
-        is_local: `folder` is to be checked before loading.
-        folder: of the weights, if `is_local`.
-        repo_id: of a Hub repository whose files are to be checked when they have been downloaded, or None.
-        subfolder: of the weights in the repository.
-    """
-
-    needs_safetensors: bool
-    is_local: bool
-    folder: Path
-    repo_id: str | None
-    subfolder: str
-
-    @classmethod
-    def of(cls, name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]) -> _Source:
-        subfolder = kwargs.get("subfolder") or ""
-        folder = Path(name_or_path or "", subfolder)
-        needs_safetensors = name_or_path is not None and kwargs.get("gguf_file") is None
-        checked = needs_safetensors and not kwargs.get("variant")  # files of a variant have names that are not checked
-        is_local = checked and folder.is_dir()
-        repo_id = str(name_or_path) if checked and not is_local else None
-        return cls(needs_safetensors, is_local, folder, repo_id, subfolder)
-
-
 class OfficialCheckpointMixin:
     """`from_pretrained` and `save_pretrained` of the GRIN-MoE models; goes before `PreTrainedModel`."""
 
@@ -599,12 +575,18 @@ class OfficialCheckpointMixin:
                 that does not fit the config.
             ValueError: config of another model_type.
         """
-        source = _Source.of(pretrained_model_name_or_path, kwargs)
-        if source.needs_safetensors:
+        # A folder is checked before it is read, a repository once the library has downloaded it. The checks do not know GGUF
+        # files, nor those of a variant.
+        has_weights = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
+        if has_weights:
             kwargs = safetensors_only(kwargs)
         check_tensors = not (output_loading_info or ignore_mismatched_sizes)
-        if source.is_local:
-            cls._check_files(source.folder, kwargs, check_tensors)
+        folder, repo_id = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or ""), None
+        if has_weights and not kwargs.get("variant"):
+            if folder.is_dir():
+                cls._check_files(folder, kwargs, check_tensors)
+            else:
+                repo_id = str(pretrained_model_name_or_path)
         try:
             with experts_are_quantized():
                 model, loading_info = super().from_pretrained(
@@ -616,11 +598,11 @@ class OfficialCheckpointMixin:
                 )
         except (SafetensorError, RuntimeError):
             # What the library says names neither file nor remedy; if the checkpoint is at fault, this does.
-            cls._check_download(source, kwargs, check_tensors)
+            cls._check_download(repo_id, kwargs, check_tensors)
             raise
         if output_loading_info:
             return model, loading_info
-        cls._check_download(source, kwargs, check_tensors)
+        cls._check_download(repo_id, kwargs, check_tensors)
         if message := describe_missing(loading_info["missing_keys"], cls._head_prefixes):
             raise CheckpointError(f"{pretrained_model_name_or_path}: {message}")
         return model
@@ -642,13 +624,13 @@ class OfficialCheckpointMixin:
         check_weights(shapes, config, folder, head_keys=("score.",))
 
     @classmethod
-    def _check_download(cls, source: _Source, kwargs: dict[str, Any], check_tensors: bool) -> None:
-        """`_check_files` for what the library has downloaded of a Hub repository; nothing to do for a folder."""
-        if source.repo_id is None:
+    def _check_download(cls, repo_id: str | None, kwargs: dict[str, Any], check_tensors: bool) -> None:
+        """`_check_files` for what the library has downloaded of a Hub repository; nothing to do for None."""
+        if repo_id is None:
             return
         where = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
         for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
-            file = try_to_load_from_cache(source.repo_id, os.path.join(source.subfolder, name), **where)
+            file = try_to_load_from_cache(repo_id, os.path.join(kwargs.get("subfolder") or "", name), **where)
             if isinstance(file, str):
                 cls._check_files(Path(file).parent, kwargs, check_tensors)
                 return

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..checkpoint_grinmoe import CheckpointFileError, read_shapes
+from ..checkpoint_grinmoe import CheckpointFileError, read_index, read_shapes
 from ..files import default_mode
 
 _NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8".split()
@@ -73,8 +73,8 @@ class WeightSource:
         single = self.folder / SAFE_WEIGHTS_NAME
         if single.is_file():
             return dict.fromkeys(self.shapes, single)
-        index = json.loads((self.folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-        files = {name: self.folder / file for name, file in index["weight_map"].items()}
+        weight_map = read_index(self.folder / SAFE_WEIGHTS_INDEX_NAME)
+        files = {name: self.folder / file for name, file in weight_map.items()}
         if absent := self.shapes.keys() - files.keys():
             # Which of two shards has the right one would be a guess.
             raise CheckpointFileError(

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..files import read_json_object
 from ..provenance import markdown_table
@@ -213,7 +214,7 @@ def _facts_of(
     )
     if not is_adapter:
         return replace(facts, pipeline_tag=pipeline_of(config))
-    adapter = read_json_object(folder / "adapter_config.json", remedy="write it anew")
+    adapter = read_json_object(folder / ADAPTER_CONFIG_NAME, remedy="write it anew")
     told = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")
     return replace(
         facts,

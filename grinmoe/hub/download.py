@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -18,15 +17,20 @@ from huggingface_hub.utils.sha import git_hash
 from rich.console import Console
 from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
-from ..checkpoint_grinmoe import CheckpointError, check_weights, read_shapes
+from ..checkpoint_grinmoe import CheckpointError, CheckpointFileError, check_weights, read_index, read_shapes
 from ..configuration_grinmoe import GrinMoeConfig
 from ..tokenization import TokenizerError, load_tokenizer
 from .checks import PICKLE_SUFFIXES, sha256_of
 from .errors import WAIT_S, HubError, check_repo, said_clearly
 from .options import PullOptions
-from .release import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _CLIENT_STATE = ".cache"  # what the client keeps in a folder that it downloads to
 
@@ -115,11 +119,11 @@ def _what_to_fetch(repo: str, info: ModelInfo, revision: str | None) -> _Remote:
     pickles = sorted(name for name in files if name.lower().endswith(PICKLE_SUFFIXES))
     files = {name: file for name, file in files.items() if name not in pickles}
     where = f"{repo} at {revision or 'main'}"
-    if not {CONFIG_NAME, ADAPTER_CONFIG} & files.keys():
-        raise ValueError(f"{where} holds neither {CONFIG_NAME} nor {ADAPTER_CONFIG}; give the id of a model")
+    if not {CONFIG_NAME, ADAPTER_CONFIG_NAME} & files.keys():
+        raise ValueError(f"{where} holds neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}; give the id of a model")
     if escaping := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise ValueError(f"{where} holds a file named {escaping[0]!r}, which leads out of its folder; do not use it")
-    if not {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_WEIGHTS} & files.keys():
+    if not {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME} & files.keys():
         remedy = (
             f"its weights are pickles ({pickles[0]}), which can run code when they are loaded and are refused; ask its "
             "owner for safetensors"
@@ -141,7 +145,7 @@ def _prepare(remote: _Remote, staging: Path) -> None:
     for part in (staging / _CLIENT_STATE).rglob("*.incomplete"):
         part.unlink()
     try:
-        _fetch(remote, staging, [CONFIG_NAME, ADAPTER_CONFIG, SAFE_WEIGHTS_INDEX_NAME])
+        _fetch(remote, staging, [CONFIG_NAME, ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME])
         _check_plan(remote, staging)
         _check_space(staging, remote)
     except (ValueError, OSError):
@@ -217,7 +221,7 @@ def _fetch(remote: _Remote, staging: Path, names: list[str]) -> None:
 
 def _check_plan(remote: _Remote, staging: Path) -> None:
     """The config and the list of shards, before what is large."""
-    if CONFIG_NAME in remote.files and ADAPTER_CONFIG not in remote.files:
+    if CONFIG_NAME in remote.files and ADAPTER_CONFIG_NAME not in remote.files:
         try:
             GrinMoeConfig.from_pretrained(staging)
         except (OSError, AttributeError, TypeError) as error:  # the last two: JSON that is no object
@@ -227,12 +231,11 @@ def _check_plan(remote: _Remote, staging: Path) -> None:
     if SAFE_WEIGHTS_INDEX_NAME not in remote.files or SAFE_WEIGHTS_NAME in remote.files:
         return
     try:
-        index = json.loads((staging / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-        shards = set(index["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        shards = set(read_index(staging / SAFE_WEIGHTS_INDEX_NAME).values())
+    except CheckpointFileError as error:
         raise CheckpointError(
-            f"{SAFE_WEIGHTS_INDEX_NAME} of {remote.repo} is no index of safetensors ({error!r}); tell its owner, or give "
-            "another --revision"
+            f"{SAFE_WEIGHTS_INDEX_NAME} of {remote.repo} is not a safetensors index ({error.__cause__!r}); tell its "
+            "owner, or give another --revision"
         ) from error
     if absent := sorted(shards - remote.files.keys()):
         raise CheckpointError(
@@ -243,8 +246,8 @@ def _check_plan(remote: _Remote, staging: Path) -> None:
 
 def _check_pulled(remote: _Remote, folder: Path, console: Console) -> None:
     try:
-        if ADAPTER_WEIGHTS in remote.files:
-            _check_opens(folder / ADAPTER_WEIGHTS)
+        if ADAPTER_SAFE_WEIGHTS_NAME in remote.files:
+            _check_opens(folder / ADAPTER_SAFE_WEIGHTS_NAME)
         if CONFIG_NAME in remote.files and (shapes := read_shapes(folder)) is not None:
             config = GrinMoeConfig.from_pretrained(folder)
             check_weights(shapes, config, remote.repo, head_keys=("score.",))

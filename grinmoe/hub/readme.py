@@ -11,6 +11,7 @@ from urllib.parse import quote
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..files import read_json_object
 from .card_metadata import BASE_MODEL_TAG, as_list, check_metadata, data_of, eval_results
@@ -156,7 +157,7 @@ def _fill_gaps(data: ModelCardData, folder: Path, config: dict[str, Any], tags: 
     data.tags = data.tags or tags
     if library_of(folder) == "peft":
         data.library_name = "peft"
-        adapter = folder / "adapter_config.json"
+        adapter = folder / ADAPTER_CONFIG_NAME
         if not data.base_model:
             data.base_model = read_json_object(adapter, remedy="write it anew").get("base_model_name_or_path")
     data.library_name = data.library_name or "transformers"
@@ -177,5 +178,5 @@ def pipeline_of(config: dict[str, Any]) -> str:
 
 def library_of(folder: Path) -> str:
     """The library that loads what is in a folder: "peft" for an adapter."""
-    adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    adapter = (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / "config.json").is_file()
     return "peft" if adapter else "transformers"

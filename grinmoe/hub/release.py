@@ -23,9 +23,16 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
-from ..checkpoint_grinmoe import CheckpointFileError, add_remote_code, check_weights, read_shapes
+from ..checkpoint_grinmoe import CheckpointFileError, add_remote_code, check_weights, read_index, read_shapes
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import copy_files, physical_memory_bytes, read_json_object
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
@@ -39,7 +46,6 @@ from .options import ReleaseOptions
 from .private_text import Private, secrets_of_environment
 from .readme import CARD_NAME
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TOKENIZER, _TOKENIZER_SOURCE = "tokenizer.json", "tokenizer.model"
 _LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt")
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
@@ -122,16 +128,16 @@ def _source_of(model: str | os.PathLike) -> tuple[Path, bool]:
     source = Path(model).expanduser()
     if not os.fspath(model) or not source.is_dir():
         raise ReleaseError(f"--model {model} is no folder; give that of a checkpoint or an adapter")
-    is_adapter = (source / ADAPTER_CONFIG).is_file()
+    is_adapter = (source / ADAPTER_CONFIG_NAME).is_file()
     weights = next((name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if (source / name).is_file()), None)
     if is_adapter and weights:
         raise ReleaseError(
-            f"{source} holds a model ({weights}) and an adapter ({ADAPTER_CONFIG}); put what you want to publish into a "
-            "folder of its own"
+            f"{source} holds a model ({weights}) and an adapter ({ADAPTER_CONFIG_NAME}); put what you want to publish into "
+            "a folder of its own"
         )
     if not is_adapter and not (source / CONFIG_NAME).is_file():
         raise ReleaseError(
-            f"{source} holds neither {CONFIG_NAME} nor {ADAPTER_CONFIG}; give a checkpoint or an adapter"
+            f"{source} holds neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}; give a checkpoint or an adapter"
         )
     return source, is_adapter
 
@@ -189,8 +195,7 @@ def _link_weights(source: Path, folder: Path) -> None:
     """Put the shards into the release without a copy: they may be as large as the disk."""
     names = [SAFE_WEIGHTS_NAME]
     if not (source / SAFE_WEIGHTS_NAME).is_file():
-        index = json.loads((source / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
+        names = sorted(set(read_index(source / SAFE_WEIGHTS_INDEX_NAME).values()))
         shutil.copyfile(source / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_INDEX_NAME)
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -256,10 +261,10 @@ def _add_generation_config(source: Path, config: GrinMoeConfig, tokenizer: Any, 
 
 def _assemble_adapter(source: Path, release: Release, options: ReleaseOptions) -> None:
     """An adapter's weights and config, which names its base model by its id on the Hub."""
-    weights = source / ADAPTER_WEIGHTS
+    weights = source / ADAPTER_SAFE_WEIGHTS_NAME
     if not weights.is_file():
         raise CheckpointFileError(
-            f"{source} holds no {ADAPTER_WEIGHTS}; save the adapter with save_pretrained (pickled adapters are refused)"
+            f"{source} holds no {ADAPTER_SAFE_WEIGHTS_NAME}; save the adapter with save_pretrained (no pickles)"
         )
     try:
         with safe_open(weights, framework="pt") as tensors:
@@ -277,14 +282,16 @@ def _assemble_adapter(source: Path, release: Release, options: ReleaseOptions) -
             "on with --base-model"
         )
     content["base_model_name_or_path"] = base
-    (release.folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (release.folder / ADAPTER_WEIGHTS).symlink_to(weights.resolve())
+    (release.folder / ADAPTER_CONFIG_NAME).write_text(
+        json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    (release.folder / ADAPTER_SAFE_WEIGHTS_NAME).symlink_to(weights.resolve())
     if folder := _tokenizer_folder(source, options):
         _add_tokenizer(folder, None, release, options)
 
 
 def _adapter_config(source: Path) -> dict[str, Any]:
-    return read_json_object(source / ADAPTER_CONFIG, ReleaseError, "save the adapter again")
+    return read_json_object(source / ADAPTER_CONFIG_NAME, ReleaseError, "save the adapter again")
 
 
 def _write_card(source: Path, release: Release, repo_id: str, options: ReleaseOptions) -> None:

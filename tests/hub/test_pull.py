@@ -251,8 +251,8 @@ def test_a_download_that_was_damaged_is_not_blamed_on_the_repository(pushed, ref
     "added, deleted, message",
     [
         ({}, SHARDS[:1], f"lacks 1 shards that its index names ({SHARDS[0]}); tell its owner"),
-        ({INDEX: b"{"}, (), f"{INDEX} of {REPO} is no index of safetensors"),
-        ({INDEX: b"[]"}, (), f"{INDEX} of {REPO} is no index of safetensors"),
+        ({INDEX: b"{"}, (), f"{INDEX} of {REPO} is not a safetensors index"),
+        ({INDEX: b"[]"}, (), f"{INDEX} of {REPO} is not a safetensors index"),
         (
             {"pytorch_model.bin": b"\x80\x04"},
             [*SHARDS, INDEX],
