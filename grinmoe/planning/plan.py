@@ -318,7 +318,10 @@ def print_plan(plan: Plan, console: Any = None) -> None:
 
 def run_plan(options: PlanOptions) -> None:
     """Plan and print, as tables or as one JSON object."""
-    plan = make_plan(options)
+    from rich.console import Console
+
+    with Console(stderr=True).status("Running the step on tensors without data"):
+        plan = make_plan(options)
     if options.json:
         print(plan.to_json())
     else:
