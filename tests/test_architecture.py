@@ -6,13 +6,16 @@ Every import counts, also one inside a function.
 from __future__ import annotations
 
 import ast
+import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from transformers.dynamic_module_utils import get_imports
 
+import grinmoe
 from grinmoe.checkpoint_grinmoe import CODE_FILES
 from tests import ROOT
 
@@ -186,3 +189,17 @@ def test_tests_have_the_rooms_of_the_package():
     elsewhere = {"cli", "fake_hub", "goldens", "model", "remote_code", "tokenization"}
     assert set(ROOMS) | elsewhere >= TEST_FOLDERS
     assert set(ROOMS) <= TEST_FOLDERS
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "model_card.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@named(DOCUMENTS)
+def test_documented_names_of_the_package_exist(path):
+    """`grinmoe.room.name` in a document is a room or a module, and what it exports."""
+    for name in set(re.findall(r"\bgrinmoe((?:\.[A-Za-z_]+)+)\b(?!\.py\b)", path.read_text(encoding="utf-8"))):
+        module, rest = grinmoe, name.strip(".").split(".")
+        for part in rest:
+            if not hasattr(module, part):
+                importlib.import_module(f"{module.__name__}.{part}")
+            module = getattr(module, part)
