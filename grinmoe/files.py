@@ -31,11 +31,18 @@ Device = Annotated[
 ShardSize = Annotated[int | str, "such as 500MB", "SIZE"]
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that an interruption leaves the old content or the new one, never a part of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; at the end it is renamed, so that `path` never holds a part of a file."""
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    yield partial
     partial.replace(path)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file by `atomic_file`."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

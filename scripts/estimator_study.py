@@ -145,14 +145,13 @@ def summary(columns: dict[str, list[float]]) -> dict[str, Any]:
 
 def write(folder: Path, cells: list[dict[str, Any]], stamp: dict[str, Any]) -> Path:
     """Write the three files, each beside its place and then renamed. Returns the path of the Markdown one."""
-    from grinmoe.files import atomic_write_text
+    from grinmoe.files import atomic_file, atomic_write_text
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stamp['date'][:10]}-estimator-study.md"
     figure = path.with_suffix(".png")
-    partial = figure.with_suffix(".partial.png")
-    draw(cells, partial, stamp)
-    partial.replace(figure)
+    with atomic_file(figure) as partial:
+        draw(cells, partial, stamp)
     atomic_write_text(path.with_suffix(".json"), json.dumps({"environment": stamp, "cells": cells}, indent=1) + "\n")
     atomic_write_text(path, report(cells, stamp, figure.name))
     return path

@@ -3,7 +3,7 @@
     plan = make_plan(PlanOptions(model="microsoft/GRIN-MoE", method="qlora", gpus=1, gpu_memory_gib=80))
     plan.fits, plan.per_gpu_gib["total"], plan.recommended_recipe
 
-Arithmetic on config.json alone: no weight is read, no GPU is needed. docs/planning.md has the terms and assumptions.
+From config.json alone: no weight is read and no GPU is needed. docs/planning.md has the terms and assumptions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import folder_or_repository
@@ -276,11 +278,8 @@ def _notes(options: PlanOptions) -> list[str]:
     return notes
 
 
-def print_plan(plan: Plan, console: Any = None) -> None:
+def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print the plan as tables."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = console or Console(highlight=False, soft_wrap=True)
     options = plan.options
     table = Table(
@@ -318,8 +317,6 @@ def print_plan(plan: Plan, console: Any = None) -> None:
 
 def run_plan(options: PlanOptions) -> None:
     """Plan and print, as tables or as one JSON object."""
-    from rich.console import Console
-
     with Console(stderr=True).status("Running the step on tensors without data"):
         plan = make_plan(options)
     if options.json:

@@ -9,7 +9,7 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write_text
+from ..files import atomic_file, atomic_write_text
 from ..provenance import markdown_table
 
 Runs = list[dict[str, Any]]
@@ -132,10 +132,9 @@ def _plot(path: Path, arms: dict[str, Runs], labels: dict[str, str], summary: di
     for axes in (curves, final, load):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    partial = path.with_name(path.stem + ".partial.png")
-    figure.savefig(partial, dpi=130)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=130)
     plt.close(figure)
-    partial.replace(path)
 
 
 def _plot_curves(axes, arms: dict[str, Runs], labels: dict[str, str], colours: dict[str, Any]) -> None:
