@@ -205,13 +205,14 @@ class GrinMoeConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> GrinMoeConfig:
         """
-        This config as library code must read it to size masks and caches.
+        This config itself; with `decoder=True`, the view of it that sizes masks and caches.
 
         Transformers takes `sliding_window = W` to mean W visible keys, the released checkpoint means W + 1. Library
-        code that sizes caches, generation masks and paged caches asks for the text config, so it gets a view of this
-        config (same `__dict__`, so that writes go through) whose `sliding_window` is the number of visible keys.
+        code that sizes caches and generation masks asks for the decoder's config, so it gets a view of this config
+        (same `__dict__`, so that writes go through) whose `sliding_window` is the number of visible keys. Without an
+        argument the answer is the config itself, as for every text model: engines take any other for a multimodal one.
         """
-        if self.sliding_window is None:
+        if self.sliding_window is None or not decoder:
             return self
         view = object.__new__(_VisibleKeysConfig)
         view.__dict__ = self.__dict__
@@ -332,7 +333,7 @@ class _VisibleKeysConfig(GrinMoeConfig):
 
     def __reduce__(self):
         # A copy must view the copied config, not own a stale copy of its fields.
-        return operator.methodcaller("get_text_config"), (self._source,)
+        return operator.methodcaller("get_text_config", decoder=True), (self._source,)
 
 
 def _of_this_model(config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -27,11 +27,21 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 
 def take_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
-    """The cache of a call that may have it by either name; takes the newer one out of `kwargs`."""
+    """The cache of a call that may have it by either name, or by both; takes the newer one out of `kwargs`.
+
+    Of two caches one must be empty: it then starts with what the other holds. (PEFT's prefix methods exchange the cache of
+    `generate` under one of its two names.)
+    """
     cache = kwargs.pop(CACHE, None)
-    if cache is not None and past_key_values is not None:
+    if cache is None or past_key_values is None or cache is past_key_values:
+        return past_key_values if cache is None else cache
+    empty, filled = sorted((cache, past_key_values), key=lambda one: one.get_seq_length() > 0)
+    length = filled.get_seq_length()
+    if empty.get_seq_length() > 0 or length == 0 or any(layer.keys.shape[2] != length for layer in filled.layers):
         raise ValueError("cache and past_key_values are two names of one argument; give one of them")
-    return past_key_values if cache is None else cache
+    for layer_idx, layer in enumerate(filled.layers):
+        empty.update(layer.keys, layer.values, layer_idx)
+    return empty
 
 
 class GrinMoeGenerationMixin(GenerationMixin):
@@ -68,7 +78,7 @@ class GrinMoeGenerationMixin(GenerationMixin):
             else:
                 cache.reset()
             kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -77,6 +87,8 @@ class GrinMoeGenerationMixin(GenerationMixin):
             **{CACHE: cache},
             **kwargs,
         )
+        # By both names: PEFT's prompt methods wrap this function and read, or exchange, `past_key_values`.
+        return inputs if cache is None else {**inputs, "past_key_values": cache}
 
     def _changes_longrope_regime(
         self,
@@ -120,6 +132,12 @@ class GrinMoeGenerationMixin(GenerationMixin):
                 prompt_length = max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1)
                 self._refuse_to_reach_long_factors("speculative decoding", prompt_length, options)
         return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in Transformers; the paged cache keeps `visible_keys` keys of each request."""
+        manager = super().init_continuous_batching(*args, **kwargs)
+        manager.model = _WithVisibleKeys(self)
+        return manager
 
     def generate_batch(self, inputs, generation_config=None, **kwargs):
         """As in Transformers (continuous batching), for texts within LongRoPE's short range.

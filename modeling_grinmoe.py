@@ -717,7 +717,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         self.norm = norm_of(config)
         self.rotary_emb = GrinMoeRotaryEmbedding(config)
         # The config as the library's mask and cache code must read it: sliding_window counts visible keys.
-        self.window_config = config.get_text_config()
+        self.window_config = config.get_text_config(decoder=True)
         self.gradient_checkpointing = False
         self.post_init()
         # The library installs these on first use, under a lock that torch.compile(fullgraph=True) cannot trace.

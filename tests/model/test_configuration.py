@@ -256,6 +256,13 @@ def test_the_released_auto_map_is_completed(prefix):
 class TestWindow:
     """`sliding_window` is W everywhere that a person reads it, W + 1 where the library sizes masks and caches."""
 
+    @pytest.mark.parametrize("window", [None, 1, 7, 2047])
+    def test_text_config_of_a_text_model_is_the_config(self, window):
+        """Engines take a model for a multimodal one where it is another object (vLLM asks with `is` and `!=`)."""
+        config = GrinMoeConfig(sliding_window=window)
+        assert config.get_text_config() is config
+        assert config.get_text_config(decoder=False) is config and config.get_text_config(encoder=True) is config
+
     def test_library_view_counts_visible_keys(self):
         config = GrinMoeConfig(sliding_window=7)
         view = config.get_text_config(decoder=True)
@@ -265,7 +272,7 @@ class TestWindow:
 
     def test_view_writes_through(self):
         config = GrinMoeConfig()
-        view = config.get_text_config()
+        view = config.get_text_config(decoder=True)
         view.vocab_size, view.sliding_window = 100, 12
         assert (config.vocab_size, config.sliding_window) == (100, 11)
         config.sliding_window = None
@@ -274,7 +281,7 @@ class TestWindow:
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
     def test_copies_stay_connected(self, duplicate):
         config = GrinMoeConfig()
-        config, view = duplicate((config, config.get_text_config()))
+        config, view = duplicate((config, config.get_text_config(decoder=True)))
         config.sliding_window = 99
         assert view.sliding_window == 100
 
@@ -285,7 +292,7 @@ class TestWindow:
 
     def test_full_attention_has_no_view(self):
         config = GrinMoeConfig(sliding_window=None)
-        assert config.get_text_config() is config and config.visible_keys is None
+        assert config.get_text_config(decoder=True) is config and config.visible_keys is None
 
 
 def test_sharding_plans_name_modules_that_exist(tiny_model):
