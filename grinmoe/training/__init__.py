@@ -5,7 +5,7 @@ from typing import Any
 
 # Each name is imported when it is first asked for: these modules need different optional packages.
 _MODULES = {
-    "SameDrawsForReference": "dpo",
+    "SameDrawsForReference": "paired_forwards",
     "CodeWithEveryPush": "hub_callback",
     "NarrowingMask": "jitter_schedule",
     "TrainingProgress": "progress",

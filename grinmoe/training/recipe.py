@@ -261,6 +261,8 @@ def _check_values(task: str, values: dict[str, Any]) -> None:
         raise ValueError(
             "train_sampling_strategy='group_by_length' is for rows of tokens, and pairs are text; leave it out"
         )
+    if task == "dpo":
+        _check_dpo(values)
     if task != "dpo" and values.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
         raise ValueError(f"metric_for_best_model={values['metric_for_best_model']!r}; only the loss is measured here")
     if values.get("save_strategy") == "best" and values.get("metric_for_best_model") is None:
@@ -268,6 +270,38 @@ def _check_values(task: str, values: dict[str, Any]) -> None:
     for name, value in _DECIDED.items():
         if values.get(name) not in (None, value, _LIBRARY_DEFAULTS[name]):
             raise ValueError(f"{name}={values[name]!r} is decided by this command; leave it out")
+
+
+_READ_LABEL_SMOOTHING = frozenset(("robust", "exo_pair", "aot", "aot_unpaired"))
+
+
+def _check_dpo(values: dict[str, Any]) -> None:
+    """What TRL's DPOTrainer would ignore, or turn into an infinite loss."""
+    if values.get("label_smoothing_factor"):
+        raise ValueError(
+            f"label_smoothing_factor={values['label_smoothing_factor']} smooths a loss of tokens, and dpo has none; give "
+            "label_smoothing with loss_type robust"
+        )
+    kinds, smoothing = values["loss_type"], values["label_smoothing"]
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if smoothing and not _READ_LABEL_SMOOTHING & set(kinds):
+        raise ValueError(
+            f"label_smoothing={smoothing} is not read by loss_type {', '.join(kinds)}; choose one of "
+            f"{', '.join(sorted(_READ_LABEL_SMOOTHING))}, or leave it out"
+        )
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing={smoothing} is the share of wrong labels; give a number from 0 up, below 0.5"
+        )
+    if values["truncation_mode"] != "keep_start":
+        raise ValueError(
+            f"truncation_mode={values['truncation_mode']!r}: this command cuts the end of what is too long; leave it out"
+        )
+    if values["sync_ref_model"] and values["method"] in ("lora", "qlora"):
+        raise ValueError(
+            f"sync_ref_model=True with method={values['method']!r}, whose reference is the base; leave it out, or train "
+            "with method full"
+        )
 
 
 def _build(task: str, values: dict[str, Any]) -> Recipe:

@@ -25,7 +25,7 @@ from ..distributed import load_for_sharding, shard_for
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..monitoring import RoutingMonitor, plot_training
 from ..tokenization import answer_ends, load_tokenizer
-from .dpo import SameDrawsForReference
+from .paired_forwards import SameDrawsForReference, check_paired_forwards
 from .progress import TrainingProgress, peak_gib
 from .recipe import Recipe, launched_for_fsdp
 from .result import save_trained
@@ -223,6 +223,8 @@ def _check_model(recipe: Recipe, config: GrinMoeConfig, tokenizer: Any) -> None:
             "label_smoothing_factor replaces the model's loss, and with it the balance loss; set it or "
             "config_overrides.router_aux_loss_coef to 0"
         )
+    if recipe.task == "dpo":
+        check_paired_forwards(config, arguments)
     if recipe.run.uses_adapter:
         if recipe.run.adapter is not None:
             check_adapter(recipe.run.adapter, GrinMoeForCausalLM, config)

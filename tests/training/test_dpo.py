@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from grinmoe.training import run as training
-from grinmoe.training.dpo import SameDrawsForReference
+from grinmoe.training.paired_forwards import SameDrawsForReference
 from grinmoe.training.recipe import read_recipe
 from grinmoe.training.run_directory import COMPLETE
 from tests.small_chat import small_run
@@ -61,11 +62,54 @@ def test_on_an_adapter_the_reference_is_that_adapter(flags):
 
 @pytest.mark.integration
 def test_without_the_same_draws_rewards_do_not_start_at_zero(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(SameDrawsForReference, "on_train_begin", lambda *args, **kwargs: None)
+    monkeypatch.setattr(SameDrawsForReference, "attach", lambda self, trainer: self)
     for method in ("full", "lora"):
         settings = {"max_steps": 1, "eval_strategy": "no", "eval_share": 0, "output_dir": tmp_path / method}
         _, history = run("dpo", flags(method=method, **settings))
         assert rewards(history)[0] != 0.0
+
+
+WITHOUT_DRAWS = '{"router_estimator": "topk", "input_jitter_noise": 0}'
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+        pytest.param({"ld_alpha": 0.5}, marks=pytest.mark.integration),
+        pytest.param({"f_divergence_type": "js_divergence"}, marks=pytest.mark.integration),
+        pytest.param({"loss_type": "robust", "label_smoothing": 0.1}, marks=pytest.mark.integration),
+        {"precompute_ref_log_probs": True, "config_overrides": WITHOUT_DRAWS},
+    ],
+    ids=str,
+)
+def test_loss_at_learning_rate_zero_is_ln2(flags, method, settings):
+    _, history = run("dpo", flags(method=method, learning_rate=0, max_steps=2, watch_routers=False, **settings))
+    steps = [entry for entry in history if "loss" in entry]
+    assert len(steps) == 2
+    assert [entry["loss"] for entry in steps] == [pytest.approx(math.log(2), abs=1e-6)] * 2
+    assert [entry["eval_loss"] for entry in history if "eval_loss" in entry] == [pytest.approx(math.log(2), abs=1e-6)]
+    assert {entry[name] for entry in history for name in entry if name.endswith("rewards/margins")} == {0.0}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True with router_estimator='sparsemixer_v2'"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha=5.0"),
+        (
+            {"disable_dropout": False, "config_overrides": '{"hidden_dropout": 0.1}'},
+            "disable_dropout=False with hidden",
+        ),
+    ],
+    ids=["precompute", "neftune", "dropout"],
+)
+def test_what_cannot_be_paired_is_refused_before_the_data_are_read(flags, method, settings, message, monkeypatch):
+    monkeypatch.setattr(training, "load_data", None)
+    with pytest.raises(ValueError, match=message):
+        run("dpo", flags(method=method, **settings))
 
 
 def test_dropout_of_the_config_is_off_unless_it_is_asked_for(flags):

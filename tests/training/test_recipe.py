@@ -107,6 +107,26 @@ def test_a_wrong_setting_is_named(flags, settings, message):
         read_recipe("sft", flags(**settings))
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 .* give label_smoothing"),
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1 is not read by loss_type sigmoid; choose one of .*robust"),
+        ({"label_smoothing": 0.5, "loss_type": "robust"}, "label_smoothing=0.5 .* below 0.5"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end'"),
+        ({"sync_ref_model": "true", "method": "lora"}, "sync_ref_model=True with method='lora'"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_dpo_setting_without_effect_is_refused(flags, settings, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe("dpo", flags("dpo", **settings))
+
+
+def test_dpo_label_smoothing_is_read_by_robust(flags):
+    assert read_recipe("dpo", flags("dpo", label_smoothing=0.1, loss_type="robust")).training.label_smoothing == 0.1
+
+
 def test_an_adapter_needs_a_method_that_has_one(flags, tmp_path):
     with pytest.raises(ValueError, match="adapter=.* with method='full'; choose method lora or qlora"):
         read_recipe("sft", flags(adapter=tmp_path))
