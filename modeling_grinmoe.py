@@ -26,7 +26,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
@@ -49,6 +49,8 @@ from .routing_grinmoe import (
     this_rank,
     within_capacity,
 )
+
+logger = logging.get_logger(__name__)
 
 register_weight_conversion()
 
@@ -772,6 +774,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             kwargs.update(flash_arguments)
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, mask_positions, cache)
         if self.training and kwargs.get("routing_seed") is None:
+            if not torch.is_grad_enabled() and kwargs.get("routing_noise") is None:
+                self._warn_of_draws()
             kwargs["routing_seed"] = routing_seed(inputs_embeds.device, self._ranks_per_batch())
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -786,6 +790,16 @@ class GrinMoeModel(GrinMoePreTrainedModel):
                 **kwargs,
             )
         return GrinMoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+
+    def _warn_of_draws(self) -> None:
+        """Without gradients a forward generates, evaluates or is compared with another, and draws are rarely wanted."""
+        draws = ESTIMATORS[self.config.router_estimator].draws or self.config.input_jitter_noise > 0
+        if draws and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "A GRIN-MoE in training mode samples its experts without gradients too, so this forward differs from every "
+                "other. To generate or evaluate, call model.eval(). A trainer that compares forwards compares two routings: "
+                "grinmoe.training.SameDrawsForReference pairs them for TRL's DPO and KTO, docs/training.md names the others."
+            )
 
     def _embedded(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, cache: Cache | None

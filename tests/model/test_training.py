@@ -439,3 +439,47 @@ class TestBalanceLoss:
     def test_an_unknown_scope_is_refused(self):
         with pytest.raises(ValueError, match="scope='globl' is unknown"):
             load_balancing_loss((torch.randn(4, 4),), None, 2, "globl")
+
+
+class TestWarningOfDraws:
+    """Two forwards in training mode differ. Without gradients that is rarely meant: generation, a reference's forward."""
+
+    TEXT = "training mode samples its experts without gradients"
+
+    @pytest.fixture
+    def warnings(self, caplog):
+        modeling_grinmoe.logger.warning_once.__func__.cache_clear()
+        return lambda: [message for message in caplog.messages if self.TEXT in message]
+
+    @pytest.mark.parametrize(
+        "overrides", [{}, {"router_estimator": "topk", "input_jitter_noise": 0.1}], ids=["samples", "jitters"]
+    )
+    def test_forward_without_gradients_in_training_mode_warns_once(self, tiny_model, warnings, overrides):
+        model, ids = tiny_model(**overrides).train(), torch.arange(8)[None]
+        with torch.no_grad():
+            first, second = model(ids).logits, model(ids).logits
+        assert not torch.equal(first, second) and len(warnings()) == 1
+
+    def test_generation_in_training_mode_warns(self, tiny_model, warnings):
+        tiny_model().train().generate(torch.arange(8)[None], max_new_tokens=1, do_sample=False)
+        assert len(warnings()) == 1
+
+    def test_forward_whose_draws_do_not_matter_or_are_given_does_not_warn(
+        self, tiny_model, warnings, dataset, tmp_path
+    ):
+        model, ids = tiny_model().train(), torch.arange(8)[None]
+        noise = [draw_routing_noise(torch.zeros(8, 4), 2) for _ in model.model.layers]
+        with torch.no_grad():
+            model(ids, routing_seed=1)
+            model(ids, routing_noise=noise)
+            tiny_model(router_estimator="topk", input_jitter_noise=0.0).train()(ids)
+            model.eval()(ids)
+        checkpointing = {"gradient_checkpointing": True, "eval_strategy": "steps", "eval_steps": 1}
+        train(model, dataset, tmp_path, max_steps=2, **checkpointing)
+        reentrant = GrinMoeForSequenceClassification(model.config)
+        reentrant.config.pad_token_id = 0
+        reentrant.gradient_checkpointing_enable({"use_reentrant": True})
+        reentrant.train()
+        reentrant.enable_input_require_grads()
+        reentrant(ids).logits.sum().backward()
+        assert warnings() == []
