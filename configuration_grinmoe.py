@@ -6,6 +6,7 @@ The defaults are those of the released model (16 x 3.8B experts, top-2, 42B para
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 from typing import Any
@@ -21,26 +22,56 @@ logger = logging.get_logger(__name__)
 NORM_TYPES = ("layer_norm", "rms_norm")
 ROUTER_AUX_LOSS_SCOPES = ("released", "local", "global")
 
-# What each type of RoPE cannot do without, by the names that Transformers reads.
-_ROPE_REQUIRES: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "longrope": ("short_factor", "long_factor"),
+# What each type of RoPE needs, and what it may have, besides rope_theta: by the names that Transformers reads.
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (
+        ("factor", _ORIGINAL),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL), ()),
+    "longrope": (
+        ("short_factor", "long_factor", _ORIGINAL, "longrope_switch"),
+        ("factor", "attention_factor", "short_mscale", "long_mscale"),
+    ),
 }
-_ROPE_NUMBERS = {
-    "rope_theta",
-    "factor",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-    "short_mscale",
-    "long_mscale",
+# The longest row of a batch has the long factors from L = original_max_position_embeddings tokens on (GRIN-MoE, phimoe),
+# or from L + 1 on (Phi-3, and every other model of Transformers).
+LONGROPE_SWITCHES = ("at_original", "above_original")
+# Fields of RoPE that a config may have beside rope_parameters (or rope_scaling, its older name).
+_FLAT_ROPE = ("rope_theta", _ORIGINAL, "partial_rotary_factor")
+_NOT_POSITIVE_NUMBERS = {"rope_type", "truncate", "short_factor", "long_factor", "longrope_switch"}
+
+# Fields of related models that this one does not have, each with the value that asks for nothing. null asks for nothing too.
+_FOREIGN_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size"), 0),
+    **dict.fromkeys(("first_k_dense_replace", "resid_pdrop", "embd_pdrop", "resid_dropout", "embd_dropout"), 0),
+    **dict.fromkeys(("mlp_bias", "moe_bias", "qk_norm", "use_qk_norm", "qk_layernorm", "parallel_attn"), False),
+    **dict.fromkeys(("n_group", "topk_group", "routed_scaling_factor", "moe_layer_freq", "decoder_sparse_step"), 1),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), 1),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "router_logit_softcapping", "clip_qkv")),
+    **dict.fromkeys(("attention_chunk_size", "no_rope_layers", "no_rope_layer_interval", "sliding_window_pattern")),
+    **dict.fromkeys(("max_window_layers", "attention_multiplier", "query_pre_attn_scalar", "swiglu_limit")),
+    "mlp_only_layers": [],
+    "is_causal": True,
+    "scoring_func": "softmax",
+}
+# Other models' names of our fields that a search for similar names does not find.
+_OTHER_NAMES = {
+    **dict.fromkeys(("n_layer", "n_layers", "num_layers"), "num_hidden_layers"),
+    **dict.fromkeys(("n_head", "n_heads", "num_heads"), "num_attention_heads"),
+    **dict.fromkeys(("n_embd", "d_model"), "hidden_size"),
+    **dict.fromkeys(("d_ff", "ffn_dim", "n_inner"), "intermediate_size"),
+    **dict.fromkeys(("n_routed_experts", "num_moe_experts"), "num_local_experts"),
+    **dict.fromkeys(("moe_top_k", "moe_k", "num_selected_experts"), "num_experts_per_tok"),
+    **dict.fromkeys(("n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), "max_position_embeddings"),
+    **dict.fromkeys(("rope_base", "rotary_emb_base"), "rope_theta"),
+    **dict.fromkeys(("qkv_bias", "use_bias"), "attention_bias"),
+    **dict.fromkeys(("window_size", "attention_window"), "sliding_window"),
+    **dict.fromkeys(("activation_function", "hidden_activation"), "hidden_act"),
 }
 
 # Values that a phimoe config.json may leave out mean phimoe's own defaults, which differ from ours.
@@ -112,7 +143,11 @@ class GrinMoeConfig(PreTrainedConfig):
         attention_dropout, hidden_dropout (`float`):
             Dropout of attention probabilities, and of both blocks' outputs before the residual sum.
         expert_dropout (`float`): dropout inside of the experts, of their activations before the down projection.
-        rope_parameters (`dict`): RoPE type and parameters. `longrope` takes `short_mscale` and `long_mscale` as well.
+        rope_parameters (`dict`):
+            RoPE type and parameters, in the one spelling that is kept. `rope_scaling`, `type` and values beside the dict
+            (`rope_theta`, `original_max_position_embeddings`) are taken too; two that contradict each other are an error.
+            `longrope` takes `short_mscale`, `long_mscale`, and `longrope_switch`: `"at_original"` (the long factors hold
+            from `original_max_position_embeddings` tokens on, as released) or `"above_original"` (as in Phi-3).
         initializer_range, use_cache, tie_word_embeddings, bos_token_id, eos_token_id, pad_token_id: as everywhere.
     """
 
@@ -127,8 +162,8 @@ class GrinMoeConfig(PreTrainedConfig):
     ]
     attribute_map = {"num_experts": "num_local_experts"}
     default_theta = 10000.0
-    # Not parameters of RoPE itself, so the library's own check has to be told about them.
-    ignore_keys_at_rope_validation = {"short_mscale", "long_mscale"}
+    # The library's own check does not know them.
+    ignore_keys_at_rope_validation = {"short_mscale", "long_mscale", "longrope_switch"}
 
     base_model_tp_plan = _plan_of_mixtral(MixtralConfig.base_model_tp_plan)
     base_model_ep_plan = _plan_of_mixtral(MixtralConfig.base_model_ep_plan)
@@ -174,14 +209,54 @@ class GrinMoeConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if (head_dim := kwargs.pop("head_dim", None)) is not None:
             self.head_dim = head_dim
-        # Checked first: the library's own RoPE standardisation assumes sane sizes.
-        self._check_fields()
-        rope = kwargs.get("rope_scaling") or self.rope_parameters or {}
-        _check_rope({"rope_theta": kwargs["rope_theta"], **rope} if "rope_theta" in kwargs else rope, self.head_size)
+        if (experts := kwargs.pop("num_experts", None)) is not None:
+            if self.num_local_experts not in (experts, type(self).num_local_experts):
+                raise ValueError(
+                    f"num_experts={experts!r} contradicts num_local_experts={self.num_local_experts!r}; give one"
+                )
+            self.num_local_experts = experts
+        self._check_fields()  # RoPE's fields below assume sane sizes
         super().__post_init__(**kwargs)
         self.check()
         if getattr(self, "auto_map", None):
             self.auto_map = _completed_auto_map(self.auto_map)
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """The library's hook: RoPE's fields leave `kwargs`, whatever their spelling, and become `rope_parameters`."""
+        spelled = _take_rope(kwargs := {"rope_parameters": self.rope_parameters, **kwargs})
+        self.__dict__["rope_parameters"] = self._one_spelling({"rope_theta": self.default_theta, **spelled})
+        return kwargs
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # One spelling is kept, also of what is assigned. The first assignment, of the constructor, is converted above.
+        if "rope_parameters" in self.__dict__:
+            own = self.__dict__["rope_parameters"] or {}
+            if name == _ORIGINAL and _ORIGINAL not in own:
+                raise ValueError(
+                    f"{name}={value!r}: rope_type={own.get('rope_type')!r} has none; assign rope_parameters"
+                )
+            if name in _FLAT_ROPE:
+                name, value = "rope_parameters", {**own, name: value}
+            if name == "rope_parameters":
+                theta = own.get("rope_theta", self.default_theta)
+                value = self._one_spelling({"rope_theta": theta, **_take_rope({name: value})})
+        super().__setattr__(name, value)
+
+    def _one_spelling(self, rope: dict[str, Any]) -> dict[str, Any]:
+        """RoPE's fields with what the type implies, and without what says nothing. Wrong values stay, for `check`."""
+        rope = {"rope_type": "default", **rope}
+        if rope["rope_type"] == "su":  # its name in the first files of Phi-3
+            rope["rope_type"] = "longrope"
+        required, _ = _ROPE_FIELDS.get(rope["rope_type"], ((), ()))
+        if _ORIGINAL in required:
+            rope.setdefault(_ORIGINAL, self.max_position_embeddings)
+        elif rope["rope_type"] in ("default", "linear") or rope.get(_ORIGINAL) == self.max_position_embeddings:
+            rope.pop(_ORIGINAL, None)
+        if "longrope_switch" in required:
+            rope.setdefault("longrope_switch", LONGROPE_SWITCHES[0])
+        if rope.get("partial_rotary_factor") == 1:
+            del rope["partial_rotary_factor"]
+        return rope
 
     @property
     def head_size(self) -> int:
@@ -191,12 +266,16 @@ class GrinMoeConfig(PreTrainedConfig):
 
     @property
     def rope_theta(self) -> float:
-        """Base of RoPE, under the released file's flat name."""
-        return (self.rope_parameters or {}).get("rope_theta", self.default_theta)
+        """Base of RoPE, under the released file's flat name. Assigning it changes `rope_parameters`."""
+        return self.__dict__["rope_parameters"]["rope_theta"]
 
-    @rope_theta.setter
-    def rope_theta(self, value: float) -> None:
-        self.rope_parameters = {**(self.rope_parameters or {}), "rope_theta": value}
+    @property
+    def original_max_position_embeddings(self) -> int:
+        """As in `rope_parameters`, for library code that looks for it here; no attribute where RoPE's type has none."""
+        rope = self.__dict__["rope_parameters"]
+        if _ORIGINAL not in rope:
+            raise AttributeError(f"rope_type={rope['rope_type']!r} has no {_ORIGINAL}")
+        return rope[_ORIGINAL]
 
     @property
     def visible_keys(self) -> int | None:
@@ -235,8 +314,16 @@ class GrinMoeConfig(PreTrainedConfig):
             ValueError: another `model_type`, or a wrong value.
         """
         # The library assigns overrides to the finished config. As part of the content they are checked and standardised.
-        overrides = {name: kwargs.pop(name) for name in GrinMoeConfig.__annotations__ if name in kwargs}
-        result = super().from_dict({**_of_this_model(config_dict), **overrides}, **kwargs)
+        overrides = {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
+        content = {**_of_this_model(config_dict)}
+        rope, replaces = _take_rope(content), overrides.keys() & {"rope_parameters", "rope_scaling"}
+        if replaces:
+            rope = {name: rope[name] for name in ("rope_theta",) if name in rope}
+        rope |= _take_rope(overrides)
+        if "num_experts" in overrides:
+            content.pop("num_local_experts", None)
+        _check_names({name: value for name, value in kwargs.items() if not hasattr(PreTrainedConfig, name)}, content)
+        result = super().from_dict({**content, **overrides, "rope_parameters": rope}, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         config.check()  # the other overrides
         return result
@@ -256,6 +343,26 @@ class GrinMoeConfig(PreTrainedConfig):
         """
         self._check_fields()
         _check_rope(self.rope_parameters or {}, self.head_size)
+        _check_names(self.__dict__, self.__dict__)
+        self._check_foreign_fields()
+
+    def _check_foreign_fields(self) -> None:
+        """What related models have and this one does not must ask for nothing."""
+        windowed = self.sliding_window is not None
+        layer_type = "sliding_attention" if windowed else "full_attention"
+        neutral = {
+            **_FOREIGN_FIELDS,
+            "attention_out_bias": self.attention_bias,
+            "use_sliding_window": windowed,
+            "norm_topk_prob": self.router_estimator == "topk_renormalized",
+            "layer_types": [layer_type] * self.num_hidden_layers,
+        }
+        for name in neutral.keys() & self.__dict__.keys():
+            if (value := self.__dict__[name]) is not None and value != neutral[name]:
+                raise ValueError(
+                    f"{name}={value!r} is a field of another architecture, and this model computes what "
+                    f"{name}={neutral[name]!r} means; leave it out, or load the checkpoint with its own class"
+                )
 
     def _check_fields(self) -> None:
         for name in (
@@ -349,8 +456,13 @@ def _of_this_model(config_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_phimoe_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
-    rope = config_dict.get("rope_parameters") or {}
-    defaults = {**_PHIMOE_DEFAULTS, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
+    rope = _take_rope({name: config_dict.get(name) for name in ("rope_parameters", "rope_scaling", *_FLAT_ROPE)})
+    defaults = {name: value for name, value in _PHIMOE_DEFAULTS.items() if name not in rope}
+    if config_dict.get("num_experts_per_tok", 2) != 2:
+        raise ValueError(
+            f"num_experts_per_tok={config_dict['num_experts_per_tok']}: phimoe's own code computes 2 whatever it says; "
+            "correct config.json"
+        )
     # An export of ours: its window is spelled for phimoe, and its own fields are beside (but `written_out` is no field).
     extras = {k: v for k, v in (config_dict.get(FOREIGN_EXTRAS) or {}).items() if k != "written_out"}
     converted = {**defaults, **config_dict, **extras, "model_type": GrinMoeConfig.model_type}
@@ -395,27 +507,84 @@ def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
 
 
+def _take_rope(fields: dict[str, Any]) -> dict[str, Any]:
+    """
+    Take RoPE's fields out of a config's fields, in every spelling: one dict, a copy without nulls (null leaves out).
+
+    Raises:
+        ValueError: two spellings contradict each other.
+    """
+    spelled: list[tuple[str, str, Any]] = []
+    for place in ("rope_parameters", "rope_scaling"):
+        if (inside := fields.pop(place, None)) is not None:
+            if not isinstance(inside, dict):
+                raise ValueError(f"{place}={inside!r} is not a dict; give at least {{'rope_type': 'default'}}")
+            spelled += [(f"{place}[{key!r}]", key, value) for key, value in inside.items()]
+    spelled += [(key, key, fields.pop(key)) for key in _FLAT_ROPE if key in fields]
+    rope: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for place, key, value in spelled:
+        name = "rope_type" if key == "type" else key
+        value = list(value) if isinstance(value, (list, tuple)) else value
+        if value is None:
+            continue
+        if name in rope and rope[name] != value:
+            raise ValueError(
+                f"{places[name]}={rope[name]!r} and {place}={value!r} contradict each other; give one of them"
+            )
+        rope[name], places[name] = value, place
+    return rope
+
+
+def _check_names(names: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Other names are kept, as Transformers does, but not those that are meant for a field of ours and would do nothing."""
+    for name, value in names.items():
+        if name in _FIELDS or name in _FOREIGN_FIELDS or name.startswith("_") or "token_i" in name or value is None:
+            continue
+        if hasattr(PreTrainedConfig, name) or name in ("attention_out_bias", "use_sliding_window"):
+            continue
+        meant = (
+            [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name, _FIELDS, 1, cutoff=0.75)
+        )
+        if meant and value != fields.get(meant[0], fields):
+            raise ValueError(
+                f"{name}={value!r} is not a field of this model and would do nothing; did you mean {meant[0]}?"
+            )
+
+
 def _check_rope(rope: dict[str, Any], head_size: int) -> None:
-    """Check what was given, in the current (`rope_type`) or the released (`type`) spelling."""
-    if not isinstance(rope, dict):
-        raise ValueError(f"rope_parameters={rope!r} is not a dict; give at least {{'rope_type': 'default'}}")
-    rope_type: Any = rope.get("rope_type", rope.get("type", "default"))
-    _require_choice("rope_type", rope_type, tuple(_ROPE_REQUIRES))
-    for name in _ROPE_REQUIRES[rope_type]:
+    rope_type: Any = rope.get("rope_type")
+    _require_choice("rope_type", rope_type, tuple(_ROPE_FIELDS))
+    required, optional = _ROPE_FIELDS[rope_type]
+    for name in ("rope_theta", *required):
         if rope.get(name) is None:
             raise ValueError(
-                f"rope_parameters has no {name}, which rope_type={rope_type!r} needs; it needs "
-                f"{', '.join(_ROPE_REQUIRES[rope_type])}"
+                f"rope_parameters has no {name}, which rope_type={rope_type!r} needs; it needs {', '.join(required)}"
             )
+    if rope.get("partial_rotary_factor") is not None:
+        raise ValueError(
+            f"partial_rotary_factor={rope['partial_rotary_factor']!r}: this architecture rotates whole heads; leave it out"
+        )
     for name, value in rope.items():
-        # null is how a file leaves a field out; booleans are switches ("truncate"), factor lists come below.
-        if name in _ROPE_NUMBERS and value is not None and not (_is_number(value) and 0 < value < math.inf):
+        if name not in ("rope_type", "rope_theta", *required, *optional):
+            raise ValueError(
+                f"rope_parameters[{name!r}]={value!r}: rope_type={rope_type!r} has no such field, and it would do nothing; "
+                f"leave it out (fields: {', '.join(('rope_theta', *required, *optional))})"
+            )
+        if name not in _NOT_POSITIVE_NUMBERS and not (_is_number(value) and 0 < value < math.inf):
             raise ValueError(f"{name}={value!r} is not a positive number; correct it, or leave it out for the default")
     if rope_type != "longrope":
         return
+    _require_choice("longrope_switch", rope["longrope_switch"], LONGROPE_SWITCHES)
+    scales = [rope[name] for name in ("short_mscale", "long_mscale") if name in rope]
+    if "attention_factor" in rope and len(scales) == 2 and rope["attention_factor"] not in scales:
+        raise ValueError(
+            f"attention_factor={rope['attention_factor']!r} contradicts short_mscale={scales[0]!r} and "
+            f"long_mscale={scales[1]!r}; leave it out"
+        )
     for name in ("short_factor", "long_factor"):
         factors = rope[name]
-        if not isinstance(factors, (list, tuple)) or not all(_is_number(f) and 0 < f < math.inf for f in factors):
+        if not isinstance(factors, list) or not all(_is_number(f) and 0 < f < math.inf for f in factors):
             raise ValueError(f"{name}={factors!r} is not a list of positive numbers; longrope needs one per frequency")
         if len(factors) != head_size // 2:
             raise ValueError(
@@ -423,6 +592,9 @@ def _check_rope(rope: dict[str, Any], head_size: int) -> None:
                 "one factor for each"
             )
 
+
+# Everything that a config may say about this model.
+_FIELDS = (*GrinMoeConfig.__annotations__, "head_dim", "num_experts", "rope_scaling", *_FLAT_ROPE)
 
 # The name in the released config.json's auto_map.
 GRINMoEConfig = GrinMoeConfig

@@ -153,15 +153,15 @@ class GrinMoeGenerationMixin(GenerationMixin):
         return super().generate_batch(inputs, generation_config, **kwargs)
 
     def _refuse_to_reach_long_factors(self, what: str, prompt_length: int, options: GenerationConfig) -> None:
-        original_length = self.model.rotary_emb.original_length
+        first_long_length = self.model.rotary_emb.first_long_length
         new_tokens = options.max_new_tokens
         if new_tokens is None:
             # 20 new tokens are the library's default.
             new_tokens = 20 if options.max_length is None else max(0, options.max_length - prompt_length)
         longest = prompt_length + new_tokens
         # The last new token is never fed back.
-        if longest - 1 >= original_length:
+        if longest - 1 >= first_long_length:
             raise ValueError(
-                f"{what} with LongRoPE serves up to {original_length} tokens per request, prompt and new tokens together; "
+                f"{what} with LongRoPE serves up to {first_long_length} tokens per request, prompt and new tokens together; "
                 f"these could reach {longest}. Lower max_new_tokens, or use plain generate()"
             )

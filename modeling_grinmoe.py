@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -112,21 +112,22 @@ class GrinMoeRotaryEmbedding(nn.Module):
 
     LongRoPE (Phi-3.5-MoE): the length of the longest row decides for every position of the batch, and the reference
     decides twice. The long factors hold from `original_max_position_embeddings` tokens on, `long_mscale` only above it;
-    at exactly that length the long factors go with `short_mscale`.
+    at exactly that length the long factors go with `short_mscale`. With `longrope_switch="above_original"` (Phi-3) both
+    hold only above it.
     """
 
     def __init__(self, config: GrinMoeConfig):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
-        # Read by dynamic_rope_update.
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         inv_freq, self.attention_scaling = self.rope_init(config)
         # _init_weights refills these by name after a load through the meta device.
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
         if self.rope_type == "longrope":
             self.original_length = config.rope_parameters["original_max_position_embeddings"]
+            self.first_long_length = self.original_length
+            self.first_long_length += config.rope_parameters["longrope_switch"] == "above_original"
             self.long_inv_freq = nn.Buffer(self.long_rope_init(config), persistent=False)
             self.short_mscale = config.rope_parameters.get("short_mscale") or self.attention_scaling
             self.long_mscale = config.rope_parameters.get("long_mscale") or self.attention_scaling
@@ -162,7 +163,7 @@ class GrinMoeRotaryEmbedding(nn.Module):
 
     def longrope_regime(self, length):
         """Whether the long factors and the long mscale hold, for a batch whose longest row has `length` tokens."""
-        return length >= self.original_length, length > self.original_length
+        return length >= self.first_long_length, length > self.original_length
 
     def changes_regime(self, length: int, new_tokens: int) -> bool:
         """Whether the last `new_tokens` of `length` change the frequencies of what came before them."""
@@ -173,21 +174,21 @@ class GrinMoeRotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S) positions to cos and sin (B, S, head), in the dtype of `hidden_states`."""
+        inv_freq, scale = self.inv_freq, self.attention_scaling
+        # Selected with tensors, not with `if`: no host sync, and it compiles.
         if self.rope_type == "longrope":
-            # Selected with tensors, not with `if`: no host sync, and it compiles.
             long_factors, long_mscale = self.longrope_regime(position_ids.max() + 1)
             inv_freq = torch.where(long_factors, self.long_inv_freq, self.original_inv_freq)
             scale = torch.where(long_mscale, self.long_mscale, self.short_mscale)
-        else:
-            inv_freq, scale = self.scaled_frequencies(hidden_states, position_ids)
+        elif self.rope_type == "dynamic":
+            # Transformers' dynamic_rope_update remembers the longest batch so far: there logits depend on earlier calls.
+            length = position_ids.max() + 1
+            stretched, _ = self.rope_init(self.config, position_ids.device, seq_len=length)
+            inv_freq = torch.where(length > self.config.max_position_embeddings, stretched, self.original_inv_freq)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             angles = position_ids[..., None].float() * inv_freq.float()  # (B, S, head / 2)
             angles = torch.cat((angles, angles), dim=-1)
             return (angles.cos() * scale).to(hidden_states.dtype), (angles.sin() * scale).to(hidden_states.dtype)
-
-    @dynamic_rope_update
-    def scaled_frequencies(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-        return self.inv_freq, self.attention_scaling
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:

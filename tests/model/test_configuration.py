@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -198,17 +199,260 @@ def test_overrides_replace_what_the_file_says(goldens):
     assert scaled.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
 
-def test_every_rope_type_builds_a_model(tiny_config):
-    shared = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    for rope in (
-        {"rope_type": "linear", "factor": 2.0},
-        {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "yarn", "factor": 2.0, "attention_factor": None},
-        {**shared, "original_max_position_embeddings": 32},
-        LONGROPE,
-        {**LONGROPE, "short_mscale": None, "long_mscale": None},
-    ):
-        GrinMoeForCausalLM(tiny_config(rope_parameters=rope))(torch.arange(6)[None])
+ROPE_TYPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 2.0, "attention_factor": None, "original_max_position_embeddings": 32},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "longrope": LONGROPE,
+    "longrope, scales computed": {**LONGROPE, "short_mscale": None, "long_mscale": None},
+}
+
+
+def spellings(rope: dict) -> dict[str, dict]:
+    """Fields of a config that all say `rope` with theta 5e5."""
+    old = {"type" if name == "rope_type" else name: value for name, value in rope.items()}
+    inside = {name: value for name, value in old.items() if name != "original_max_position_embeddings"}
+    beside = {name: rope[name] for name in rope.keys() & {"original_max_position_embeddings"}}
+    return {
+        "one dict": {"rope_parameters": {**rope, "rope_theta": 5e5}},
+        "its older name": {"rope_scaling": {**old, "rope_theta": 5e5}},
+        "type as well": {"rope_parameters": {**rope, **old, "rope_theta": 5e5}},
+        "theta beside it": {"rope_parameters": rope, "rope_theta": 5e5},
+        "as released": {"rope_scaling": old, "rope_theta": 5e5, **beside},
+        "the original length beside it": {"rope_scaling": inside, "rope_theta": 5e5, **beside},
+        "all at once": {"rope_parameters": rope, "rope_scaling": old, "rope_theta": 5e5, **beside},
+        "whole heads": {"rope_parameters": rope, "rope_theta": 5e5, "partial_rotary_factor": 1.0},
+    }
+
+
+@pytest.mark.parametrize("spelling", spellings(LONGROPE))
+@pytest.mark.parametrize("rope", ROPE_TYPES)
+def test_rope_has_one_meaning_in_every_spelling(tiny_config, tmp_path, rope, spelling):
+    """transformers#42513: two spellings gave two models, and building one changed its config."""
+    small = {**SMALL, "max_position_embeddings": 128}
+    fields = spellings(ROPE_TYPES[rope])[spelling]
+    given = copy.deepcopy(fields)
+    config = tiny_config(**small, **fields)
+    expected = {name: value for name, value in ROPE_TYPES[rope].items() if value is not None} | {"rope_theta": 5e5}
+    expected |= {"longrope_switch": "at_original"} if rope.startswith("longrope") else {}
+    assert config.rope_parameters == expected
+    before = config.to_dict()
+    model = GrinMoeForCausalLM(config)
+    model(torch.arange(40)[None])
+    assert config.to_dict() == before and model.config.to_dict() == before
+    assert fields == given  # what the caller passed in
+    config.save_pretrained(tmp_path)
+    assert GrinMoeConfig.from_pretrained(tmp_path).rope_parameters == expected
+    # The same, over what a file says.
+    tiny_config(**small).save_pretrained(tmp_path)
+    assert GrinMoeConfig.from_pretrained(tmp_path, **fields).rope_parameters == expected
+    assert fields == given
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("rope", ROPE_TYPES)
+def test_assigned_rope_is_complete_before_a_model_is_built(tiny_config, rope, spelling):
+    config = tiny_config(**SMALL, rope_theta=5e5)
+    setattr(config, spelling, ROPE_TYPES[rope])
+    before = config.to_dict()
+    assert before["rope_parameters"]["rope_theta"] == 5e5 and None not in before["rope_parameters"].values()
+    GrinMoeForCausalLM(config)(torch.arange(40)[None])
+    assert config.to_dict() == before
+
+
+def test_flat_fields_of_rope_change_the_dict(tiny_config):
+    config = tiny_config(**SMALL, rope_parameters=LONGROPE)
+    config.original_max_position_embeddings, config.rope_theta, config.partial_rotary_factor = 16, 5e5, 1.0
+    expected = {**LONGROPE, "original_max_position_embeddings": 16, "rope_theta": 5e5, "longrope_switch": "at_original"}
+    assert config.rope_parameters == expected and config.original_max_position_embeddings == 16
+    config = tiny_config()
+    assert not hasattr(config, "original_max_position_embeddings")
+    with pytest.raises(ValueError, match="original_max_position_embeddings=16: rope_type='default' has none"):
+        config.original_max_position_embeddings = 16
+    config.partial_rotary_factor = 0.5
+    with pytest.raises(ValueError, match="partial_rotary_factor=0.5"):
+        GrinMoeForCausalLM(config)
+
+
+def test_rope_changed_in_place_is_refused_where_it_is_incomplete(tiny_config):
+    config = tiny_config(**SMALL)
+    config.rope_parameters.update({name: LONGROPE[name] for name in ("short_factor", "long_factor", "rope_type")})
+    with pytest.raises(ValueError, match="rope_parameters has no original_max_position_embeddings"):
+        GrinMoeForCausalLM(config)
+    config.rope_parameters = LONGROPE
+    del config.rope_parameters["rope_theta"]
+    with pytest.raises(ValueError, match="rope_parameters has no rope_theta"):
+        GrinMoeForCausalLM(config)
+
+
+CONTRADICTIONS = [
+    (
+        {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}},
+        "rope_parameters['rope_theta']=10000.0 and rope_theta=",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 2.0}},
+        "rope_parameters['type']='linear'",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_parameters['rope_type']='default' and rope_scaling['type']='linear'",
+    ),
+    (
+        {**SMALL, "rope_scaling": LONGROPE, "original_max_position_embeddings": 64},
+        "rope_scaling['original_max_position_embeddings']=32 and original_max_position_embeddings=64",
+    ),
+    ({"rope_parameters": {"partial_rotary_factor": 1.0}, "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    (
+        {**SMALL, "rope_parameters": {**LONGROPE, "attention_factor": 3.0}},
+        "attention_factor=3.0 contradicts short_mscale",
+    ),
+    ({"num_local_experts": 4, "num_experts": 8}, "num_experts=8 contradicts num_local_experts=4"),
+]
+
+
+@pytest.mark.parametrize("fields, message", CONTRADICTIONS, ids=[message for _, message in CONTRADICTIONS])
+def test_contradictory_spellings_are_refused_by_both_names(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GrinMoeConfig(**fields)
+
+
+IGNORED = [
+    # Fields of RoPE that its type does not read.
+    (
+        {"rope_parameters": {"rope_type": "default", "factor": 4.0}},
+        "rope_parameters['factor']=4.0: rope_type='default'",
+    ),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 8}}, "rope_parameters['beta_fast']=8"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters['full_attention']"),
+    ({"rope_parameters": {"mrope_section": [2, 2]}}, "rope_parameters['mrope_section']"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}}, "embeddings']=64"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: this architecture rotates whole heads"),
+    ({**SMALL, "rope_parameters": {**LONGROPE, "longrope_switch": "below"}}, "longrope_switch='below' is unknown"),
+    # Names that are meant for a field of ours.
+    (
+        {"num_experts_per_token": 4},
+        "num_experts_per_token=4 is not a field of this model and would do nothing; did you",
+    ),
+    ({"n_experts": 8}, "did you mean num_experts?"),
+    ({"router_jitter": 0.1}, "did you mean router_jitter_noise?"),
+    ({"sliding_windows": 7}, "did you mean sliding_window?"),
+    ({"n_layers": 3}, "did you mean num_hidden_layers?"),
+    ({"layer_norm_eps": 1e-3}, "did you mean rms_norm_eps?"),
+    ({"aux_loss_coef": 0.1}, "did you mean router_aux_loss_coef?"),
+    ({"rope_thetas": 1e6}, "did you mean rope_theta?"),
+    # What related models compute and this one does not.
+    ({"num_shared_experts": 1}, "num_shared_experts=1 is a field of another architecture"),
+    ({"use_qk_norm": True}, "use_qk_norm=True"),
+    ({"norm_topk_prob": True}, "norm_topk_prob=True"),
+    ({"mlp_bias": True}, "mlp_bias=True"),
+    ({"attention_out_bias": False}, "attention_out_bias=False"),
+    ({"layer_types": ["full_attention"] * 32}, "layer_types="),
+    ({"use_sliding_window": False}, "use_sliding_window=False"),
+    ({"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
+    ({"is_causal": False}, "is_causal=False"),
+    ({"no_rope_layers": [1, 0]}, "no_rope_layers="),
+    ({"attention_chunk_size": 64}, "attention_chunk_size=64"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+    ({"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5"),
+]
+
+
+@pytest.mark.parametrize("fields, message", IGNORED, ids=[message for _, message in IGNORED])
+def test_fields_that_would_do_nothing_are_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GrinMoeConfig(**fields)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GrinMoeConfig.from_dict({"model_type": "grinmoe", **fields})
+
+
+@pytest.mark.parametrize("name, value", [("num_experts_per_token", 4), ("use_qk_norm", True), ("norm_topk_prob", True)])
+def test_assigned_fields_that_would_do_nothing_are_refused(tiny_config, name, value):
+    config = tiny_config()
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        GrinMoeForCausalLM(config)
+
+
+def test_an_override_that_would_do_nothing_is_refused(goldens):
+    with pytest.raises(ValueError, match="num_experts_per_token=4 .* did you mean num_experts_per_tok"):
+        GrinMoeConfig.from_pretrained(goldens["golden-a"].folder, num_experts_per_token=4)
+
+
+def test_fields_that_ask_for_nothing_are_kept():
+    """As Transformers keeps them: nulls, the values of this architecture, and names that mean nothing here."""
+    fields = {
+        "num_shared_experts": 0,
+        "use_qk_norm": False,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention"] * 32,
+        "attention_chunk_size": None,
+        "n_layers": 32,
+        "num_labels": 3,
+        "pretraining_tp": 1,
+        "my_note": "mine",
+        "sep_token_id": 3,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.2",
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    config = GrinMoeConfig(**fields)
+    assert (config.my_note, config.num_labels, config.dtype) == ("mine", 3, torch.bfloat16)
+    assert GrinMoeConfig(num_experts=8).num_local_experts == 8
+
+
+def test_overrides_of_rope_replace_the_files(goldens):
+    """golden-c is a phimoe with LongRoPE; an override is not a second spelling of what the file says."""
+    folder = goldens["golden-c"].folder
+    own = GrinMoeConfig.from_pretrained(folder).rope_parameters
+    assert GrinMoeConfig.from_pretrained(folder, original_max_position_embeddings=16).rope_parameters == {
+        **own,
+        "original_max_position_embeddings": 16,
+    }
+    linear = GrinMoeConfig.from_pretrained(folder, rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=5e5)
+    assert linear.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    assert GrinMoeConfig.from_pretrained(folder, rope_scaling=None).rope_parameters["rope_type"] == "default"
+    assert GrinMoeConfig.from_pretrained(folder, num_experts=8).num_local_experts == 8
+
+
+def test_the_released_phimoe_file_means_what_it_meant(goldens):
+    """Switch at the original length, both scales, theta beside the dict."""
+    content = json.loads((goldens["golden-c"].folder / "config.json").read_text())
+    given = copy.deepcopy(content)
+    expected = {"rope_type": "longrope", "rope_theta": 10000.0, "longrope_switch": "at_original"}
+    expected |= {name: value for name, value in content["rope_scaling"].items() if name != "type"}
+    assert GrinMoeConfig.from_dict(content).rope_parameters == expected and content == given
+
+
+@pytest.mark.parametrize("length", [31, 32, 33])
+@pytest.mark.parametrize("switch", ["at_original", "above_original"])
+def test_longrope_switch_decides_at_the_original_length(tiny_config, tmp_path, switch, length):
+    config = tiny_config(**SMALL, rope_parameters={**LONGROPE, "longrope_switch": switch})
+    config.save_pretrained(tmp_path)
+    rotary = GrinMoeForCausalLM(GrinMoeConfig.from_pretrained(tmp_path)).model.rotary_emb
+    cos, _ = rotary(torch.zeros(1), torch.arange(length)[None])
+    long = length > 32 or (length == 32 and switch == "at_original")
+    frequency = 10000.0 ** (-torch.arange(0, 8, 2) / 8) / (2.0 if long else 1.0)
+    scale = 1.2 if length > 32 else 1.1
+    torch.testing.assert_close(cos[0, -1, :4], (frequency * (length - 1)).cos() * scale)
+
+
+def test_dynamic_rope_does_not_depend_on_earlier_calls(tiny_model):
+    """Transformers' own remembers the longest batch so far."""
+    model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=16).eval()
+    texts = [torch.arange(length)[None] for length in (20, 60, 16, 10)]
+    with torch.no_grad():
+        first = [model(text).logits for text in texts]
+        again = [model(text).logits for text in reversed(texts)][::-1]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 def test_another_model_type_is_refused(tmp_path):
