@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data import SUFFIXES, Columns, Message, checked_messages, checked_text, checked_turns, read_rows
+from ..data import SUFFIXES, Columns, Message, check_columns, checked_messages, checked_text, checked_turns, read_rows
 
 # Characters read at once; a piece ends at the last line's end among them.
 _PIECE = 16384
@@ -151,6 +151,7 @@ def _content_of(place: str, row: dict[str, Any]) -> Content | None:
             f"{place}: its columns are {', '.join(map(str, row)) or 'none'}; a task set's rows have a text, messages, or a "
             "prompt and a completion"
         )
+    check_columns(place, row, _COLUMNS, form)
     if form == "text":
         return checked_text(row["text"], "text", place)
     if form == "messages":

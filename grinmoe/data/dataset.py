@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import islice, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from ..files import require_packages
@@ -21,6 +21,8 @@ from .formats import (
     Message,
     PlacedRow,
     Preference,
+    check_columns,
+    check_row_loss,
     checked_messages,
     checked_preference,
     checked_text,
@@ -28,7 +30,10 @@ from .formats import (
     common_length,
     format_of,
     is_local,
+    masked_messages,
     read_rows,
+    without_fields,
+    without_weights,
 )
 from .packing import NO_LOSS, Samples, arrow_table, packed, wrapped
 
@@ -71,6 +76,9 @@ class DataOptions:
     text_column: str = _option("text", "column with plain text")
     chosen_column: str = _option("chosen", "column with the better answer, a text or messages")
     rejected_column: str = _option("rejected", "column with the worse answer, a text or messages")
+    ignore_fields: str | None = _option(
+        None, "columns and fields of messages to leave out, separated by commas, where a row would be refused for them"
+    )
     max_length: int = _option(2048, "longest row, in tokens")
     too_long: str = _option("truncate", "what to do with a longer sample: truncate its end, or drop it")
     packing: bool | None = _option(
@@ -237,9 +245,12 @@ class _Rows:
     def __iter__(self) -> Iterator[PlacedRow]:
         options, columns = self.options, self.options.columns
         rows = read_rows(self.source, self.split, options.data_config, options.data_revision)
+        ignored = {name.strip() for name in (options.ignore_fields or "").split(",")} - {""}
         for place, row in islice(rows, options.max_rows):
-            data_format = self.data_format or options.data_format
-            self.data_format = format_of(place, row, columns, data_format, self.formats)
+            row = without_fields(row, ignored)
+            self.data_format = format_of(place, row, columns, options.data_format, self.formats, self.data_format)
+            check_columns(place, row, columns, self.data_format)
+            check_row_loss(place, row, columns, self.data_format)
             wants_held_out = self.part == "evaluation"
             if not options.eval_share or held_out(_question_of(row, columns), options.eval_share) == wants_held_out:
                 yield place, row
@@ -296,7 +307,8 @@ class _Encoder:
         columns = self.options.columns
         if data_format == "messages":
             messages = checked_messages(row[columns.messages], columns.messages, place)
-            return None if messages is None else self._conversation(messages, place, first_target=0)
+            where = f"{place}: {columns.messages!r}"
+            return None if messages is None else self._conversation(messages, place, where)
         if data_format == "text":
             text = checked_text(row[columns.text], columns.text, place)
             if text is None:
@@ -308,9 +320,8 @@ class _Encoder:
         if prompt is None or completion is None:
             return None
         if isinstance(prompt, list) and isinstance(completion, list):
-            before = self._encoded(prompt, place, add_generation_prompt=True)["input_ids"]
-            whole = self._encoded(prompt + completion, place)["input_ids"]
-            return self._conversation(prompt + completion, place, first_target=common_length(before, whole))
+            where = f"{place}: {columns.prompt!r} and {columns.completion!r}"
+            return self._conversation(prompt + completion, place, where, asked=len(prompt))
         if isinstance(prompt, list) or isinstance(completion, list):
             raise ValueError(
                 f"{place}: {columns.prompt!r} and {columns.completion!r} must be both texts or both messages"
@@ -320,19 +331,49 @@ class _Encoder:
         begins = common_length(self.ids(prompt), ids) if self.only_answers else 0
         return ids, [NO_LOSS] * begins + ids[begins:]
 
-    def _conversation(self, messages: list[Message], place: str, first_target: int) -> Sample:
-        if not self.only_answers:
+    def _conversation(self, messages: list[Message], place: str, where: str, asked: int = 0) -> Sample:
+        """Token ids and labels; the first `asked` messages are a prompt, which has no loss where only answers have one."""
+        has_loss = [True] * len(messages)
+        if self.only_answers:
+            has_loss = [i >= asked and message["role"] == "assistant" for i, message in enumerate(messages)]
+        masked = masked_messages(messages, has_loss, where)
+        messages = without_weights(messages)
+        if not self.only_answers and not masked:
             ids = self._encoded(messages, place)["input_ids"]
             return ids, ids
         if self.tokenizer.chat_template and not self.has_marks:
+            what = "loss_on='assistant'" if self.only_answers else f"{place}: a message of weight 0"
             raise ValueError(
-                "loss_on='assistant' needs a chat template that marks what the assistant says ({% generation %}); "
-                "grinmoe.load_tokenizer gives the family's own one such marks, and loss_on='all' needs none"
+                f"{what} needs a chat template that marks what the assistant says ({{% generation %}}); "
+                "grinmoe.load_tokenizer gives the family's own one such marks, and loss_on='all' needs none without weights"
             )
         encoded = self._encoded(messages, place, return_assistant_tokens_mask=True)
-        ids = encoded["input_ids"]
-        is_target = [0] * first_target + encoded["assistant_masks"][first_target:]
-        return ids, [token if said else NO_LOSS for token, said in zip(ids, is_target, strict=True)]
+        ids, is_said = encoded["input_ids"], encoded["assistant_masks"]
+        is_target = list(is_said) if self.only_answers else [1] * len(ids)
+        if self.only_answers and asked:
+            prompt = self._encoded(messages[:asked], place, add_generation_prompt=True)["input_ids"]
+            begins = common_length(prompt, ids)
+            is_target[:begins] = [0] * begins
+        for begin, end in self._said_spans(messages, is_said, place, masked):
+            is_target[begin:end] = [0] * (end - begin)
+        return ids, [token if target else NO_LOSS for token, target in zip(ids, is_target, strict=True)]
+
+    @staticmethod
+    def _said_spans(
+        messages: list[Message], is_said: list[int], place: str, wanted: list[int]
+    ) -> list[tuple[int, int]]:
+        """Where the tokens of some of the assistant's messages begin and end."""
+        if not wanted:
+            return []
+        edges = [i for i, (one, other) in enumerate(pairwise([0, *is_said, 0])) if one != other]
+        speaking = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(edges) != 2 * len(speaking):
+            raise ValueError(
+                f"{place}: the chat template marks {len(edges) // 2} texts, and the assistant has {len(speaking)} messages: "
+                "a weight of 0 has no tokens that are known to be its own; correct its {% generation %} marks"
+            )
+        spans = dict(zip(speaking, zip(edges[::2], edges[1::2], strict=True), strict=True))
+        return [spans[i] for i in wanted]
 
     def _encoded(self, messages: list[Message], place: str, **kwargs: Any) -> Any:
         """Token ids of messages and what `kwargs` add, through the chat template."""

@@ -15,9 +15,51 @@ from typing import Any
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 FORMATS = ("messages", "prompt-completion", "text", "preference")
-_TOOL_KEYS = ("tool_calls", "tool_call_id", "tools")
 
-Message = dict[str, str]
+# What the fields of a row mean here. A field that changes what other tools learn from the row is honoured or refused. A
+# field that is null or empty counts as absent: a Parquet file gives every row every field.
+#
+# Fields of a message: `role` and `content` are the text. These four say whether the message has a loss (OpenAI, Mistral and
+# Together write weight, Axolotl train or training, ms-swift loss). The metadata is ignored. Every other field is refused.
+_LOSS_SWITCHES = ("weight", "train", "training", "loss")
+_MESSAGE_METADATA = frozenset(
+    "id uuid message_id turn_id parent_id index turn timestamp created created_at date time lang language model source url "
+    "rank toxic redacted".split()
+)
+# Values that ask for what happens anyway.
+_NEUTRAL = {"prefix": False}
+_CHAT = ("messages", "prompt-completion", "preference")
+# Columns of a row that are refused, in which formats and why. Every other column that the format does not read is metadata.
+_REFUSED_COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    (
+        "system system_prompt tools functions tool_choice documents chat_template chat_template_kwargs",
+        _CHAT,
+        "the chat template would not get it; write it into the text or the messages",
+    ),
+    (
+        "instruction input context history suffix",
+        ("prompt-completion", "preference"),
+        "it belongs to the prompt elsewhere; write it into the prompt",
+    ),
+    ("image images video videos audio audios objects", FORMATS, "only text is trained on"),
+    (
+        "input_ids attention_mask position_ids token_type_ids labels loss_mask completion_mask assistant_masks",
+        FORMATS,
+        "text is tokenised and masked here, and tokens that are given would be left out",
+    ),
+    (
+        "margin ref_chosen_logps ref_rejected_logps",
+        ("preference",),
+        "the loss takes no margin and computes the reference itself",
+    ),
+)
+# Columns that say how much a row counts, and columns that are false where it must not be learned (KTO's label).
+_ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
+_ROW_SWITCHES = ("label", "train")
+# Formats of other tools (ShareGPT, Alpaca). A row that has one of these beside a format of ours is ambiguous.
+_OTHER_FORMATS = (("conversations",), ("conversation",), ("instruction", "output"))
+
+Message = dict[str, Any]
 PlacedRow = tuple[str, dict[str, Any]]
 
 
@@ -40,6 +82,10 @@ class Columns:
             "text": (self.text,),
             "preference": (self.chosen, self.rejected),
         }[data_format]
+
+    def read_by(self, data_format: str) -> tuple[str, ...]:
+        """All columns that are read from a row of this format."""
+        return (*self.of_format(data_format), *((self.prompt,) if data_format == "preference" else ()))
 
 
 def is_local(source: str) -> bool:
@@ -151,22 +197,98 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
     return ((f"{name} [{split}], row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def format_of(place: str, row: dict[str, Any], columns: Columns, data_format: str, allowed: Iterable[str]) -> str:
+def is_absent(value: Any) -> bool:
+    """Whether a field is null or empty, and so says nothing. (0 and false say something.)"""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def without_fields(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A row without some of its columns and of its messages' fields."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without(one) for one in value]
+        return {key: one for key, one in value.items() if key not in names} if isinstance(value, dict) else value
+
+    return {key: without(value) for key, value in row.items() if key not in names}
+
+
+def format_of(
+    place: str, row: dict[str, Any], columns: Columns, data_format: str, allowed: Sequence[str], found: str = ""
+) -> str:
     """
-    The format of a row: `data_format`, or for `"auto"` the first of `allowed` whose columns the row has.
+    The format of a row: `data_format`, or for `"auto"` the one of `allowed` whose columns the row has and not as null.
+
+    Args:
+        found: the format of earlier rows, if there were any.
 
     Raises:
-        ValueError: the row has not the columns; the message names those that it has.
+        ValueError: the row has not the columns (the message names those that it has), or those of two formats.
     """
-    choices = list(allowed) if data_format == "auto" else [data_format]
-    for choice in choices:
-        if all(column in row for column in columns.of_format(choice)):
-            return choice
-    wanted = "; or ".join(f"{' and '.join(columns.of_format(choice))} ({choice})" for choice in choices)
-    raise ValueError(
-        f"{place}: its columns are {', '.join(map(str, row)) or 'none'}; needed: {wanted}. Name the columns with "
-        "messages_column, prompt_column, completion_column, text_column, chosen_column or rejected_column"
-    )
+    choices = [data_format] if data_format != "auto" else [found] if found else list(allowed)
+    present = [choice for choice in allowed if all(column in row for column in columns.of_format(choice))]
+    filled = [one for one in present if all(row[column] is not None for column in columns.of_format(one))]
+    if data_format == "auto":
+        # Who names a format's columns means that one.
+        renamed = [one for one in filled if columns.of_format(one) != Columns().of_format(one)]
+        filled = renamed or filled
+        others = [] if renamed or "preference" in allowed else [one for one in _OTHER_FORMATS if _has(row, one)]
+        if len(filled) + len(others) > 1:
+            names = ", ".join([*filled, *(" and ".join(one) for one in others)])
+            raise ValueError(
+                f"{place}: the row has the columns of several formats ({names}); say which to train on with data_format"
+            )
+    if not set(choices) & set(filled or present):
+        wanted = "; or ".join(f"{' and '.join(columns.of_format(choice))} ({choice})" for choice in choices)
+        there = [str(column) for column in row if row[column] is not None]
+        raise ValueError(
+            f"{place}: its columns are {', '.join(there) or 'none'}; needed: {wanted}. Name the columns with "
+            "messages_column, prompt_column, completion_column, text_column, chosen_column or rejected_column"
+        )
+    return next(choice for choice in choices if choice in (filled or present))
+
+
+def _has(row: dict[str, Any], names: Iterable[str]) -> bool:
+    return not any(is_absent(row.get(name)) for name in names)
+
+
+def check_columns(place: str, row: dict[str, Any], columns: Columns, data_format: str) -> None:
+    """
+    Check the columns of a row that its format does not read.
+
+    Raises:
+        ValueError: one of them belongs to the text or the tokens elsewhere, and would be left out here.
+    """
+    for names, formats, reason in _REFUSED_COLUMNS:
+        unread = set(names.split()).difference(columns.read_by(data_format)) if data_format in formats else set()
+        for name in row:
+            if name in unread and not is_absent(row[name]):
+                raise ValueError(
+                    f"{place}: the column {name!r} is {_shown(row[name])}, and {reason}. Remove the column, or name it in "
+                    "ignore_fields to train without it"
+                )
+
+
+def check_row_loss(place: str, row: dict[str, Any], columns: Columns, data_format: str) -> None:
+    """
+    Check that a row counts as much as every other.
+
+    Raises:
+        ValueError: a column says that it counts more or less, or that it must not be learned.
+    """
+    unread = {name: value for name, value in row.items() if name not in columns.read_by(data_format)}
+    for name in _ROW_WEIGHTS:
+        if not is_absent(unread.get(name)) and unread[name] != 1:
+            raise ValueError(
+                f"{place}: the column {name!r} is {_shown(unread[name])}, and all rows count alike. Repeat or remove the "
+                "row, or name the column in ignore_fields to train on it once"
+            )
+    for name in _ROW_SWITCHES if data_format in ("messages", "prompt-completion") else ():
+        if isinstance(unread.get(name), int | float) and unread[name] == 0:
+            raise ValueError(
+                f"{place}: the column {name!r} is {unread[name]!r}, so the row must not be learned. Remove the row, or name "
+                "the column in ignore_fields to train on it"
+            )
 
 
 def checked_text(value: Any, column: str, place: str) -> str | None:
@@ -184,10 +306,14 @@ def checked_text(value: Any, column: str, place: str) -> str | None:
 
 def checked_messages(value: Any, column: str, place: str) -> list[Message] | None:
     """
-    Messages of role and content, nothing else; None for null. Other keys are left out.
+    Messages of `role`, `content` and, where they are said to have a loss or none, `weight` (1 or 0); None for null.
+
+    Text parts are joined with nothing between them. The role `developer` becomes `system`, whose place it
+    takes in OpenAI's API.
 
     Raises:
-        ValueError: no list, an empty one, or a message without a role or a content that is a string, or with tool calls.
+        ValueError: no list, an empty one, or a message without a role or a content that is text, or with a field that
+            would change what is learned elsewhere.
     """
     if value is None:
         return None
@@ -195,19 +321,105 @@ def checked_messages(value: Any, column: str, place: str) -> list[Message] | Non
         raise ValueError(f'{place}: {column!r} is a list of {{"role": ..., "content": ...}}, not {_shown(value)}')
     if not value:
         raise ValueError(f"{place}: {column!r} is an empty list; a conversation has at least one message")
-    messages = []
-    for number, message in enumerate(value, start=1):
-        where = f"{place}: message {number} of {column!r}"
-        if not isinstance(message, dict):
-            raise ValueError(f'{where} is {_shown(message)}; it must be {{"role": ..., "content": ...}}')
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                had = f"has the {key} {_shown(message[key])}" if message.get(key) is not None else f"has no {key}"
-                raise ValueError(f"{where} {had}; it needs a string (its keys are {', '.join(map(str, message))})")
-        if tool_keys := [key for key in _TOOL_KEYS if message.get(key)]:
-            raise ValueError(f"{where} has {tool_keys[0]}; only text is trained on: remove it, or write it as content")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
+    return [
+        _checked_message(message, f"{place}: message {i} of {column!r}") for i, message in enumerate(value, start=1)
+    ]
+
+
+def _checked_message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise ValueError(f'{where} is {_shown(message)}; it must be {{"role": ..., "content": ...}}')
+    for key, field in message.items():
+        known = key in ("role", "content", *_LOSS_SWITCHES) or key in _MESSAGE_METADATA
+        # ShareGPT's spelling is told by the role that is missing.
+        if (
+            not known
+            and {"role", "content"} <= set(message)
+            and not is_absent(field)
+            and field != _NEUTRAL.get(key, ...)
+        ):
+            raise ValueError(
+                f"{where} has {key}; only role, content and weight are read: remove it, write it as content, or name it in "
+                "ignore_fields to train without it"
+            )
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        content = joined_parts(content, where)
+    for key, text in (("role", message.get("role")), ("content", content)):
+        if not isinstance(text, str):
+            had = f"has the {key} {_shown(text)}" if text is not None else f"has no {key}"
+            raise ValueError(f"{where} {had}; it needs a string (its keys are {', '.join(map(str, message))})")
+    role = "system" if message["role"] == "developer" else message["role"]
+    weight = _weight(message, where)
+    return {"role": role, "content": content} | ({} if weight is None else {"weight": weight})
+
+
+def joined_parts(parts: list[dict[str, Any]], where: str) -> str:
+    """
+    The text of a content that is a list of parts: one behind the other, nothing between.
+
+    Raises:
+        ValueError: a part is not text.
+    """
+    for number, part in enumerate(parts, start=1):
+        others = [key for key in part if key not in ("type", "text") and not is_absent(part[key])]
+        if part.get("type") != "text" or not isinstance(part.get("text"), str) or others:
+            with_others = f" with {', '.join(others)}" if others else ""
+            raise ValueError(
+                f"{where} has a content part {number} of type {part.get('type')!r}{with_others}; "
+                'only {"type": "text", "text": ...} is read: remove it, or write it as text'
+            )
+    return "".join(part["text"] for part in parts)
+
+
+def _weight(message: dict[str, Any], where: str) -> int | None:
+    """Whether a message has a loss: 1, 0, or None where it does not say."""
+    said = {name: message[name] for name in _LOSS_SWITCHES if message.get(name) is not None}
+    for name, value in said.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise ValueError(f"{where} has {name}={value!r}; a message has a loss or none: give 0 or 1")
+    if len(set(said.values())) > 1:
+        shown = " and ".join(f"{name}={value!r}" for name, value in said.items())
+        raise ValueError(f"{where} has {shown}, which contradict each other; give one of them")
+    return int(next(iter(said.values()))) if said else None
+
+
+def masked_messages(messages: list[Message], has_loss: Sequence[bool], where: str, can_mask: bool = True) -> list[int]:
+    """
+    Indices of the assistant's messages whose weight of 0 takes their loss away.
+
+    Args:
+        messages: of [`checked_messages`].
+        has_loss: for each message, whether its tokens have a loss where no weight says otherwise.
+        where: names the messages in an error.
+        can_mask: whether the loss can leave out a message of the assistant.
+
+    Raises:
+        ValueError: a weight that the loss cannot follow.
+    """
+    masked = []
+    for index, (message, loss) in enumerate(zip(messages, has_loss, strict=True)):
+        weight, role = message.get("weight"), message["role"]
+        if weight is None or bool(weight) == loss:
+            continue
+        if weight == 0 and can_mask and role == "assistant":
+            masked.append(index)
+            continue
+        if weight == 1:
+            reason = "it has no loss: only answers of the assistant have one, and no message of a prompt"
+        elif can_mask:
+            reason = "every token has a loss here; only messages of the assistant can be left out"
+        else:
+            reason = "the preference loss compares whole answers"
+        raise ValueError(
+            f"{where}: message {index + 1}, of role {role!r}, has weight {weight}, but {reason}; remove the weight"
+        )
+    return masked
+
+
+def without_weights(messages: list[Message]) -> list[Message]:
+    """The messages with role and content alone."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def checked_turns(value: Any, column: str, place: str) -> str | list[Message] | None:
@@ -248,14 +460,26 @@ def checked_preference(row: dict[str, Any], columns: Columns, place: str) -> Pre
     if isinstance(chosen, str) or isinstance(prompt, list):
         if columns.prompt not in row:
             raise ValueError(f"{place}: texts need a {columns.prompt!r}; name its column with prompt_column")
-        return None if prompt is None else Preference(prompt, chosen, rejected)
+        if prompt is None:
+            return None
+        if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
+            return Preference(prompt, chosen, rejected)
+        masked_messages(prompt, [False] * len(prompt), f"{place}: {columns.prompt!r}")
+        for name, answer in ((columns.chosen, chosen), (columns.rejected, rejected)):
+            masked_messages(answer, [True] * len(answer), f"{place}: {name!r}", can_mask=False)
+        return Preference(without_weights(prompt), without_weights(chosen), without_weights(rejected))
     assert isinstance(rejected, list)
+    whole = {columns.chosen: chosen, columns.rejected: rejected}
+    chosen, rejected = without_weights(chosen), without_weights(rejected)
     common = common_length(chosen[:-1], rejected[:-1])
     if common == 0:
         raise ValueError(
             f"{place}: {columns.chosen!r} and {columns.rejected!r} do not begin with the same message, so they are no whole "
             f"conversations; give the prompt as messages in the column {columns.prompt!r}"
         )
+    for name, messages in whole.items():
+        has_loss = [place >= common for place in range(len(messages))]
+        masked_messages(messages, has_loss, f"{place}: {name!r}", can_mask=False)
     return Preference(chosen[:common], chosen[common:], rejected[common:])
 
 

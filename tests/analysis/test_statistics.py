@@ -240,6 +240,17 @@ def test_a_text_is_read_in_pieces_that_lose_no_letter(tmp_path):
     assert len(pieces) > 2
 
 
+def test_task_set_row_whose_tools_would_be_left_out_is_refused_and_a_weight_is_read(tmp_path):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "weight": 0}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    ((_, read),) = read_pieces(file)
+    assert [message["content"] for message in read] == ["Hi", "Ho"]
+    file.write_text(json.dumps({"messages": messages, "tools": [{"type": "function"}]}), encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: the column 'tools' is .*the chat template would not get it"):
+        list(read_pieces(file))
+
+
 def test_rows_are_the_beginning_of_a_text_cut_to_length(chat_model, tmp_path):
     tokenizer = load_tokenizer(chat_model)
     file = tmp_path / "text.txt"

@@ -52,6 +52,11 @@ def chat(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
+def said(content, **fields) -> dict:
+    """A message of the assistant with further fields."""
+    return {"role": "assistant", "content": content, **fields}
+
+
 def chats(number: int) -> list[dict]:
     return [{"messages": chat(f"Question {i}?", f"Answer {i}.")} for i in range(number)]
 
@@ -410,6 +415,244 @@ class TestRows:
     def test_where_no_row_is_left_the_error_says_why(self, load, rows, message):
         with pytest.raises(ValueError, match=message):
             load("sft", rows)
+
+
+class TestFields:
+    """Fields of a row that other tools know: honoured, refused by name and place, or ignored as metadata."""
+
+    def weighted(self, **fields) -> list[dict]:
+        return [*chat("Hello?", "Good day."), {"role": "user", "content": "Now?"}, said("Good bye.", **fields)]
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"weight": 0},
+            {"weight": 0.0},
+            {"train": False},
+            {"training": False},
+            {"loss": False},
+            {"weight": 0, "train": False},
+        ],
+        ids=str,
+    )
+    def test_message_with_weight_0_has_no_target_and_stays_in_the_context(self, load, tokenizer, fields):
+        rows = [{"messages": [*chat("Hello?"), said("Wrong.", **fields), *chat("Now?", "Good bye.")]}]
+        (row,) = load("sft", rows).train
+        assert target_text(row, tokenizer) == "Good bye.<|end|>"
+        (plain,) = load("sft", [{"messages": chat("Hello?", "Wrong.", "Now?", "Good bye.")}]).train
+        assert row["input_ids"] == plain["input_ids"]
+        masked = [i for i, (a, b) in enumerate(zip(row["labels"], plain["labels"], strict=True)) if a != b]
+        assert text_of([row["input_ids"][i] for i in masked], tokenizer) == "Wrong.<|end|>"
+
+    @pytest.mark.parametrize(
+        "fields", [{"weight": 1}, {"weight": 1.0}, {"train": True}, {"weight": None}, {"loss": True}, {}], ids=str
+    )
+    def test_message_with_weight_1_or_null_is_a_target_as_without(self, load, tokenizer, fields):
+        (row,) = load("sft", [{"messages": self.weighted(**fields)}]).train
+        assert target_text(row, tokenizer) == "Good day.<|end|>Good bye.<|end|>"
+
+    @pytest.mark.parametrize("task, options", [("sft", {"loss_on": "all"}), ("pretrain", {"packing": False})])
+    def test_weight_0_masks_the_message_where_every_token_is_a_target(self, load, tokenizer, task, options):
+        (row,) = load(task, [{"messages": [*chat("Hello?"), said("Wrong.", weight=0)]}], **options).train
+        masked = [t for t, label in zip(row["input_ids"][1:], row["labels"][1:], strict=True) if label == NO_LOSS]
+        assert text_of(masked, tokenizer) == "Wrong.<|end|>"
+
+    def test_weight_0_masks_messages_of_a_completion(self, load, tokenizer):
+        completion = [said("Wrong.", weight=0), *chat("Now?", "Good bye.")]
+        (row,) = load("sft", [{"prompt": chat("Hello?"), "completion": completion}]).train
+        assert target_text(row, tokenizer) == "Good bye.<|end|>"
+
+    def test_row_whose_messages_all_have_weight_0_is_counted_and_dropped(self, load):
+        data = load("sft", [*chats(2), {"messages": [*chat("Hello?"), said("Wrong.", weight=0)]}])
+        assert (len(data.train), data.report.train.rows_without_target) == (2, 1)
+        assert "1 dropped without a target token" in data.report.summary()
+        with pytest.raises(ValueError, match="all labels are masked"):
+            load("sft", [{"messages": [*chat("Hello?"), said("Wrong.", weight=0)]}])
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+    def test_fields_that_are_null_are_absent_and_weights_are_kept_in_every_file(self, load, tokenizer, suffix):
+        """Parquet gives every message every field."""
+        rows = [
+            {"messages": [*chat("Hello?"), said("Wrong.", weight=0), *chat("Now?", "Good bye.")], "tools": None},
+            {"messages": chat("Who?", "Me."), "tools": []},
+        ]
+        data = load("sft", rows, f"rows.{suffix}")
+        assert [target_text(row, tokenizer) for row in data.train] == ["Good bye.<|end|>", "Me.<|end|>"]
+
+    def test_weights_of_a_hub_data_set_are_kept(self, load, tokenizer, monkeypatch):
+        import datasets
+
+        rows = [{"messages": [*chat("Hello?"), said("Wrong.", weight=0), *chat("Now?", "Good bye.")]}]
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows))
+        (row,) = load("sft", [], train_data="owner/name").train
+        assert target_text(row, tokenizer) == "Good bye.<|end|>"
+
+    @pytest.mark.parametrize(
+        "message, error",
+        [
+            (said("x", weight=0.5), "message 2 of 'messages' has weight=0.5; .* 0 or 1"),
+            (said("x", weight="0"), "has weight='0'"),
+            (said("x", train="no"), "has train='no'"),
+            (said("x", weight=0, train=True), "has weight=0 and train=True"),
+            (
+                {"role": "user", "content": "x", "weight": 1},
+                "message 2, of role 'user', has weight 1, but it has no loss",
+            ),
+            (said("x", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}]), "has train_detail"),
+            (said("x", mask=True), "has mask"),
+            (said("x", loss_scale=0.1), "has loss_scale"),
+            (said("x", eot=False), "has eot"),
+            (said("x", prefix=True), "has prefix"),
+            (said("x", reasoning_content="hm"), "has reasoning_content"),
+            (said("x", thinking="hm"), "has thinking"),
+            (said("x", refusal="No."), "has refusal"),
+            (said("x", name="Ann"), "has name"),
+            (said("x", function_call={"name": "f"}), "has function_call"),
+            (said("x", images=["a.png"]), "has images"),
+            (said("x", anything_else=False), "has anything_else"),
+            (said("x", value="y"), "has value"),
+            (said([{"type": "image_url", "image_url": {"url": "u"}}]), "content part 1 of type 'image_url'"),
+            (said([{"type": "text", "text": "x"}, {"type": "thinking"}]), "content part 2 of type 'thinking'"),
+            ({"role": "tool", "content": "x", "tool_call_id": "1"}, "has tool_call_id"),
+            ({"role": "gpt", "content": "x"}, "template refuses.*role gpt"),
+        ],
+        ids=str,
+    )
+    def test_message_field_that_changes_what_is_learned_is_refused_with_its_line(self, load, message, error):
+        with pytest.raises(ValueError, match=f"line 3: .*{error}"):
+            load("sft", [*chats(2), {"messages": [*chat("Hello?"), message]}])
+
+    def test_weight_that_no_loss_can_follow_is_refused(self, load):
+        question = [{"role": "user", "content": "x", "weight": 0}, said("y")]
+        assert len(load("sft", [{"messages": question}]).train) == 1, "a question has no loss anyway"
+        with pytest.raises(
+            ValueError, match="line 1: 'messages': message 1, of role 'user', has weight 0, but every token"
+        ):
+            load("sft", [{"messages": question}], loss_on="all")
+        prompt = [*chat("Hello?"), said("Good day.", weight=1), *chat("Now?")]
+        with pytest.raises(
+            ValueError, match="line 1: 'prompt' and .*message 2, of role 'assistant', has weight 1, .*prompt"
+        ):
+            load("sft", [{"prompt": prompt, "completion": [said("Good bye.")]}])
+
+    def test_messages_metadata_text_parts_and_developer_are_read_as_text(self, load):
+        parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day.", "image_url": None}]
+        row = {
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                {"role": "user", "content": "Hello?", "id": "7", "timestamp": 1.5, "tool_calls": [], "refusal": None},
+                said(parts, model="other", prefix=False),
+            ]
+        }
+        expected = {"messages": [{"role": "system", "content": "Be brief."}, *chat("Hello?", "Good day.")]}
+        assert list(load("sft", [row]).train) == list(load("sft", [expected]).train)
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {**chats(1)[0], "tools": [{"type": "function"}]},
+            {**chats(1)[0], "functions": [{"name": "f"}]},
+            {**chats(1)[0], "documents": [{"text": "x"}]},
+            {**chats(1)[0], "system": "Be brief."},
+            {**chats(1)[0], "chat_template_kwargs": {"thinking": True}},
+            {**chats(1)[0], "weight": 0.5},
+            {**chats(1)[0], "weight": 0},
+            {**chats(1)[0], "label": False},
+            {**chats(1)[0], "images": ["a.png"]},
+            {**chats(1)[0], "labels": [1, 2]},
+            {**chats(1)[0], "input_ids": [1, 2]},
+            {"prompt": "Sky", "completion": " blue", "label": False},
+            {"prompt": "Sky", "completion": " blue", "history": [["a", "b"]]},
+            {"prompt": "Sky", "completion": " blue", "system": "Be brief."},
+            {"prompt": "Sky", "completion": " blue", "suffix": "."},
+            {"text": "Some words", "sample_weight": 2.0},
+            {"text": "Some words", "attention_mask": [1, 0]},
+        ],
+        ids=lambda row: " ".join(row),
+    )
+    def test_column_that_changes_what_is_learned_is_refused_with_its_line(self, load, row):
+        column = list(row)[-1]
+        good = {name: row[name] for name in list(row)[:-1]}
+        with pytest.raises(ValueError, match=f"line 2: .*{column}.*ignore_fields"):
+            load("sft", [good, row])
+        assert len(load("sft", [good, row], ignore_fields=column).train) == 2
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    def test_columns_that_are_empty_neutral_or_metadata_change_nothing(self, load, suffix):
+        extra = {"id": "7", "source": "x", "score": 0.1, "weight": 1.0, "tools": None, "system": "", "prompt": "Q"}
+        rows = [{**row, **extra} for row in chats(2)]
+        assert list(load("sft", rows, f"rows.{suffix}").train) == list(load("sft", chats(2)).train)
+
+    def test_input_of_a_renamed_prompt_is_refused(self, load):
+        """Alpaca's rows have their question in two columns."""
+        row = {"instruction": "Translate.", "input": "Hello", "output": "Hallo"}
+        with pytest.raises(ValueError, match="line 1: .*input"):
+            load("sft", [row], prompt_column="instruction", completion_column="output")
+        row["input"] = ""
+        assert len(load("sft", [row], prompt_column="instruction", completion_column="output").train) == 1
+
+    @pytest.mark.parametrize(
+        "row, message",
+        [
+            ({**chats(1)[0], "prompt": "a", "completion": "b"}, "messages, prompt-completion"),
+            ({**chats(1)[0], "text": "a"}, "messages, text"),
+            ({**chats(1)[0], "conversations": [{"from": "human", "value": "x"}]}, "messages, conversations"),
+            ({"text": "a", "instruction": "b", "output": "c"}, "text, instruction and output"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_row_of_two_formats_needs_data_format(self, load, row, message):
+        with pytest.raises(ValueError, match=f"line 1: .*{message}.*data_format"):
+            load("sft", [row])
+        data_format = message.split(",")[0]
+        only = {name: row[name] for name in (data_format,)}
+        assert list(load("sft", [row], data_format=data_format).train) == list(load("sft", [only]).train)
+
+    def test_row_of_two_formats_of_which_one_is_null_is_of_the_other(self, load):
+        """As the files of a folder or a Parquet file with several kinds of rows have it."""
+        rows = [{"messages": None, "text": "Some words"}, {"messages": None, "text": "Others"}]
+        assert list(load("sft", rows, "rows.parquet").train) == list(
+            load("sft", [{"text": r["text"]} for r in rows]).train
+        )
+
+    @pytest.mark.parametrize(
+        "row, error",
+        [
+            (
+                {"prompt": chat("Q"), "chosen": [said("a", weight=0)], "rejected": [said("b")]},
+                "'chosen'.* weight 0, but",
+            ),
+            ({"prompt": chat("Q"), "chosen": [said("a")], "rejected": [said("b", weight=0)]}, "'rejected'.* weight 0"),
+            ({"prompt": chat("Q"), "chosen": [said("a")], "rejected": [said("b", thinking="c")]}, "has thinking"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "ref_chosen_logps": -1.0}, "ref_chosen_logps"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": 0.5}, "margin"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "system": "Be brief."}, "system"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "images": ["a.png"]}, "images"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_pair_field_that_changes_what_is_learned_is_refused(self, load, row, error):
+        with pytest.raises(ValueError, match=f"line 1: .*{error}"):
+            load("dpo", [row])
+
+    def test_pair_with_weights_that_hold_anyway_and_scores_is_the_plain_pair(self, load):
+        question = [{"role": "user", "content": "Q"}, said("So?", weight=0), {"role": "user", "content": "Yes"}]
+        row = {
+            "chosen": [*question, said("a", weight=1)],
+            "rejected": [*question, said("b")],
+            "score_chosen": 5.0,
+            "score_rejected": 1.0,
+        }
+        plain = chat("Q", "So?", "Yes")
+        expected = {"prompt": plain, "chosen": [said("a")], "rejected": [said("b")]}
+        assert list(load("dpo", [row]).train) == [expected]
+
+    def test_template_without_marks_cannot_follow_a_weight(self, tmp_path):
+        tokenizer = build_tokenizer(["some text to learn"] * 3, vocab_size=400)
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        file = written(tmp_path / "rows.jsonl", [{"messages": [*chat("Hello?"), said("Wrong.", weight=0)]}])
+        with pytest.raises(ValueError, match="line 1: .*weight 0 needs a chat template that marks"):
+            load_data("sft", DataOptions(str(file), loss_on="all"), tokenizer, 400)
 
 
 class TestTokenizer:
