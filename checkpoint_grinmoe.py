@@ -14,8 +14,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -28,19 +29,27 @@ from huggingface_hub import (
     ModelCardData,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_grinmoe import AUTO_MAP, GrinMoeConfig
-from .quantization_grinmoe import experts_are_quantized, is_bitsandbytes, packed_layout
+from .quantization_grinmoe import check_method, experts_are_quantized, packed_layout
 
 # On-disk name -> (fused parameter, position of its rows in there).
 ON_DISK = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
+# Of the shards that save_pretrained(distributed_checkpoint=True) writes; Transformers prefers them to all other weights.
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+# Names that safetensors has for dtypes.
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32"}
+# A weight that bitsandbytes packs, and what it stores beside it.
+_PACKED_LINEAR = re.compile(r"(.*\.[qkvo]_proj\.)(weight(\..+|_format)?|SCB)")
 
 
 class FuseExperts(MergeModulelist):
@@ -197,7 +206,8 @@ def stale_weights(present: Iterable[str], entering: Collection[str]) -> list[str
     name, _, variant = stem.partition(".")
     index = f"{name}.safetensors.index{'.' + variant if variant else ''}.json"
     ours = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(index)}")
-    return sorted(file for file in present if ours.fullmatch(file) and file not in entering)
+    found = (file for file in present if ours.fullmatch(file) or (not variant and _DISTRIBUTED.fullmatch(file)))
+    return sorted(file for file in found if file not in entering)
 
 
 def load_per_expert_weights(
@@ -219,6 +229,13 @@ def load_per_expert_weights(
     rows_per_matrix = {"gate_up_proj": module.intermediate_dim, "down_proj": module.hidden_dim}
     fused: dict[str, torch.Tensor] = {}
     loaded = dict.fromkeys(matrices_per_expert, 0)
+    for name in matrices_per_expert:
+        matrices = (f"{prefix}{expert}.{one}.weight" for expert in range(module.num_experts) for one in ON_DISK)
+        if prefix + name in state_dict and any(
+            fused_name(key) == prefix + name and key in state_dict for key in matrices
+        ):
+            error_msgs.append(f"{prefix}{name} is there twice, fused and by single experts; keep one of them")
+            return
     for expert in range(module.num_experts):
         for on_disk, (name, position) in ON_DISK.items():
             key = f"{prefix}{expert}.{on_disk}.weight"
@@ -267,40 +284,94 @@ class CheckpointFileError(CheckpointError, OSError):
     """A file of the checkpoint is missing, truncated or of a refused kind. An OSError, as in Transformers."""
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a checkpoint has a tensor, and its form.
+
+    Attributes:
+        file: the shard.
+        shape: of the tensor.
+        dtype: as safetensors names it ("BF16").
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 def read_index(file: Path) -> dict[str, str]:
-    """Read which shard holds each key. Raises CheckpointFileError for what is not a safetensors index."""
+    """Read which shard holds each key.
+
+    Raises:
+        CheckpointFileError: not JSON, or an index that Transformers cannot read, that names a key twice or that leads out of
+            its folder.
+    """
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:  # invalid JSON and UTF-8 are ValueErrors
-        raise CheckpointFileError(f"{file} is not a safetensors index ({error!r}); download it again") from error
+        index = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
+            raise ValueError("it has no weight_map that names tensors")
+        if not isinstance(index.get("metadata"), dict):
+            raise ValueError('it has no "metadata" object, which Transformers needs; add "metadata": {}')
+        for key, shard in index["weight_map"].items():
+            path = PureWindowsPath(str(shard))  # which takes both separators
+            if not isinstance(shard, str) or path.anchor or ".." in path.parts or path.suffix != ".safetensors":
+                raise ValueError(f"it places {key} in {shard!r}, which is not a safetensors file of its folder")
+        return index["weight_map"]
+    except ValueError as error:  # invalid JSON and UTF-8 too
+        raise CheckpointFileError(f"{file} is not a safetensors index ({error}); download it again") from error
 
 
-def read_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of all tensors of a local checkpoint, read from the shards' headers only.
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)} twice")
+    return result
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.{variant}.{ending}" if variant else name
+
+
+def read_tensors(folder: str | os.PathLike, variant: str | None = None) -> dict[str, StoredTensor] | None:
+    """
+    Find all tensors of a local checkpoint by the shards' headers. Every reader of weights asks this function first.
+
+    Transformers opens the files that an index names and takes whatever they hold, so that the order of the files decides
+    between two copies of a tensor. Here each tensor has one place, or the checkpoint is refused.
 
     Args:
         folder: holds model.safetensors, or model.safetensors.index.json and its shards.
+        variant: as in `from_pretrained`: "fp16" for model.fp16.safetensors.
 
     Returns:
-        Shape by key, or None if the folder holds no weights at all.
+        Place and form by key, or None if the folder holds no such weights at all.
 
     Raises:
-        CheckpointFileError: only pickled weights are there; the index names a missing file; a shard is truncated or not
-            safetensors; a shard lacks a tensor that the index promises.
+        CheckpointFileError: only pickled weights are there; the index cannot be used or names a missing file; a shard is
+            truncated or not safetensors; a shard lacks a tensor that the index promises.
+        CheckpointError: there are two sets of weights, or a shard holds a tensor that the index does not place in it.
     """
     folder = Path(folder)
-    index_file, single_file = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
-    if single_file.is_file():
-        return _read_header(single_file)
-    if not index_file.is_file():
+    index_file = folder / _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+    single_file = folder / _with_variant(SAFE_WEIGHTS_NAME, variant)
+    sets = [file for file in (single_file, index_file) if file.is_file()]
+    if not sets:
         if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin*")):
             raise CheckpointFileError(
                 f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are loaded and are "
                 "refused; convert them to safetensors first (safetensors.torch.save_file)"
             )
         return None
-    weight_map = read_index(index_file)
-    shapes: dict[str, tuple[int, ...]] = {}
+    sets += sorted(path for path in folder.iterdir() if _DISTRIBUTED.fullmatch(path.name))
+    weight_map = read_index(index_file) if index_file in sets else {}
+    if len(sets) > 1 and not (len(sets) == 2 and set(weight_map.values()) == {single_file.name}):
+        raise CheckpointError(
+            f"{folder} holds two sets of weights ({sets[0].name} and {sets[1].name}), and Transformers takes one without a "
+            "word; remove the one that is out of date"
+        )
+    tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         promised = {key for key, file in weight_map.items() if file == shard}
         if not (folder / shard).is_file():
@@ -313,26 +384,19 @@ def read_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
                 f"{folder / shard} lacks {len(absent)} tensors that the index promises, {min(absent)} for one; the "
                 "shard and the index are of different checkpoints: download both again"
             )
-        shapes |= header
-    return shapes
+        if extra := header.keys() - promised:
+            place = weight_map.get(min(extra), "no file")
+            raise CheckpointError(
+                f"{folder / shard} holds {len(extra)} tensors that the index does not name there: it places {min(extra)} "
+                f"in {place}. Which copy is loaded depends on the order of the files; remove the stale ones from the "
+                "shard, or download index and shards again"
+            )
+        tensors |= header
+    return tensors if weight_map else _read_header(single_file)
 
 
 def check_weights(
-    shapes: dict[str, tuple[int, ...]],
-    config: GrinMoeConfig,
-    folder: str | os.PathLike,
-    head_keys: tuple[str, ...] = (),
-) -> None:
-    """`check_shapes`, or `check_quantized_shapes` where the config says so; another library's quantisation is let pass."""
-    quantization_config = getattr(config, "quantization_config", None)
-    if quantization_config is None:
-        check_shapes(shapes, config, folder, head_keys)
-    elif is_bitsandbytes(quantization_config):
-        check_quantized_shapes(shapes, config, folder, head_keys)
-
-
-def check_shapes(
-    shapes: dict[str, tuple[int, ...]],
+    tensors: Mapping[str, StoredTensor],
     config: GrinMoeConfig,
     folder: str | os.PathLike,
     head_keys: tuple[str, ...] = (),
@@ -341,21 +405,33 @@ def check_shapes(
     Hold a checkpoint's tensors against the config.
 
     Args:
-        shapes: by key, from `read_shapes`. Keys of a headless model may lack the `model.` prefix.
-        config: what the checkpoint claims to be.
+        tensors: by key, from `read_tensors`. Keys of a headless model may lack the `model.` prefix.
+        config: what the checkpoint claims to be; its `quantization_config` says whether its experts are packed.
         folder: for the message.
         head_keys: prefixes of further heads whose tensors are not checked.
 
     Raises:
-        CheckpointError: an unknown key, a tensor of the wrong shape, or a weight of the network that is not there.
+        CheckpointError: an unknown key, two keys of one weight, a tensor of the wrong shape or dtype, a weight of the
+            network that is not there, or a head that differs from the embedding it is tied to.
+        ValueError: the config names weights of another file, or a quantisation method other than bitsandbytes.
     """
+    _check_config(config)
+    quantization_config = getattr(config, "quantization_config", None)
     official = official_shapes(config)
-    fused = fused_shapes(config)
-    expected = official | fused
-    names = {key if key in expected else f"model.{key}" for key in shapes}
-    for key, shape in shapes.items():
-        name = key if key in expected else f"model.{key}"
-        if name not in expected:
+    expected = official | fused_shapes(config)
+    dtypes: dict[str, str] = {}
+    if quantization_config is not None:
+        packed = packed_layout(config, quantization_config)
+        # Skipped experts are in there in full precision, under their fused names.
+        official = {key: shape for key, shape in expected.items() if key not in official or fused_name(key) == key}
+        official |= {key: shape for key, (shape, _) in packed.items()}
+        expected = official
+        dtypes = {key: _DTYPE_NAMES[dtype] for key, (_, dtype) in packed.items()}
+    keys: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        name = key if key.startswith(("model.", "lm_head.", *head_keys)) else f"model.{key}"
+        linear = None if quantization_config is None else _PACKED_LINEAR.fullmatch(name)
+        if name not in expected and not (linear and f"{linear[1]}weight" in expected):
             if key.startswith(head_keys):
                 continue
             raise CheckpointError(
@@ -363,41 +439,54 @@ def check_shapes(
                 f"num_local_experts={config.num_local_experts}, attention_bias={config.attention_bias}, "
                 f"lm_head_bias={config.lm_head_bias}); the shards and config.json do not belong together"
             )
-        if shape != expected[name]:
+        if name in keys:
             raise CheckpointError(
-                f"{folder} holds {key} with shape {shape}, config.json makes it {expected[name]}; use the config that "
-                "the weights were saved with, or pass ignore_mismatched_sizes=True to initialise it anew"
+                f"{folder} holds {key} and {keys[name]}, two copies of one weight; remove the stale one"
             )
-    missing = [key for key in official if key not in names and fused_name(key) not in names]
+        keys[name] = key
+        if linear:
+            continue  # bitsandbytes' own form
+        if tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"{folder} holds {key} with shape {tensor.shape}, config.json makes it {expected[name]}; use the config "
+                "that the weights were saved with, or pass ignore_mismatched_sizes=True to initialise it anew"
+            )
+        if tensor.dtype not in ([dtypes[name]] if name in dtypes else _FLOATS):
+            raise CheckpointError(
+                f"{folder} holds {key} as {tensor.dtype}, where {dtypes.get(name, 'F32, F16 or BF16')} belongs; convert "
+                "it, or use the config.json that the weights were saved with, with its quantization_config"
+            )
+    if both := {fused_name(name) for name in keys if fused_name(name) != name} & keys.keys():
+        raise CheckpointError(
+            f"{folder} holds {min(both)} and the matrices of single experts that it is made of; remove the stale ones"
+        )
+    missing = [name for name in official if name not in keys and fused_name(name) not in keys]
     if message := describe_missing(missing, head_prefixes=("lm_head.", *head_keys)):
         raise CheckpointError(f"{folder}: {message}")
+    head, embedding = keys.get("lm_head.weight"), keys.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and head and embedding and not _are_equal(tensors, head, embedding):
+        raise CheckpointError(
+            f"{folder} holds another {head} than {embedding}, and config.json ties them (tie_word_embeddings=True); set it "
+            "to False to use both, or remove the head"
+        )
 
 
-def check_quantized_shapes(
-    shapes: dict[str, tuple[int, ...]],
-    config: GrinMoeConfig,
-    folder: str | os.PathLike,
-    head_keys: tuple[str, ...] = (),
-) -> None:
-    """
-    The same for a checkpoint that was saved quantised, which `config.quantization_config` tells.
+def _check_config(config: PreTrainedConfig) -> None:
+    """Raise ValueError for a config whose weights this file cannot check: in another file, or of another method."""
+    if (other := getattr(config, "transformers_weights", None)) is not None:
+        raise ValueError(
+            f"the config names {other!r} as transformers_weights, a file that only Transformers' loader reads; rename the "
+            f"weights to {SAFE_WEIGHTS_NAME} and remove the entry"
+        )
+    check_method(getattr(config, "quantization_config", None))
 
-    The packed form of linears is bitsandbytes' own: of their tensors, only the presence of the weight is checked.
-    """
-    packed = {key: shape for key, (shape, _) in packed_layout(config, config.quantization_config).items()}
-    dense = official_shapes(config)
-    expected = {key: shape for key, shape in dense.items() if fused_name(key) == key}
-    # Skipped experts are in there in full precision, under their fused names.
-    expected |= {key: shape for key, shape in fused_shapes(config).items() if key not in packed} | packed
-    names = {key if key in expected else f"model.{key}": shape for key, shape in shapes.items()}
-    for name, shape in expected.items():
-        if name in names and names[name] != shape and not name.endswith("_proj.weight"):
-            raise CheckpointError(
-                f"{folder} holds {name} with shape {names[name]}, config.json makes it {shape}; use the config that the "
-                "weights were saved with"
-            )
-    if message := describe_missing(expected.keys() - names.keys(), head_prefixes=("lm_head.", *head_keys)):
-        raise CheckpointError(f"{folder}: {message}")
+
+def _are_equal(tensors: Mapping[str, StoredTensor], *keys: str) -> bool:
+    values = []
+    for key in keys:
+        with safe_open(tensors[key].file, framework="pt") as shard:
+            values.append(shard.get_tensor(key))
+    return torch.equal(*values)
 
 
 def gather_sharded_weights(model: Any) -> dict[str, Any] | None:
@@ -513,10 +602,11 @@ def _move_in(staging: Path, folder: Path, previous: Path) -> None:
         undo.pop_all()
 
 
-def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
+def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}
+            return {key: StoredTensor(file, tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
     except SafetensorError as error:
         raise CheckpointFileError(
             f"{file} ({file.stat().st_size} bytes) is truncated or not safetensors ({error}); download it again"
@@ -539,6 +629,14 @@ def safetensors_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("use_safetensors") is False:
         raise ValueError("use_safetensors=False asks for pickled weights, which are refused; leave it out")
     return {**kwargs, "use_safetensors": True}
+
+
+def _base_of_adapter(name: str | os.PathLike) -> str | os.PathLike:
+    """The model whose weights the library loads: for an adapter's folder, the base that it names."""
+    adapter = Path(name, ADAPTER_CONFIG_NAME)
+    if not adapter.is_file() or Path(name, CONFIG_NAME).is_file():
+        return name
+    return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or name
 
 
 class OfficialCheckpointMixin:
@@ -566,73 +664,105 @@ class OfficialCheckpointMixin:
         """
         As in Transformers, from a folder or a Hub id in the official layout, with these checks on top.
 
-        A folder's shards are checked by their headers before anything is read. Only safetensors are loaded. A weight of
-        the network itself that the checkpoint lacks is an error (a new head is not). `output_loading_info=True` leaves
-        keys and shapes to the caller, `ignore_mismatched_sizes=True` leaves shapes.
+        A folder's shards are checked by their headers before anything is read, a repository's when they have arrived. Only
+        safetensors are loaded. A weight of the network itself that the checkpoint lacks is an error (a new head is not).
+        `output_loading_info=True` leaves keys and shapes to the caller, `ignore_mismatched_sizes=True` leaves shapes.
 
         Raises:
-            CheckpointError: (a ValueError) missing or truncated shard, pickled weights, unknown or missing key, tensor
-                that does not fit the config.
-            ValueError: config of another model_type.
+            CheckpointError: (a ValueError) missing or truncated shard, pickled weights, an index that cannot be used, two
+                copies of a tensor, unknown or missing key, tensor that does not fit the config, an adapter beside the model.
+            ValueError: config of another model_type, or a `quantization_config` of another method than bitsandbytes.
         """
         # A folder is checked before it is read, a repository once the library has downloaded it. The checks do not know GGUF
-        # files, nor those of a variant.
-        has_weights = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
-        if has_weights:
-            kwargs = safetensors_only(kwargs)
-        check_tensors = not (output_loading_info or ignore_mismatched_sizes)
-        folder, repo_id = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or ""), None
-        if has_weights and not kwargs.get("variant"):
-            if folder.is_dir():
-                cls._check_files(folder, kwargs, check_tensors)
-            else:
-                repo_id = str(pretrained_model_name_or_path)
+        # files.
+        name, check_tensors = pretrained_model_name_or_path, not (output_loading_info or ignore_mismatched_sizes)
+        is_checked = True
+        if kwargs.get("gguf_file") is None:
+            check_method(kwargs.get("quantization_config"))
+            if isinstance(kwargs.get("config"), PreTrainedConfig):
+                _check_config(kwargs["config"])
+            if name is not None:
+                kwargs = safetensors_only(kwargs)
+                is_checked = cls._check_folder(_base_of_adapter(name), kwargs, check_tensors)
+                if not is_checked:
+                    cls._check_remote_files(str(_base_of_adapter(name)), kwargs)
         try:
             with experts_are_quantized():
                 model, loading_info = super().from_pretrained(
-                    pretrained_model_name_or_path,
+                    name,
                     *model_args,
                     output_loading_info=True,
                     ignore_mismatched_sizes=ignore_mismatched_sizes,
                     **kwargs,
                 )
-        except (SafetensorError, RuntimeError):
+        except Exception:
             # What the library says names neither file nor remedy; if the checkpoint is at fault, this does.
-            cls._check_download(repo_id, kwargs, check_tensors)
+            if not is_checked:
+                cls._check_download(str(name), kwargs, check_tensors)
             raise
+        if not is_checked:
+            # What has been loaded; an adapter of the Hub names its base.
+            source = model.config.name_or_path
+            if not cls._check_folder(source, kwargs, check_tensors):
+                cls._check_download(source, kwargs, check_tensors)
         if output_loading_info:
             return model, loading_info
-        cls._check_download(repo_id, kwargs, check_tensors)
         if message := describe_missing(loading_info["missing_keys"], cls._head_prefixes):
-            raise CheckpointError(f"{pretrained_model_name_or_path}: {message}")
+            raise CheckpointError(f"{name}: {message}")
         return model
 
     @classmethod
-    def _check_files(cls, folder: Path, kwargs: dict[str, Any], check_tensors: bool) -> None:
-        """Raise CheckpointError unless the shards in `folder` are whole and, if asked, those of its config."""
-        if kwargs.get("config") is None and not any((folder / name).is_file() for name in _KEYSTONES):
+    def _check_folder(cls, name: str | os.PathLike, kwargs: dict[str, Any], check_tensors: bool) -> bool:
+        """Raise CheckpointError unless a folder's shards are whole and, if asked, those of its config. False: no folder."""
+        folder, config = Path(name, kwargs.get("subfolder") or ""), kwargs.get("config")
+        if not folder.is_dir():
+            return False
+        if config is None and not any((folder / name).is_file() for name in _KEYSTONES):
             # The library would go on with the default config, that of the released model.
             interrupted = next(folder.glob(f"{WORKSPACE}*"), None)
             remedy = (
                 f"a save was interrupted, and its files are in {interrupted}" if interrupted else "give a checkpoint"
             )
             raise CheckpointFileError(f"{folder} holds no {CONFIG_NAME}; {remedy}")
-        shapes = read_shapes(folder)
-        if not shapes or not check_tensors:
-            return
-        config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
-        check_weights(shapes, config, folder, head_keys=("score.",))
+        tensors = read_tensors(folder, kwargs.get("variant"))
+        if tensors and all((folder / name).is_file() for name in _KEYSTONES):
+            raise CheckpointError(
+                f"{folder} holds a model and an adapter ({ADAPTER_CONFIG_NAME}), which Transformers would load on top of it "
+                "without a word; move the adapter to a folder of its own, and load it with model.load_adapter"
+            )
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(config or folder)
+        _check_config(config)
+        if tensors and check_tensors:
+            check_weights(tensors, config, folder, head_keys=("score.",))
+        return True
 
     @classmethod
-    def _check_download(cls, repo_id: str | None, kwargs: dict[str, Any], check_tensors: bool) -> None:
-        """`_check_files` for what the library has downloaded of a Hub repository; nothing to do for None."""
-        if repo_id is None:
-            return
+    def _check_remote_files(cls, repo_id: str, kwargs: dict[str, Any]) -> None:
+        """Fetch the small files that say whether the large ones are worth it. What is not there is left to the library."""
+        where = {key: kwargs[key] for key in _DOWNLOAD_OPTIONS & kwargs.keys()}
+        config = kwargs.get("config")
+        with contextlib.suppress(OSError):
+            if not isinstance(config, PreTrainedConfig):
+                _check_config(cls.config_class.from_pretrained(config or repo_id, **where))
+        index = None
+        with contextlib.suppress(OSError):
+            index = cached_file(repo_id, _with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant")), **where)
+        if index is not None:
+            read_index(Path(index))
+
+    @classmethod
+    def _check_download(cls, repo_id: str, kwargs: dict[str, Any], check_tensors: bool) -> None:
+        """`_check_folder` for what the library has downloaded of a Hub repository."""
         where = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
         for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
-            file = try_to_load_from_cache(repo_id, os.path.join(kwargs.get("subfolder") or "", name), **where)
+            name = os.path.join(kwargs.get("subfolder") or "", _with_variant(name, kwargs.get("variant")))
+            try:
+                file = try_to_load_from_cache(repo_id, name, **where)
+            except HFValidationError:
+                return  # the path of something that is not there
             if isinstance(file, str):
-                cls._check_files(Path(file).parent, kwargs, check_tensors)
+                cls._check_folder(Path(file).parent, {**kwargs, "subfolder": None}, check_tensors)
                 return
 
     def save_pretrained(
@@ -779,4 +909,5 @@ def _make_readable(folder: Path) -> None:
 
 
 _CARD = "README.md"
+_DOWNLOAD_OPTIONS = {"cache_dir", "revision", "token", "local_files_only", "proxies", "subfolder"}
 _HUB_OPTIONS = {"repo_id", "private", "token", "commit_message", "revision", "create_pr"}

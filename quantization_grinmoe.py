@@ -422,11 +422,31 @@ def check_quantization_config(quantization_config: BitsAndBytesConfig) -> None:
         )
 
 
-def is_bitsandbytes(quantization_config: QuantizationConfigMixin | dict[str, Any]) -> bool:
-    """Whether this, from a config or its JSON, is of the method that this file knows."""
-    return isinstance(quantization_config, BitsAndBytesConfig) or (
-        isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "bitsandbytes"
-    )
+def check_method(quantization_config: QuantizationConfigMixin | dict[str, Any] | None) -> None:
+    """
+    Raise ValueError for every quantisation method but that of this file; None is none.
+
+    All others of Transformers pass over the fused experts, replace them by experts of their own, or leave weights that the
+    experts' products do not take.
+
+    Args:
+        quantization_config: of `from_pretrained` or of a model's config; from config.json it is a dict.
+    """
+    if quantization_config is None:
+        return
+    if isinstance(quantization_config, dict):
+        # Without a method, Transformers takes these for bitsandbytes'.
+        unnamed = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & quantization_config.keys() else None
+        method = quantization_config.get("quant_method", unnamed)
+    else:
+        method = quantization_config.quant_method
+    method = getattr(method, "value", method)
+    if method != "bitsandbytes":
+        raise ValueError(
+            f"quantization_config asks for {method}, which does not quantise the experts of this model: gate_up_proj and "
+            "down_proj of every layer, 96 % of the released model's weights, would stay in full precision or not work; give "
+            "a full-precision checkpoint and transformers.BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True)"
+        )
 
 
 def packed_layout(config, quantization_config: BitsAndBytesConfig | dict[str, Any]) -> Layout:

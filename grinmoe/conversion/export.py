@@ -78,7 +78,7 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
     config = read_config(folder)
     source = WeightSource(folder)
     _check_target(options, config, source)
-    check_weights(source.shapes, config, folder, head_keys=("score.",))
+    check_weights(source.tensors, config, folder, head_keys=("score.",))
     converter = find_converter(options.converter) if options.to == "gguf" else None
     record: dict[str, Any] = {"source": options.model, "to": options.to, "dtype": options.dtype, "notes": []}
     if model_type_of(folder) == PhimoeConfig.model_type:

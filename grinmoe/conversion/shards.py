@@ -22,9 +22,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..checkpoint_grinmoe import CheckpointFileError, read_index, read_shapes
+from ..checkpoint_grinmoe import CheckpointFileError, read_tensors
 from ..files import default_mode
 
 _NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8".split()
@@ -57,34 +57,20 @@ class WeightSource:
     The tensors of a checkpoint's folder, read when they are asked for.
 
     Raises:
-        CheckpointFileError: no safetensors weights, or broken or missing shards (`checkpoint_grinmoe.read_shapes`).
+        CheckpointFileError: no safetensors weights, or broken weights (`checkpoint_grinmoe.read_tensors`).
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        shapes = read_shapes(self.folder)
-        if shapes is None:
+        tensors = read_tensors(self.folder)
+        if tensors is None:
             raise CheckpointFileError(f"{self.folder} holds no safetensors weights; give a checkpoint's folder")
-        self.shapes = shapes  # of every tensor, by its key
-        self._files = self._file_of_each()
+        self.tensors = tensors
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._open: tuple[Path, Any] | None = None
 
-    def _file_of_each(self) -> dict[str, Path]:
-        single = self.folder / SAFE_WEIGHTS_NAME
-        if single.is_file():
-            return dict.fromkeys(self.shapes, single)
-        weight_map = read_index(self.folder / SAFE_WEIGHTS_INDEX_NAME)
-        files = {name: self.folder / file for name, file in weight_map.items()}
-        if absent := self.shapes.keys() - files.keys():
-            # Which of two shards has the right one would be a guess.
-            raise CheckpointFileError(
-                f"the shards in {self.folder} hold {len(absent)} tensors that the index does not name, {min(absent)} for "
-                "one; download index and shards again"
-            )
-        return files
-
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self.tensors
 
     def dtype(self, name: str) -> torch.dtype:
         """
@@ -103,7 +89,7 @@ class WeightSource:
 
     def _shard_of(self, name: str) -> Any:
         """Open: one file at a time, whose pages the system may take back."""
-        file = self._files[name]
+        file = self.tensors[name].file
         if self._open is None or self._open[0] != file:
             self._open = file, safe_open(file, framework="pt")
         return self._open[1]

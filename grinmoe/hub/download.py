@@ -25,7 +25,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from ..checkpoint_grinmoe import CheckpointError, CheckpointFileError, check_weights, read_index, read_shapes
+from ..checkpoint_grinmoe import CheckpointError, CheckpointFileError, check_weights, read_index, read_tensors
 from ..configuration_grinmoe import GrinMoeConfig
 from ..tokenization import TokenizerError, load_tokenizer
 from .checks import PICKLE_SUFFIXES, sha256_of
@@ -228,7 +228,7 @@ def _check_plan(remote: _Remote, staging: Path) -> None:
             raise CheckpointError(
                 f"{CONFIG_NAME} of {remote.repo} cannot be read; tell its owner, or give another --revision"
             ) from error
-    if SAFE_WEIGHTS_INDEX_NAME not in remote.files or SAFE_WEIGHTS_NAME in remote.files:
+    if SAFE_WEIGHTS_INDEX_NAME not in remote.files:
         return
     try:
         shards = set(read_index(staging / SAFE_WEIGHTS_INDEX_NAME).values())
@@ -237,6 +237,11 @@ def _check_plan(remote: _Remote, staging: Path) -> None:
             f"{SAFE_WEIGHTS_INDEX_NAME} of {remote.repo} is not a safetensors index ({error.__cause__!r}); tell its "
             "owner, or give another --revision"
         ) from error
+    if SAFE_WEIGHTS_NAME in remote.files and shards != {SAFE_WEIGHTS_NAME}:
+        raise CheckpointError(
+            f"{remote.repo} holds two sets of weights ({SAFE_WEIGHTS_NAME} and {SAFE_WEIGHTS_INDEX_NAME}); tell its owner, "
+            "or give another --revision"
+        )
     if absent := sorted(shards - remote.files.keys()):
         raise CheckpointError(
             f"{remote.repo} lacks {len(absent)} shards that its index names ({absent[0]}); tell its owner, or give another "
@@ -248,9 +253,9 @@ def _check_pulled(remote: _Remote, folder: Path, console: Console) -> None:
     try:
         if ADAPTER_SAFE_WEIGHTS_NAME in remote.files:
             _check_opens(folder / ADAPTER_SAFE_WEIGHTS_NAME)
-        if CONFIG_NAME in remote.files and (shapes := read_shapes(folder)) is not None:
+        if CONFIG_NAME in remote.files and (tensors := read_tensors(folder)) is not None:
             config = GrinMoeConfig.from_pretrained(folder)
-            check_weights(shapes, config, remote.repo, head_keys=("score.",))
+            check_weights(tensors, config, remote.repo, head_keys=("score.",))
     except CheckpointError as error:
         raise _blamed(error, remote, folder) from error
     if (folder / "tokenizer.json").is_file():

@@ -32,7 +32,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from ..checkpoint_grinmoe import CheckpointFileError, add_remote_code, check_weights, read_index, read_shapes
+from ..checkpoint_grinmoe import CheckpointFileError, StoredTensor, add_remote_code, check_weights, read_tensors
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import copy_files, physical_memory_bytes, read_json_object
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
@@ -157,22 +157,22 @@ def _assemble_model(source: Path, release: Release, options: ReleaseOptions) -> 
         config = GrinMoeConfig.from_pretrained(source)
     except (OSError, AttributeError, TypeError) as error:  # the last two: JSON that is no object
         raise ReleaseError(f"{source / CONFIG_NAME} cannot be read ({error}); save the model again") from error
-    shapes = read_shapes(source)
-    if shapes is None:
+    tensors = read_tensors(source)
+    if tensors is None:
         raise CheckpointFileError(
             f"{source} holds no safetensors weights; save the model with save_pretrained (a sharded training state has to "
             "be gathered first: trainer.save_model)"
         )
-    check_weights(shapes, config, source, head_keys=("score.",))
+    check_weights(tensors, config, source, head_keys=("score.",))
     # What is packed has no official layout.
     is_packed = getattr(config, "quantization_config", None) is not None
-    if not is_packed and any(key.endswith(".experts.gate_up_proj") for key in shapes):
+    if not is_packed and any(key.endswith(".experts.gate_up_proj") for key in tensors):
         raise ReleaseError(
             f"{source} has fused experts' weights, which other programs do not read; load the model and save it again "
             "with save_pretrained, which writes the official layout"
         )
-    _link_weights(source, release.folder)
-    config.architectures = [_CLASSES[_auto_class(shapes)].__name__]
+    _link_weights(source, tensors, release.folder)
+    config.architectures = [_CLASSES[_auto_class(tensors)].__name__]
     config.save_pretrained(release.folder)
     add_remote_code(release.folder)
     folder = _tokenizer_folder(source, options)
@@ -187,28 +187,26 @@ def _assemble_model(source: Path, release: Release, options: ReleaseOptions) -> 
         release.notes.append(
             f"the tokenizer ends a text with {tokenizer.eos_token_id}, the config with {sorted(ends)}: answers may not end"
         )
-    if _auto_class(shapes) == "AutoModelForCausalLM":
+    if _auto_class(tensors) == "AutoModelForCausalLM":
         _add_generation_config(source, config, tokenizer, release)
 
 
-def _link_weights(source: Path, folder: Path) -> None:
+def _link_weights(source: Path, tensors: dict[str, StoredTensor], folder: Path) -> None:
     """Put the shards into the release without a copy: they may be as large as the disk."""
-    names = [SAFE_WEIGHTS_NAME]
-    if not (source / SAFE_WEIGHTS_NAME).is_file():
-        names = sorted(set(read_index(source / SAFE_WEIGHTS_INDEX_NAME).values()))
-        shutil.copyfile(source / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_INDEX_NAME)
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+    copy_files([SAFE_WEIGHTS_INDEX_NAME], source, folder)
+    for shard in sorted({tensor.file for tensor in tensors.values()}):
+        if shard.parent != source:
             raise ReleaseError(
-                f"{SAFE_WEIGHTS_INDEX_NAME} places tensors in {name!r}, which is no shard of {source}; save the model again"
+                f"{SAFE_WEIGHTS_INDEX_NAME} places tensors in {shard}, which is not a file of {source} itself; save the "
+                "model again"
             )
-        (folder / name).symlink_to((source / name).resolve())
+        (folder / shard.name).symlink_to(shard.resolve())
 
 
-def _auto_class(shapes: dict[str, Any]) -> str:
-    if "score.weight" in shapes:
+def _auto_class(tensors: dict[str, StoredTensor]) -> str:
+    if "score.weight" in tensors:
         return "AutoModelForSequenceClassification"
-    return "AutoModelForCausalLM" if "lm_head.weight" in shapes else "AutoModel"
+    return "AutoModelForCausalLM" if "lm_head.weight" in tensors else "AutoModel"
 
 
 def _tokenizer_folder(source: Path, options: ReleaseOptions) -> Path | None:
@@ -312,7 +310,7 @@ def _write_card(source: Path, release: Release, repo_id: str, options: ReleaseOp
 def _count_parameters(source: Path) -> tuple[int, int]:
     """All parameters, and those that work on one token: K of the E experts."""
     config = GrinMoeConfig.from_pretrained(source)
-    sizes = {key: math.prod(shape) for key, shape in (read_shapes(source) or {}).items()}
+    sizes = {key: math.prod(tensor.shape) for key, tensor in (read_tensors(source) or {}).items()}
     experts = sum(size for key, size in sizes.items() if ".experts." in key)
     idle = experts * (1 - config.num_experts_per_tok / config.num_local_experts)
     return sum(sizes.values()), round(sum(sizes.values()) - idle)
@@ -328,7 +326,7 @@ def _check_by_loading(source: Path, release: Release) -> None:
         release.notes.append("not loaded for a check: its base model, with its code, is in no folder of this machine")
         return
     _check_memory(base or source)
-    auto_class = _auto_class(read_shapes(base or source) or {})
+    auto_class = _auto_class(read_tensors(base or source) or {})
     if base and _replaces_head(source, auto_class):
         release.notes.append("not loaded for a check: it puts another head on its base model")
         return

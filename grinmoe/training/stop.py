@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..checkpoint_grinmoe import read_shapes
+from ..checkpoint_grinmoe import CheckpointError, CheckpointFileError, read_tensors
 from ..distributed import is_sharded, is_whole
 from ..files import read_json_object
 
@@ -170,7 +171,16 @@ def _is_whole(folder: Path) -> bool:
     """The Trainer writes the state last. What it wrote before is looked at too: a machine may have lost its cache."""
     try:
         read_json_object(folder / TRAINER_STATE_NAME)
-        read_shapes(folder)  # refuses an index whose shards are not all there
+        tensors = read_tensors(folder)  # refuses an index whose shards are not all there
+        if tensors and (folder / WEIGHTS_NAME).is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+            raise CheckpointError(
+                f"{folder} holds {WEIGHTS_NAME} beside {SAFE_WEIGHTS_INDEX_NAME}, and the Trainer reads the pickle; remove "
+                "it"
+            )
+    except CheckpointFileError:
+        return False
+    except CheckpointError:
+        raise  # whole, and ambiguous: going on from an older one, or deleting this one, would be a guess
     except (OSError, ValueError):
         return False
     weights = list(folder.glob("*.safetensors"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification
 from grinmoe.adapters import MergeOptions, merge, merge_adapter, run_merge
 from grinmoe.adapters.lora import AdapterError, load_adapter, lora_config
-from grinmoe.checkpoint_grinmoe import official_shapes, official_state_dict, read_shapes
+from grinmoe.checkpoint_grinmoe import official_shapes, official_state_dict, read_tensors
 
 IDS = torch.arange(24).view(2, 12)
 FORMS = {"all experts": {}, "chosen experts": {"experts": [1]}, "shared A": {"shared_a": True}}
@@ -59,7 +59,8 @@ def test_the_result_is_a_checkpoint_of_its_own(make, tmp_path):
     """The official layout with code, and nothing of PEFT."""
     _, adapter, adapted = make()
     merge_adapter(adapter, tmp_path / "merged")
-    assert read_shapes(tmp_path / "merged") == official_shapes(adapted.config)
+    found = {key: tensor.shape for key, tensor in read_tensors(tmp_path / "merged").items()}
+    assert found == official_shapes(adapted.config)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["auto_map"] and config["dtype"] == "float32"
     names = {path.name for path in (tmp_path / "merged").iterdir()}

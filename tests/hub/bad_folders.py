@@ -80,7 +80,11 @@ BAD_FOLDERS = {
         CheckpointError,
         "with shape .* config.json makes it",
     ),
-    "index of another folder": (lead_outside, ReleaseError, "'../outside.safetensors', which is no shard of"),
+    "index of another folder": (
+        lead_outside,
+        CheckpointError,
+        "'../outside.safetensors', which is not a safetensors file of its folder",
+    ),
     "fused experts": (fuse, ReleaseError, "fused experts' weights, .* save it again"),
     "no tokenizer": (without("tokenizer.json"), ReleaseError, "holds no tokenizer.json, .* --tokenizer"),
     "tokenizer of a larger model": (

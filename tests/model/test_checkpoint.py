@@ -18,9 +18,12 @@ from grinmoe.checkpoint_grinmoe import (
     CheckpointError,
     CheckpointFileError,
     FuseExperts,
+    check_weights,
     official_shapes,
     official_state_dict,
+    stale_weights,
 )
+from grinmoe.conversion.shards import WeightSource
 
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
@@ -259,7 +262,7 @@ class TestBadCheckpoint:
             GrinMoeForCausalLM.from_pretrained(snapshot)
 
     def test_unknown_key(self, snapshot):
-        self.rewrite(self.shards(snapshot)[0], lambda tensors: tensors.update({"model.layers.0.bonus": torch.zeros(1)}))
+        add_tensor(snapshot, "model.layers.0.bonus", torch.zeros(1))
         with pytest.raises(CheckpointError, match="model.layers.0.bonus, which is no weight of this config"):
             GrinMoeForCausalLM.from_pretrained(snapshot)
 
@@ -341,6 +344,267 @@ class TestBadCheckpoint:
         assert model.model.embed_tokens.weight.shape == (320, 64)
 
 
+EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+FUSED = "model.layers.0.block_sparse_moe.experts.gate_up_proj"
+INDEX = "model.safetensors.index.json"
+
+
+def change_index(folder: Path, change) -> None:
+    """`change` mends the index, or returns what takes its place."""
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(change(index) or index))
+
+
+def change_shard(shard: Path, change) -> None:
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def shard_of(folder: Path, key: str) -> Path:
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][key]
+
+
+def add_tensor(folder: Path, key: str, tensor: torch.Tensor) -> None:
+    """Put a tensor into the first shard and the index, or replace it where it is."""
+    index = json.loads((folder / INDEX).read_text())
+    shard = index["weight_map"].setdefault(key, min(index["weight_map"].values()))
+    (folder / INDEX).write_text(json.dumps(index))
+    change_shard(folder / shard, lambda tensors: tensors.update({key: tensor}))
+
+
+def add_overlay(folder: Path, name: str) -> None:
+    """A shard with the right copy of a tensor, which the index names; the older shard keeps a stale one."""
+    shard = shard_of(folder, EXPERT)
+    right = load_file(shard)[EXPERT]
+    save_file({EXPERT: right}, folder / name, metadata={"format": "pt"})
+    change_shard(shard, lambda tensors: tensors.update({EXPERT: torch.zeros_like(right)}))
+    change_index(folder, lambda index: index["weight_map"].update({EXPERT: name}))
+
+
+def save_zeros(folder: Path, name: str) -> None:
+    save_file({key: torch.zeros_like(t) for key, t in weights_of(folder).items()}, folder / name, {"format": "pt"})
+
+
+def set_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def repeat_key(folder: Path) -> None:
+    text = (folder / INDEX).read_text()
+    again = f'"weight_map": {{"{EXPERT}": "model-00001-of-00003.safetensors", '
+    (folder / INDEX).write_text(text.replace('"weight_map": {', again, 1))
+
+
+def move_shard(folder: Path, name: str) -> None:
+    """The first shard under another name, as the index then says."""
+    shard = min(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    (folder / shard).rename(folder / name)
+    change_index(
+        folder,
+        lambda index: index.update(
+            weight_map={key: name if file == shard else file for key, file in index["weight_map"].items()}
+        ),
+    )
+
+
+# What each breaks, and what the error says. Transformers loads most of them, and some with stale weights.
+AMBIGUOUS_FILES = {
+    "overlay last": (
+        lambda f: add_overlay(f, "model-99999-of-99999.safetensors"),
+        "holds 1 tensors .* places .*w1.weight",
+    ),
+    "overlay first": (
+        lambda f: add_overlay(f, "model-00000-of-99999.safetensors"),
+        "in model-00000-of-99999.safetensors",
+    ),
+    "unnamed tensor": (
+        lambda f: change_index(f, lambda i: i["weight_map"].pop(EXPERT) and None),
+        "w1.weight in no file",
+    ),
+    "a copy in two shards that the index does not name": (
+        lambda f: [
+            change_shard(shard, lambda tensors: tensors.update({"model.bonus": torch.zeros(2)}))
+            for shard in sorted(f.glob("model-*"))[:2]
+        ],
+        "model.bonus in no file",
+    ),
+    "a whole model beside the index": (lambda f: save_zeros(f, "model.safetensors"), "two sets of weights"),
+    "a distributed model beside the index": (
+        lambda f: save_zeros(f, "shard-00000-model-00001-of-00001.safetensors"),
+        "two sets of weights .* and shard-00000-model",
+    ),
+    "index without metadata": (lambda f: change_index(f, lambda i: i.pop("metadata") and None), 'no "metadata" object'),
+    "index with metadata null": (lambda f: change_index(f, lambda i: i.update(metadata=None)), 'no "metadata" object'),
+    "index that is a list": (lambda f: change_index(f, lambda i: [i]), "no weight_map that names tensors"),
+    "empty weight_map": (
+        lambda f: change_index(f, lambda i: i.update(weight_map={})),
+        "no weight_map that names tensors",
+    ),
+    "weight_map that is a list": (
+        lambda f: change_index(f, lambda i: i.update(weight_map=list(i["weight_map"].items()))),
+        "no weight_map that names tensors",
+    ),
+    "a number for a shard": (
+        lambda f: change_index(f, lambda i: i["weight_map"].update({EXPERT: 1})),
+        "places .* in 1,",
+    ),
+    "a key twice": (repeat_key, "names model.layers.0.block_sparse_moe.experts.0.w1.weight twice"),
+    "a shard above the folder": (lambda f: move_shard(f, "../x.safetensors"), "'../x.safetensors', which is not a"),
+    "a shard by its whole path": (
+        lambda f: move_shard(f, str(f.parent / "x.safetensors")),
+        "x.safetensors', which is not a",
+    ),
+    "a pickle for a shard": (
+        lambda f: move_shard(f, "model-00001-of-00003.bin"),
+        "model-00001-of-00003.bin', which is not",
+    ),
+}
+AMBIGUOUS_TENSORS = {
+    "fused and by single experts": (
+        lambda f: add_tensor(f, FUSED, torch.zeros(GOLDEN_FUSED)),
+        "gate_up_proj and the matrices of single experts",
+    ),
+    "with and without a prefix": (
+        lambda f: add_tensor(f, "norm.weight", torch.zeros(64)),
+        "two copies of one weight",
+    ),
+    "integers": (
+        lambda f: add_tensor(f, "lm_head.bias", torch.ones(320, dtype=torch.int32)),
+        "lm_head.bias as I32, where F32, F16 or BF16 belongs",
+    ),
+    "float8 without scales": (
+        lambda f: add_tensor(f, "model.norm.weight", torch.ones(64).to(torch.float8_e4m3fn)),
+        "model.norm.weight as F8_E4M3",
+    ),
+    "tied to another head": (lambda f: set_config(f, tie_word_embeddings=True), "holds another lm_head.weight than"),
+    "weights of another name": (
+        lambda f: (save_zeros(f, "other.safetensors"), set_config(f, transformers_weights="other.safetensors")),
+        "'other.safetensors' as transformers_weights",
+    ),
+}
+GOLDEN_FUSED = (16, 64, 64)  # golden-b: E, 2I, H
+
+
+def read_as_a_model(folder: Path) -> None:
+    GrinMoeForCausalLM.from_pretrained(folder)
+
+
+def read_by_the_auto_class(folder: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def read_as_a_conversion(folder: Path) -> None:
+    source = WeightSource(folder)
+    check_weights(source.tensors, GrinMoeForCausalLM.config_class.from_pretrained(folder), folder)
+
+
+class TestAmbiguousCheckpoint:
+    """Two copies of a weight, or a place that readers see differently: no reader may guess."""
+
+    @pytest.mark.parametrize("read", [read_as_a_model, read_by_the_auto_class, read_as_a_conversion])
+    @pytest.mark.parametrize("kind", [*AMBIGUOUS_FILES, *AMBIGUOUS_TENSORS])
+    def test_every_reader_refuses_it(self, snapshot, kind, read):
+        spoil, message = (AMBIGUOUS_FILES | AMBIGUOUS_TENSORS)[kind]
+        spoil(snapshot)
+        with pytest.raises(ValueError, match=message):
+            read(snapshot)
+
+    @pytest.mark.parametrize("kind", AMBIGUOUS_FILES)
+    def test_a_caller_who_looks_at_the_keys_is_told_too(self, snapshot, kind):
+        spoil, message = AMBIGUOUS_FILES[kind]
+        spoil(snapshot)
+        with pytest.raises(CheckpointError, match=message):
+            GrinMoeForCausalLM.from_pretrained(snapshot, output_loading_info=True)
+
+    @pytest.mark.parametrize(
+        "allow",
+        [
+            lambda f: change_index(f, lambda index: index.update(metadata={})),
+            lambda f: save_file({"x": torch.zeros(1)}, f / "consolidated.safetensors"),
+            lambda f: torch.save({}, f / "pytorch_model.bin"),
+            lambda f: (f / "model.safetensors.index.fp16.json").write_text("{}"),
+            lambda f: move_shard(f, "other-name.safetensors"),
+            lambda f: (
+                [file.rename(f.parent / file.name) for file in f.glob("model-*")]
+                and [(f / file.name).symlink_to(file) for file in f.parent.glob("model-*")]
+            ),
+        ],
+        ids=["empty metadata", "consolidated", "pickle", "other variant", "other shard name", "links"],
+    )
+    def test_what_is_not_ambiguous_loads_the_weights_of_the_index(self, goldens, snapshot, allow):
+        expected = weights_of(goldens["golden-b"].folder)
+        allow(snapshot)
+        found = official_state_dict(GrinMoeForCausalLM.from_pretrained(snapshot).state_dict())
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+    def test_an_index_of_one_file_loads(self, snapshot):
+        """As MLX and others write it."""
+        weights = weights_of(snapshot)
+        for shard in snapshot.glob("model-*"):
+            shard.unlink()
+        save_file(weights, snapshot / "model.safetensors", {"format": "pt"})
+        change_index(snapshot, lambda index: index.update(weight_map=dict.fromkeys(weights, "model.safetensors")))
+        model = GrinMoeForCausalLM.from_pretrained(snapshot)
+        assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+        assert torch.equal(WeightSource(snapshot).read(EXPERT), weights[EXPERT])
+
+    def test_halves_of_a_weight_in_two_dtypes_load_as_their_values(self, snapshot):
+        wide = torch.randn(weights_of(snapshot)[EXPERT].shape)
+        add_tensor(snapshot, EXPERT, wide)
+        model = GrinMoeForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
+        rows = wide.shape[0]
+        assert torch.equal(model.model.layers[0].block_sparse_moe.experts.gate_up_proj[0, :rows], wide)
+
+    def test_a_variant_is_checked_like_any_other(self, snapshot):
+        for shard in snapshot.glob("model-*"):
+            shard.rename(snapshot / shard.name.replace("model-", "model.fp16-"))
+        change_index(
+            snapshot,
+            lambda i: i.update(weight_map={k: v.replace("model-", "model.fp16-") for k, v in i["weight_map"].items()}),
+        )
+        index = snapshot / "model.safetensors.index.fp16.json"
+        (snapshot / INDEX).rename(index)
+        expected = weights_of(snapshot)["model.embed_tokens.weight"]
+        model = GrinMoeForCausalLM.from_pretrained(snapshot, variant="fp16")
+        assert torch.equal(model.model.embed_tokens.weight, expected)
+        content = json.loads(index.read_text())
+        del content["weight_map"][EXPERT]
+        index.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match="w1.weight in no file"):
+            GrinMoeForCausalLM.from_pretrained(snapshot, variant="fp16")
+
+    def test_an_adapter_beside_the_model_is_refused(self, snapshot):
+        """Transformers loads it on top without a word: logits move by 2.6 for a random one."""
+        peft = pytest.importorskip("peft")
+        model = GrinMoeForCausalLM.from_pretrained(snapshot)
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(snapshot)
+        with pytest.raises(CheckpointError, match="holds a model and an adapter"):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    def test_the_base_that_an_adapter_names_is_checked(self, snapshot, tmp_path):
+        peft = pytest.importorskip("peft")
+        model = GrinMoeForCausalLM.from_pretrained(snapshot)
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        assert GrinMoeForCausalLM.from_pretrained(tmp_path / "adapter")._hf_peft_config_loaded
+        add_overlay(snapshot, "model-99999-of-99999.safetensors")
+        with pytest.raises(CheckpointError, match="holds 1 tensors that the index does not name there"):
+            GrinMoeForCausalLM.from_pretrained(tmp_path / "adapter")
+
+    def test_load_state_dict_refuses_an_expert_that_is_there_twice(self, goldens):
+        weights = weights_of(goldens["golden-b"].folder)
+        model = GrinMoeForCausalLM(GrinMoeForCausalLM.config_class.from_pretrained(goldens["golden-b"].folder))
+        both = weights | {FUSED: model.state_dict()[FUSED]}
+        with pytest.raises(RuntimeError, match="gate_up_proj is there twice, fused and by single experts"):
+            model.load_state_dict(both, strict=False)
+
+    def test_a_distributed_save_before_is_removed_by_a_whole_one(self, snapshot):
+        assert stale_weights(
+            ["shard-00000-model-00001-of-00001.safetensors", "config.json"], ["model.safetensors"]
+        ) == ["shard-00000-model-00001-of-00001.safetensors"]
+
+
 class TestBadDownload:
     """The same for a Hub id: the library's loader takes some of these without a word."""
 
@@ -387,3 +651,21 @@ class TestBadDownload:
         shard.write_bytes(shard.read_bytes()[:1000])
         with pytest.raises(CheckpointFileError, match="model-00003-of-00003.safetensors .* truncated"):
             GrinMoeForCausalLM.from_pretrained(*arguments, **options)
+
+    @pytest.mark.parametrize("kind", AMBIGUOUS_FILES)
+    def test_an_ambiguous_one(self, cached, kind):
+        folder, arguments, options = cached
+        spoil, message = AMBIGUOUS_FILES[kind]
+        spoil(folder)
+        with pytest.raises(CheckpointError, match=message):
+            GrinMoeForCausalLM.from_pretrained(*arguments, **options)
+
+    def test_an_adapter_whose_base_it_is(self, cached, tmp_path):
+        peft = pytest.importorskip("peft")
+        folder, arguments, options = cached
+        model = GrinMoeForCausalLM.from_pretrained(*arguments, **options)
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        assert GrinMoeForCausalLM.from_pretrained(tmp_path / "adapter", **options)._hf_peft_config_loaded
+        add_overlay(folder, "model-99999-of-99999.safetensors")
+        with pytest.raises(CheckpointError, match="holds 1 tensors that the index does not name there"):
+            GrinMoeForCausalLM.from_pretrained(tmp_path / "adapter", **options)

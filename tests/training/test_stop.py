@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from grinmoe.checkpoint_grinmoe import CheckpointError
 from grinmoe.training import run as training
 from grinmoe.training.recipe import read_recipe
 from grinmoe.training.run_directory import COMPLETE, STOPPED
@@ -264,6 +267,23 @@ class TestWholeCheckpoints:
         assert last_whole_checkpoint(tmp_path).name == "checkpoint-10"
         assert remove_partial_checkpoints(tmp_path) == ["checkpoint-12"]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-notes"]
+
+    @pytest.mark.parametrize("stale", ["model.safetensors.index.json", "pytorch_model.bin"])
+    def test_one_with_two_sets_of_weights_is_named_and_kept(self, undisturbed, tmp_path, stale):
+        """Going on from an older one, or deleting this one, would be a guess."""
+        shutil.copytree(undisturbed("full") / "checkpoint-4", tmp_path / "checkpoint-4")
+        folder = tmp_path / "checkpoint-4"
+        names = load_file(folder / "model.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        if stale == "pytorch_model.bin":
+            (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+            assert last_whole_checkpoint(tmp_path) == folder
+            torch.save({}, folder / stale)
+        for look in (last_whole_checkpoint, remove_partial_checkpoints):
+            with pytest.raises(CheckpointError, match=re.escape(stale)):
+                look(tmp_path)
+        assert folder.is_dir()
 
     def test_there_is_none_in_a_new_folder(self, tmp_path):
         assert last_whole_checkpoint(tmp_path / "new") is None
