@@ -92,7 +92,7 @@ def expert_counts(
     num_layers, _, top_k = chosen.shape
     weight = valid.repeat_interleave(top_k).expand(num_layers, -1)  # (L, T * K)
     counts = torch.zeros(num_layers, num_experts, device=valid.device)
-    return counts.scatter_add_(1, chosen.reshape(num_layers, -1), weight)
+    return counts.scatter_add(1, chosen.reshape(num_layers, -1), weight)
 
 
 def balance_of_counts(

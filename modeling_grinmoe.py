@@ -432,7 +432,9 @@ class GrinMoeExperts(nn.Module):
         """(n, 2I) to (n, I): SwiGLU, and dropout. The library's experts functions call it by this name."""
         gate, up = gate_up.chunk(2, dim=-1)
         activation = self.act_fn(gate) * up
-        return activation * self.keep_mask(activation) if self.training and self.dropout > 0 else activation
+        # Quantisers borrow this method for modules of their own, which have an act_fn and no dropout.
+        drops = isinstance(self, GrinMoeExperts) and self.training and self.dropout > 0
+        return activation * self.keep_mask(activation) if drops else activation
 
 
 def library_experts(config: GrinMoeConfig) -> str:

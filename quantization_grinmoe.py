@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import ConversionOps
@@ -330,16 +329,24 @@ def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 class _Int8Linear(torch.autograd.Function):
     """(n, in) and int8 (out, in) to (n, out). Kept for the backward are the codes alone, which are there anyway."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, group, codes, scale):
-        ctx.save_for_backward(codes, scale)
+    def forward(group, codes, scale):
         return nn.functional.linear(group, dequantize_rows(codes, scale, group.dtype))
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
     def backward(ctx, grad_output):
-        codes, scale = ctx.saved_tensors
-        return grad_output @ dequantize_rows(codes, scale, grad_output.dtype), None, None
+        return grad_output @ dequantize_rows(*ctx.saved_tensors, grad_output.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return nn.functional.linear(tangent, dequantize_rows(*ctx.saved_tensors, tangent.dtype))
 
 
 def import_bitsandbytes():

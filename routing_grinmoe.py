@@ -13,11 +13,10 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 
 class RoutingNoise(NamedTuple):
@@ -65,8 +64,9 @@ def masked_softmax(
     Returns:
         masked_probs (T, E), summing to 1; dropped (T, E) bool, experts with probability 0.
     """
-    top = remaining.amax(dim=-1, keepdim=True)
-    gap = (top - router_logits) / router_logits.abs().clamp(min=top)
+    values = router_logits.detach()  # the mask has no derivative
+    top = remaining.detach().amax(dim=-1, keepdim=True)
+    gap = (top - values) / values.abs().clamp(min=top)
     # NaN (0/0) compares false: kept.
     dropped = (gap > 2 * jitter_eps) | (remaining == float("-inf"))
     return torch.softmax(remaining.masked_fill(dropped, float("-inf")), dim=-1), dropped
@@ -76,7 +76,7 @@ class _Choices(NamedTuple):
     """K choices without replacement.
 
     Attributes:
-        probs: (K, T, E), one masked softmax per choice.
+        probs: (K, T, E), one masked softmax per choice; with its graph where nothing is drawn.
         experts: (T, K).
         is_argmax: (T, K) bool, whether a draw took the most probable expert; (T, 0) where nothing is drawn.
     """
@@ -88,7 +88,8 @@ class _Choices(NamedTuple):
 
 def _choose(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> _Choices:
     """The choices of Algorithm 3: sampled with `noise`, the argmax without."""
-    router_logits = router_logits.detach()
+    if noise is not None:  # the estimator is the gradient
+        router_logits = router_logits.detach()
     remaining = router_logits  # (T, E), -inf where an earlier choice took the expert
     probs: list[torch.Tensor] = []
     experts: list[torch.Tensor] = []
@@ -143,45 +144,82 @@ def _chosen(probs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
 
 
 class _ScoreFunctionWeights(torch.autograd.Function):
-    """Weights of the chosen experts, `scale * p_D` (T, K), whose backward ignores `scale`.
+    """Weights of the sampled experts, `scale * p_D` (T, K), whose backward ignores `scale`.
 
     With g_k = dL/d(weight k) and c_k = g_k p_k, draw k adds credit_k (1[j = D_k] - p^(k)_j) to dL/dz_j. With each draw's
-    own credit that is Algorithm 1's router gradient, and the plain derivative of the masked softmax where there is no
-    scale. A draw with one kept expert (p_D = 1) adds zero.
+    own credit that is Algorithm 1's router gradient. A draw with one kept expert (p_D = 1) adds zero.
     """
 
-    @staticmethod
-    def forward(ctx, router_logits, probs, experts, scale, credit):
-        chosen_probs = _chosen(probs, experts)
-        ctx.save_for_backward(probs, experts, chosen_probs)
-        ctx.credit = credit
-        return chosen_probs.clone() if scale is None else chosen_probs * scale
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable  # an estimate has no derivative of its own
+    def forward(router_logits, probs, experts, scale, credit):
+        return _chosen(probs, experts) * scale
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, probs, experts, _, ctx.credit = inputs
+        ctx.save_for_backward(probs, experts)
+
+    @staticmethod
     def backward(ctx, grad_weights):
-        probs, experts, chosen_probs = ctx.saved_tensors
-        credit = ctx.credit(grad_weights * chosen_probs)  # (T, K)
-        grad_logits = -(credit.t().unsqueeze(-1) * probs).sum(0)
-        return grad_logits.scatter_add(-1, experts, credit), None, None, None, None
+        return _EstimatedGradient.apply(grad_weights, *ctx.saved_tensors, ctx.credit), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        _refuse_other_derivatives()
+
+
+class _EstimatedGradient(torch.autograd.Function):
+    """dL/d(logits) (T, E) of dL/d(weights) (T, K). An estimate has no derivative of its own, so there is no backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_weights, probs, experts, credit):
+        shared = credit(grad_weights * _chosen(probs, experts))  # (T, K)
+        return -(shared.t().unsqueeze(-1) * probs).sum(0).scatter_add(-1, experts, -shared)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        _refuse_other_derivatives()
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        _refuse_other_derivatives()
+
+
+def _refuse_other_derivatives() -> NoReturn:
+    raise RuntimeError(
+        "a router that samples has a first derivative in backward mode only: its gradient is an estimate, which has no "
+        "derivative of its own; call model.eval() first, where the router has its exact derivatives of every order"
+    )
 
 
 def _weights(
     router_logits: torch.Tensor, choices: _Choices, scale: torch.Tensor | None, credit: _Credit = own_credit
 ) -> torch.Tensor:
-    if scale is None:
-        if not (torch.is_grad_enabled() and router_logits.requires_grad):
-            return _chosen(choices.probs, choices.experts)
-        credit = own_credit  # in evaluation the derivative of what was computed
+    if scale is None:  # evaluation has the derivatives of what was computed
+        return _chosen(choices.probs, choices.experts)
     return _ScoreFunctionWeights.apply(router_logits, choices.probs, choices.experts, scale, credit)
 
 
 class _ScaleGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, tensor, scale):
+    def forward(tensor, scale):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        scale = inputs[1]
         ctx.scale = scale if isinstance(scale, float) else None
         ctx.save_for_backward(*([] if ctx.scale is not None else [scale]))
-        return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -398,9 +436,8 @@ def draw_routing_noise(
     Draws are float32 whatever the logits' dtype: half-precision exponentials are too coarse and can underflow to 0.
     """
     shape = (top_k, *router_logits.shape)
-    options = {"dtype": torch.float32, "device": router_logits.device}
-    exponential = torch.empty(shape, **options).exponential_(generator=generator)
-    uniform = torch.empty((*shape[:-1], 1), **options).uniform_(generator=generator)
+    exponential = router_logits.new_empty(shape, dtype=torch.float32).exponential_(generator=generator)
+    uniform = router_logits.new_empty((*shape[:-1], 1), dtype=torch.float32).uniform_(generator=generator)
     return RoutingNoise(exponential, uniform)
 
 
@@ -433,11 +470,14 @@ def routing_seed(device: torch.device, ranks_per_batch: int = 1) -> int | None:
         ranks_per_batch: how many consecutive ranks share a batch (tensor parallel). Above 1 this is a collective.
 
     Returns:
-        The seed, or None where seeded generators do not work: compiled code, and the meta device.
+        The seed, or None where seeded generators do not work: compiled code, the meta device, and samples of
+        `torch.func.vmap` that draw differently.
     """
     if torch.compiler.is_compiling() or device.type == "meta":
         return None
-    seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+    seed = _on_host(torch.randint(2**63 - 1, (), dtype=torch.int64))
+    if seed is None:
+        return None
     ranks = number_of_ranks()
     if ranks == 1:
         return seed
@@ -533,6 +573,14 @@ def without_choice(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return impossible.any(-1) | (router_logits.isfinite().sum(-1) < top_k)
 
 
+def _on_host(number: torch.Tensor) -> Any:
+    """The number in a CPU tensor of one element; None under `torch.func.vmap`, where each sample has its own."""
+    try:
+        return number.item()
+    except RuntimeError:
+        return None
+
+
 def check_router_logits(router_logits: torch.Tensor, top_k: int, layer: int | None = None) -> None:
     """
     Raises:
@@ -544,7 +592,8 @@ def check_router_logits(router_logits: torch.Tensor, top_k: int, layer: int | No
     if router_logits.device.type != "cpu" or torch.compiler.is_compiling():
         return
     # The common case costs one reduction: a sum is finite if all of its terms are, unless it overflows.
-    if math.isfinite(router_logits.detach().sum()):
+    total = _on_host(router_logits.detach().sum())
+    if total is None or math.isfinite(total):
         return
     bad = without_choice(router_logits, top_k)
     if bool(bad.any()):

@@ -1,8 +1,7 @@
 """The experts on a CPU, `experts_implementation="grinmoe_cpu"`: one pass over the experts in each direction.
 
 What belongs to an expert stays in the cache that way. Only the input and the pre-activations are kept for the backward:
-activations are computed again, and the routing weights' gradient is their inner product with their own gradient. Both
-directions are operators of torch.library, which torch.compile takes as they are.
+activations are computed again, and the routing weights' gradient is their inner product with their own gradient.
 
 Shapes: T tokens, K experts per token, N = T * K choices sorted by expert, E experts, H hidden size, I expert width.
 """
@@ -17,6 +16,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..modeling_grinmoe import group_by_expert
+from .autograd import autograd_function, is_transformed, takes_operator
 
 # Names that a config may give to x * sigmoid(x).
 SILU = ("silu", "swish")
@@ -52,10 +52,12 @@ def cpu_experts_forward(
         keep = module.keep_mask(hidden_states.new_empty((top_k_index.numel(), module.down_proj.shape[2])))
     differentiable = (hidden_states, weights, gate_up_proj, down_proj)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    if type(hidden_states) is torch.Tensor and not (trains or keep is not None or torch.compiler.is_compiling()):
-        # Calling an operator takes a decoded token a tenth of the layer's time.
-        return _inference(*differentiable, top_k_index).to(dtype)
-    output, _ = _experts(*differentiable, top_k_index, keep, trains or keep is not None)
+    if takes_operator(hidden_states):
+        output, _ = _experts(*differentiable, top_k_index, keep, trains or keep is not None)
+    elif trains or keep is not None or is_transformed(*differentiable):
+        output, _ = _function(*differentiable, top_k_index, keep)
+    else:
+        output = _inference(*differentiable, top_k_index)
     return output.to(dtype)
 
 
@@ -138,15 +140,14 @@ def padded_rows(choices: int) -> int:
     return choices + _rounding(choices)
 
 
-@torch.library.custom_op("grinmoe::cpu_experts", mutates_args=())
-def _experts(
+def experts_and_kept(
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     top_k_index: torch.Tensor,
     keep: torch.Tensor | None,
-    trains: bool,
+    trains: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum over choices of weight * down(silu(gate) * up * keep), and the pre-activations (num_rows, 2I) if it trains.
 
@@ -209,15 +210,17 @@ def _combined(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.bmm(weights.unsqueeze(1), outputs.view(*weights.shape, outputs.shape[-1])).squeeze(1)
 
 
+_experts = torch.library.custom_op("grinmoe::cpu_experts", experts_and_kept, mutates_args=())
+
+
 @_experts.register_fake
-def _(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep, trains):
+def _(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep, trains=True):
     rows = padded_rows(top_k_index.numel())
     pre_activation = hidden_states.new_empty((rows, gate_up_proj.shape[1]) if trains else 0)
     return torch.empty_like(hidden_states), pre_activation
 
 
-@torch.library.custom_op("grinmoe::cpu_experts_backward", mutates_args=())
-def _experts_backward(
+def experts_gradients(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
@@ -270,6 +273,9 @@ def _experts_backward(
     return grad_hidden, groups.by_choice(grad_row_weight).view_as(weights), grad_gate_up, grad_down
 
 
+_experts_backward = torch.library.custom_op("grinmoe::cpu_experts_backward", experts_gradients, mutates_args=())
+
+
 @_experts_backward.register_fake
 def _(
     grad_output,
@@ -305,6 +311,29 @@ def _backward(ctx, grad_output, _):
 
 
 _experts.register_autograd(_backward, setup_context=_save)
+
+
+def experts_reference(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep) -> torch.Tensor:
+    """The same sum by differentiable operations, for derivatives beyond the first."""
+    order, sizes = group_by_expert(top_k_index, gate_up_proj.shape[0])
+    rows = hidden_states[order // top_k_index.shape[1]]
+    *groups, elsewhere = rows.split([*sizes, rows.shape[0] - sum(sizes)])
+    kept = [None] * len(groups) if keep is None else keep.split([*sizes, elsewhere.shape[0]])[:-1]
+    outputs = []
+    for expert, (group, dropout) in enumerate(zip(groups, kept, strict=True)):
+        gate, up = (group @ gate_up_proj[expert].t()).chunk(2, dim=-1)
+        activation = nn.functional.silu(gate) * up
+        outputs.append((activation if dropout is None else activation * dropout) @ down_proj[expert].t())
+    outputs.append(torch.zeros_like(elsewhere))
+    by_choice = torch.cat(outputs)[order.argsort()]
+    return (by_choice.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+def _gradients(grad_output, inputs, kept, needed):
+    return experts_gradients(grad_output.contiguous(), *inputs, *kept, *needed[2:4])
+
+
+_function = autograd_function(experts_and_kept, _gradients, experts_reference, trainable=4)
 
 
 def _onednn_linear():

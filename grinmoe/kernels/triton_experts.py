@@ -2,8 +2,7 @@
 
 For the backward the input and the pre-activations are kept, and nothing else of their size: rows are gathered again,
 activations computed again, and the routing weights' gradient is the inner product of the activations with their own
-gradient, so that the experts' output need not be there. Both directions are operators of torch.library, which
-torch.compile takes as they are.
+gradient, so that the experts' output need not be there.
 
 Shapes: T tokens, K experts per token, N = T * K rows sorted by expert, E experts, H hidden size, I expert width.
 """
@@ -18,7 +17,8 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import is_triton_available
 
-from .cpu import SILU
+from .autograd import autograd_function, is_transformed, takes_operator
+from .cpu import SILU, experts_reference
 
 if is_triton_available():
     from .launching import MAX_EXPERTS, interpreted
@@ -57,9 +57,11 @@ def triton_experts_forward(
         keep = module.keep_mask(hidden_states.new_empty((top_k_index.numel(), module.down_proj.shape[2])))
     differentiable = (hidden_states, top_k_weights, gate_up_proj, down_proj)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    if not trains and keep is None and top_k_index.numel() <= MAX_CHOICES:
+    few = top_k_index.numel() <= MAX_CHOICES and not is_transformed(*differentiable)
+    if few and not trains and keep is None:
         return few_tokens_experts(hidden_states, top_k_index, *differentiable[1:]).to(dtype)
-    output, *_ = _experts(*differentiable, top_k_index, keep)
+    function = _experts if takes_operator(hidden_states) else _function
+    output, *_ = function(*differentiable, top_k_index, keep)
     return output.to(dtype)
 
 
@@ -181,8 +183,7 @@ def backward_pass(
     return combine(grad_rows, row_of_choice, ends, top_k), grad_weights, grad_gate_up, grad_down
 
 
-@torch.library.custom_op("grinmoe::triton_experts", mutates_args=())
-def _experts(
+def experts_and_kept(
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
     gate_up_proj: torch.Tensor,
@@ -192,6 +193,9 @@ def _experts(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     output, kept = forward_pass(hidden_states.contiguous(), weights, gate_up_proj, down_proj, top_k_index, keep)
     return output, *kept
+
+
+_experts = torch.library.custom_op("grinmoe::triton_experts", experts_and_kept, mutates_args=())
 
 
 @_experts.register_fake
@@ -205,8 +209,7 @@ def _(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep):
     return output, pre_activation, numbers(choices), numbers(choices), numbers(experts)
 
 
-@torch.library.custom_op("grinmoe::triton_experts_backward", mutates_args=())
-def _experts_backward(
+def experts_gradients(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
@@ -235,6 +238,9 @@ def _experts_backward(
     )
     nothing = grad_output.new_empty(0)
     return *gradients, *(nothing.clone() if g is None else g for g in (grad_gate_up, grad_down))
+
+
+_experts_backward = torch.library.custom_op("grinmoe::triton_experts_backward", experts_gradients, mutates_args=())
 
 
 @_experts_backward.register_fake
@@ -276,3 +282,11 @@ def _backward(ctx, grad_output, *_):
 
 
 _experts.register_autograd(_backward, setup_context=_save)
+
+
+def _gradients(grad_output, inputs, kept, needed):
+    *tensors, _, keep = inputs
+    return experts_gradients(grad_output, *tensors, keep, *kept, *needed[2:4])
+
+
+_function = autograd_function(experts_and_kept, _gradients, experts_reference, trainable=4)

@@ -23,9 +23,11 @@ from ..routing_grinmoe import (
     credit_to_go,
     joint_credit,
     own_credit,
+    route,
 )
+from .autograd import is_transformed
 from .launching import DTYPES, MAX_EXPERTS, interpreted
-from .philox import STRIPE, STRIPES
+from .philox import STRIPE, STRIPES, counter_jitter, counter_noise
 from .router_kernels import jitter_kernel, router_backward_kernel, router_kernel
 from .triton_experts import check_triton
 
@@ -178,6 +180,8 @@ def fused_route(
     """
     `routing_grinmoe.route` in one launch, and one for its backward; with the same draws it decides the same.
 
+    Under `torch.func` the reference computes, from the same draws.
+
     Args:
         router_logits: (T, E), float32, bfloat16 or float16.
         top_k, jitter_eps, training: as in `routing_grinmoe.sparsemixer`.
@@ -198,6 +202,11 @@ def fused_route(
         exponential, uniform = noise.exponential.float().contiguous(), noise.uniform.float().contiguous()
     elif training:
         number, on_device = _split_seed(seed, router_logits.device)
+    if is_transformed(router_logits):
+        if training and noise is None:
+            seed = number if on_device is None else on_device
+            noise = counter_noise(seed, stream, *router_logits.shape, top_k, router_logits.device)
+        return route(router_logits, top_k, jitter_eps, training, noise, estimator)
     options = (stream, top_k, 2.0 * jitter_eps, estimator, training)
     weights, experts, expert_scale = _router(
         router_logits.contiguous(), exponential, uniform, on_device, number, *options
@@ -297,6 +306,10 @@ def fused_input_jitter(
         )
     check_triton(hidden_states.device)
     number, on_device = _split_seed(seed, hidden_states.device)
+    if is_transformed(hidden_states):
+        seed = number if on_device is None else on_device
+        sizes = (*hidden_states.shape, jitter_eps, hidden_states.dtype, hidden_states.device)
+        return hidden_states * counter_jitter(seed, stream, *sizes)
     return _jitter(hidden_states, on_device, number, stream, jitter_eps)
 
 

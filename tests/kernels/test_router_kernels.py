@@ -118,6 +118,31 @@ def test_second_derivatives_are_refused(training):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_function_transforms_compute_the_reference_of_the_same_draws(training):
+    logits = logits_of(6, 8).detach()
+
+    def squares(logits):
+        return (fused_route(logits, 2, 0.3, training, seed=SEED, stream=3).routing_weights ** 2).sum()
+
+    leaf = logits.clone().requires_grad_()
+    squares(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(squares)(logits), leaf.grad, rtol=1e-5, atol=1e-7)
+    if training:
+        with pytest.raises(RuntimeError, match="its gradient is an estimate"):
+            torch.func.jvp(squares, (logits,), (logits,))
+    else:
+        forward = torch.func.jvp(squares, (logits,), (logits,))[1]
+        torch.testing.assert_close(forward, (leaf.grad * logits).sum(), rtol=1e-5, atol=1e-7)
+
+
+def test_jitter_under_forward_mode_keeps_the_tangent():
+    hidden = torch.randn(3, 8)
+    output, tangent = torch.func.jvp(lambda x: fused_input_jitter(x, 0.1, SEED, 2), (hidden,), (hidden,))
+    torch.testing.assert_close(output, fused_input_jitter(hidden, 0.1, SEED, 2), rtol=0, atol=0)
+    torch.testing.assert_close(tangent, output)
+
+
 def test_every_bfloat16_gap_falls_on_the_reference_s_side_of_the_mask():
     """The mask compares in the logits' dtype: all values near a best logit of 1, and both signs."""
     second = torch.arange(-2.0, 1.0, 2**-8).bfloat16()

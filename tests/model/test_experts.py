@@ -86,3 +86,19 @@ def test_custom_implementations_are_found(tiny_model):
 def test_unknown_implementations_are_refused(tiny_model):
     with pytest.raises(ValueError, match="magic"):
         tiny_model().set_experts_implementation("magic")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_apply_gate_borrowed_by_another_module_computes_swiglu(tiny_config, training):
+    """llm-compressor puts the method of our class on modules of its own, which have an act_fn and nothing else of ours."""
+
+    class LinearExperts(torch.nn.Module):
+        _apply_gate = GrinMoeExperts._apply_gate
+
+        def __init__(self):
+            super().__init__()
+            self.act_fn = torch.nn.SiLU()
+
+    gate_up = torch.randn(5, 48)
+    expected = GrinMoeExperts(tiny_config()).eval()._apply_gate(gate_up)
+    assert torch.equal(LinearExperts().train(training)._apply_gate(gate_up), expected)

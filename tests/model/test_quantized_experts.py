@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from grinmoe import GrinMoeForCausalLM, quantization_grinmoe
 from grinmoe.modeling_grinmoe import GrinMoeExperts, GrinMoeExperts4bit, GrinMoeExperts8bit
 from grinmoe.monitoring.callback import RoutingMonitor
-from grinmoe.quantization_grinmoe import FUSED, quantize_model, replace_experts
+from grinmoe.quantization_grinmoe import FUSED, _Int8Linear, quantize_model, quantize_rows, replace_experts
 from tests.model.test_experts import ROUTINGS
 from tests.tolerances import FAST_PATH_BFLOAT16, FAST_PATH_FLOAT32
 
@@ -373,3 +373,17 @@ class TestTraining:
         resumed = trained("stopped", 4, resume=str(tmp_path / "stopped" / "checkpoint-2"))
         assert straight.keys() == resumed.keys() and len(straight) == 16
         assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_int8_product_has_derivatives_of_every_kind():
+    codes, scale = quantize_rows(torch.randn(6, 4))
+    group = torch.randn(3, 4, dtype=torch.double, requires_grad=True)
+
+    def product(group):
+        return _Int8Linear.apply(group, codes, scale.double()).tanh()
+
+    assert torch.autograd.gradcheck(product, (group,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(product, (group,))
+    alone = [torch.func.grad(lambda x: product(x).sum())(row[None]) for row in group.detach()]
+    together = torch.func.vmap(torch.func.grad(lambda x: product(x[None]).sum()))(group.detach())
+    torch.testing.assert_close(together, torch.cat(alone))
