@@ -52,7 +52,6 @@ class SameDrawsForReference(TrainerCallback):
                 "SameDrawsForReference pairs; leave it out"
             )
         config = decoders[0].config
-        self._is_attached = True
         if not _is_supported(trainer):
             _check_nothing_to_pair(trainer, config)
         elif not isinstance(trainer.compute_loss, _PairedLoss):
@@ -61,7 +60,8 @@ class SameDrawsForReference(TrainerCallback):
             _disable_dropout(trainer, decoders)
             trainer.remove_callback(SameDrawsForReference)  # one that was given to the trainer but not attached
             trainer.add_callback(self)
-            trainer.compute_loss = _PairedLoss(trainer, decoders)
+            trainer.compute_loss = _PairedLoss(trainer)
+        self._is_attached = True
         return self
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -108,50 +108,49 @@ def check_paired_forwards(config: GrinMoeConfig, arguments: Any) -> None:
 
 
 class _SharedDraws:
-    """A forward pre-hook that gives one routing seed to all decoders in training mode, while `is_on`."""
+    """A forward pre-hook that gives one routing seed to all decoders in training mode, and remembers which took it."""
 
     def __init__(self):
-        self.is_on = False
-        self.is_complete = True
         self.seed: int | None = None
+        self.decoders: set[Any] = set()
 
     def __call__(self, decoder: Any, args: tuple, kwargs: dict[str, Any]):
-        if not (self.is_on and decoder.training):
+        if not decoder.training:
             return None
         if self.seed is None:
             device = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)).device
             self.seed = routing_seed(device, decoder._ranks_per_batch())
-        self.is_complete = self.is_complete and self.seed is not None  # compiled code has no seed
+        if self.seed is not None:  # compiled code has none
+            self.decoders.add(decoder)
         return args, {**kwargs, "routing_seed": self.seed}
 
 
 class _PairedLoss:
     """`compute_loss` of a trainer, with the same draws in all of its forwards and new ones at the next call."""
 
-    def __init__(self, trainer: Any, decoders: list[Any]):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
         self.compute_loss = trainer.compute_loss
-        self.draws = _SharedDraws()
-        self.is_random = bool(_different_draws(decoders[0].config))
-        for decoder in decoders:
-            decoder.register_forward_pre_hook(self.draws, with_kwargs=True)
 
     def __call__(self, *args: Any, **kwargs: Any):
         is_training = self.trainer.model.training
-        references = _decoders(self.trainer.ref_model)
+        policy = _decoders(self.trainer.model)
+        references = [decoder for decoder in _decoders(self.trainer.ref_model) if decoder not in policy]
         for reference in references:
             reference.train(is_training)
-        self.draws.is_on, self.draws.is_complete, self.draws.seed = True, True, None
+        draws = _SharedDraws()
+        hooks = [module.register_forward_pre_hook(draws, with_kwargs=True) for module in policy + references]
         try:
             loss = self.compute_loss(*args, **kwargs)
         finally:
-            self.draws.is_on = False
+            for hook in hooks:
+                hook.remove()
             for reference in references:
                 reference.eval()
-        if is_training and self.is_random and (self.draws.seed is None or not self.draws.is_complete):
+        if is_training and _different_draws(policy[0].config) and not {*policy, *references} <= draws.decoders:
             raise ValueError(
-                "the forwards of this loss were not given the same draws: the model is compiled, or another one took its "
-                "place after SameDrawsForReference was attached; attach it to a trainer of the plain model"
+                "the forwards of this loss were not given the same draws: torch.compile hides them, or the trainer computes "
+                "its reference elsewhere; train a model that is not compiled, and the reference within the loss"
             )
         return loss
 

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from grinmoe.training import SameDrawsForReference
 from tests.small_chat import chat_model_of, preferences, words
 from tests.tiny import training_arguments
 
+ROOT = Path(__file__).parents[2]
 LN2 = math.log(2)
 WITHOUT_DRAWS = {"router_estimator": "topk", "input_jitter_noise": 0.0}
 # Everything that makes two training forwards differ and that can be paired or switched off.
@@ -341,7 +356,7 @@ def test_compiled_model_is_refused_at_the_first_loss(dpo, options):
     trainer = dpo(model={"num_hidden_layers": 1}, **options)
     trainer.model.get_decoder().compile(backend="eager")
     SameDrawsForReference().attach(trainer)
-    with pytest.raises(ValueError, match="the model is compiled"):
+    with pytest.raises(ValueError, match="torch.compile hides them"):
         trainer.train()
 
 
@@ -355,6 +370,60 @@ def test_sft_is_refused_by_name(tmp_path):
     trainer = build(SFTTrainer, SFTConfig, [{"text": "a red stone"}], tmp_path)
     with pytest.raises(ValueError, match="^SFTTrainer is not supported.*leave it out"):
         SameDrawsForReference().attach(trainer)
+
+
+def rl_trainer(kind, config_kind, folder, **options):
+    """A trainer of TRL that generates what it trains on, as in trl#3000."""
+    rows = [{"prompt": row["prompt"]} for row in preferences()[:8]]
+    arguments = {"beta": 0.1, "num_iterations": 2, "num_generations": 2, "max_completion_length": 4, "max_steps": 4}
+    arguments |= options.pop("arguments", {})
+    options["reward_funcs"] = lambda completions, **kwargs: [float(i) for i, _ in enumerate(completions)]
+    return build(kind, config_kind, rows, folder, arguments=arguments, **options)
+
+
+@pytest.mark.parametrize(("kind", "config_kind"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_trainers_that_generate_are_refused_by_name(tmp_path, kind, config_kind):
+    trainer = rl_trainer(kind, config_kind, tmp_path, **LORA)
+    with pytest.raises(ValueError, match=f"^{kind.__name__} is not supported.*router_estimator='sparsemixer_v2'"):
+        SameDrawsForReference().attach(trainer)
+
+
+@pytest.mark.parametrize("field", ["input_jitter_noise", "router_capacity_factor", "hidden_dropout", "expert_dropout"])
+def test_trainers_that_generate_are_refused_whatever_makes_forwards_differ(tmp_path, field):
+    trainer = rl_trainer(GRPOTrainer, GRPOConfig, tmp_path, model=WITHOUT_DRAWS | {field: 0.5}, **LORA)
+    with pytest.raises(ValueError, match=f"^GRPOTrainer is not supported.*with {field}=0.5"):
+        SameDrawsForReference().attach(trainer)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("kind", "config_kind"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_trainers_that_generate_are_exact_where_nothing_is_drawn(tmp_path, kind, config_kind):
+    trainer = rl_trainer(kind, config_kind, tmp_path, model=WITHOUT_DRAWS, **LORA)
+    SameDrawsForReference().attach(trainer)  # there is nothing to pair
+    trainer.train()
+    history = trainer.state.log_history
+    for name in ("kl", "clip_ratio/region_mean"):
+        assert {entry[name] for entry in history if name in entry} == {0.0}
+
+
+@pytest.mark.integration
+def test_reference_that_follows_the_policy_is_paired(dpo):
+    from trl.experimental import bema_for_ref_model as bema
+
+    callback = bema.BEMACallback(update_freq=1, update_ref_model=True, ref_model_update_freq=1)
+    trainer = dpo(kind=bema.DPOTrainer, callbacks=[callback])
+    SameDrawsForReference().attach(trainer)
+    trainer.train()
+    assert_starts_at_zero(losses_and_margins(trainer))
+
+
+def test_documentation_names_every_trainer_of_trl():
+    """A new one must be looked at: does it compare forwards?"""
+    sources = Path(trl.__file__).parent.rglob("*.py")
+    found = {name for file in sources for name in re.findall(r"^class (\w+Trainer)\(", file.read_text(), re.MULTILINE)}
+    documented = set(re.findall(r"`(\w+Trainer)`", (ROOT / "docs" / "training.md").read_text()))
+    assert {"DPOTrainer", "KTOTrainer", "GRPOTrainer", "_BaseTrainer"} <= found
+    assert found - {"_BaseTrainer"} <= documented
 
 
 def test_model_of_another_kind_is_refused(tmp_path):
