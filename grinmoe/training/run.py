@@ -125,6 +125,12 @@ def load_config(recipe: Recipe) -> GrinMoeConfig:
     known = {f.name for f in fields(GrinMoeConfig)} | set(GrinMoeConfig().to_dict())
     if unknown := sorted(overrides.keys() - known):
         raise ValueError(f"config_overrides: {', '.join(unknown)} is no field of GrinMoeConfig; see its docstring")
+    unread = sorted(name for name, value in overrides.items() if value and name.startswith(("router_aux", "router_z")))
+    if recipe.task == "dpo" and unread:
+        raise ValueError(
+            f"config_overrides: {', '.join(unread)} has no effect in dpo, where TRL computes the loss; give "
+            "router_aux_loss_coef as a setting of its own for TRL's balance loss"
+        )
     if recipe.task == "dpo" and recipe.training.disable_dropout:  # type: ignore[attr-defined]
         # TRL looks for dropout modules, and these are functions.
         overrides |= {"attention_dropout": 0.0, "hidden_dropout": 0.0, "expert_dropout": 0.0}

@@ -69,6 +69,14 @@ def test_without_the_same_draws_rewards_do_not_start_at_zero(flags, tmp_path, mo
         assert rewards(history)[0] != 0.0
 
 
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.integration)])
+def test_balance_loss_counts_once_and_only_if_it_is_asked_for(flags, accumulation):
+    settings = {"learning_rate": 0, "max_steps": 1, "eval_strategy": "no", "eval_share": 0, "watch_routers": False}
+    given = flags(router_aux_loss_coef=0.1, gradient_accumulation_steps=accumulation, **settings)
+    step = next(entry for entry in run("dpo", given)[1] if "loss" in entry)
+    assert step["aux_loss"] > 1 and step["loss"] == pytest.approx(math.log(2) + 0.1 * step["aux_loss"], abs=1e-6)
+
+
 WITHOUT_DRAWS = '{"router_estimator": "topk", "input_jitter_noise": 0}'
 
 
@@ -99,12 +107,14 @@ def test_loss_at_learning_rate_zero_is_ln2(flags, method, settings):
     [
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True with router_estimator='sparsemixer_v2'"),
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha=5.0"),
+        ({"config_overrides": '{"router_z_loss_coef": 0.1}'}, "router_z_loss_coef has no effect in dpo"),
+        ({"config_overrides": '{"router_aux_loss_coef": 0.1}'}, "router_aux_loss_coef as a setting of its own"),
         (
             {"disable_dropout": False, "config_overrides": '{"hidden_dropout": 0.1}'},
             "disable_dropout=False with hidden",
         ),
     ],
-    ids=["precompute", "neftune", "dropout"],
+    ids=["precompute", "neftune", "z-loss", "balance loss", "dropout"],
 )
 def test_what_cannot_be_paired_is_refused_before_the_data_are_read(flags, method, settings, message, monkeypatch):
     monkeypatch.setattr(training, "load_data", None)

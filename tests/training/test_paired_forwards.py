@@ -105,8 +105,12 @@ def assert_starts_at_zero(found: list[tuple[float, float]], loss: float = LN2, s
             {"arguments": {"gradient_accumulation_steps": 3, "gradient_checkpointing": True}},
             id="accumulation and checkpointing, reference model",
         ),
-        pytest.param({"arguments": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}}),
-        pytest.param({"arguments": {"bf16": True}}, id="bfloat16"),
+        pytest.param(
+            {"arguments": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}},
+            id="reference that is moved",
+        ),
+        pytest.param({"arguments": {"bf16": True}}, id="bfloat16, reference model"),
+        pytest.param({"arguments": {"bf16": True}, **LORA}, id="bfloat16, adapter off"),
         pytest.param({"arguments": {"ld_alpha": 0.5}}, id="ld_alpha"),
         pytest.param({"model": {"router_estimator": "sparsemixer_joint"}}, id="another estimator"),
         pytest.param({"model": WITHOUT_DRAWS | {"router_capacity_factor": 1.0}}, id="capacity, reference model"),
@@ -118,6 +122,25 @@ def assert_starts_at_zero(found: list[tuple[float, float]], loss: float = LN2, s
 )
 def test_dpo_at_learning_rate_zero_has_loss_ln2_and_margin_zero(dpo, options):
     trainer = dpo(**options)
+    SameDrawsForReference().attach(trainer)
+    trainer.train()
+    assert_starts_at_zero(losses_and_margins(trainer))
+
+
+def test_dpo_loss_and_gradient_do_not_depend_on_how_a_batch_is_cut(dpo):
+    """DPO's loss is a mean over pairs; the Trainer's `num_items_in_batch` counts tokens."""
+    steps = []
+    for rows, accumulation in ((4, 1), (1, 4)):
+        arguments = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        trainer = dpo(model=WITHOUT_DRAWS, arguments=arguments)
+        SameDrawsForReference().attach(trainer)
+        trainer.train()
+        steps.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm", "logps/chosen")])
+    assert steps[0][0] == pytest.approx(LN2, abs=1e-6) and steps[0] == pytest.approx(steps[1], rel=1e-5)
+
+
+def test_dpo_with_an_adapter_and_a_reference_model_starts_at_zero(dpo):
+    trainer = dpo(ref_model=small_model()[0].eval(), **LORA)
     SameDrawsForReference().attach(trainer)
     trainer.train()
     assert_starts_at_zero(losses_and_margins(trainer))
