@@ -9,9 +9,12 @@ V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,6 +57,9 @@ logger = logging.get_logger(__name__)
 
 register_weight_conversion()
 
+
+# Where the library notes that a model has its capturing hooks.
+_HOOKED = "_output_capturing_hooks_installed"
 
 # Samples continue where positions go up by 1. None does so to or from this one, not even from padding to padding.
 _PADDING_POSITION = -2
@@ -225,7 +231,22 @@ def eager_attention_forward(
     return (probs @ value).transpose(1, 2).contiguous(), probs
 
 
-class GrinMoeAttention(nn.Module):
+class _Recorded(nn.Module):
+    """A module whose outputs the library records, by a hook that does not pickle; [`GrinMoeModel`] installs it again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        library = maybe_install_capturing_hooks.__module__
+        hooks = {key: hook for key, hook in self._forward_hooks.items() if hook.__module__ != library}
+        return {**self.__dict__, "_forward_hooks": OrderedDict(hooks)}
+
+    def __deepcopy__(self, memo: dict[int, Any]):
+        # A copied layer keeps its hook: it may become a further layer of the same model.
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+class GrinMoeAttention(_Recorded):
     """Grouped-query attention with biases, RoPE and a sliding window of `visible_keys` keys."""
 
     def __init__(self, config: GrinMoeConfig, layer_idx: int):
@@ -283,7 +304,7 @@ def fused_router(config: GrinMoeConfig) -> FusedRouter | None:
     return ROUTERS.get(config._experts_implementation)
 
 
-class GrinMoeRouter(nn.Module):
+class GrinMoeRouter(_Recorded):
     """The gate: (T, H) to router logits, routing weights and selected experts.
 
     Not an nn.Linear: tools that adapt or quantise every linear layer expect one tensor from it.
@@ -560,7 +581,7 @@ def norm_of(config: GrinMoeConfig) -> nn.Module:
     return norm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class GrinMoeDecoderLayer(GradientCheckpointingLayer):
+class GrinMoeDecoderLayer(_Recorded, GradientCheckpointingLayer):
     """Pre-norm attention and sparse block."""
 
     def __init__(self, config: GrinMoeConfig, layer_idx: int):
@@ -621,6 +642,10 @@ class GrinMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
     selected_experts: tuple[torch.Tensor, ...] | None = None
     z_loss: torch.Tensor | None = None
+
+
+def _require_gradient(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
 
 
 class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
@@ -693,6 +718,11 @@ class GrinMoePreTrainedModel(OfficialCheckpointMixin, PreTrainedModel):
             )
         return super().get_correct_experts_implementation(requested_experts)
 
+    def enable_input_require_grads(self) -> None:
+        """As in Transformers, by a hook that pickles."""
+        hook = self.get_input_embeddings().register_forward_hook(_require_gradient)
+        self._require_grads_hooks, self._require_grads_hook = [hook], hook
+
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs) -> None:
         # The one place that every way of enabling checkpointing goes through, on all supported versions.
         if enable and gradient_checkpointing_func is not None and not self._supports_reentrant_checkpointing:
@@ -727,6 +757,13 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         self.post_init()
         # The library installs these on first use, under a lock that torch.compile(fullgraph=True) cannot trace.
         maybe_install_capturing_hooks(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name != _HOOKED})
+        maybe_install_capturing_hooks(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]):
+        return _Recorded.__deepcopy__(self, memo)  # with the hooks, so that none are to be installed
 
     @merge_with_config_defaults
     @capture_outputs
