@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.generation import GenerationConfig, GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -42,6 +42,22 @@ def take_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Cache |
     for layer_idx, layer in enumerate(filled.layers):
         empty.update(layer.keys, layer.values, layer_idx)
     return empty
+
+
+class _WithVisibleKeys:
+    """A model as the manager of continuous batching must read it: the window of its config counts visible keys."""
+
+    def __init__(self, model: Any):
+        self.__dict__.update(_model=model, config=model.config.get_text_config(decoder=True))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+    def __call__(self, *args, **kwargs):
+        return self._model(*args, **kwargs)
 
 
 class GrinMoeGenerationMixin(GenerationMixin):
@@ -109,6 +125,11 @@ class GrinMoeGenerationMixin(GenerationMixin):
             longest = total if attention_mask is None else int(attention_mask[:, :total].sum(-1).max())
         return cached > 0 and rotary.changes_regime(longest, total - cached)
 
+    @staticmethod
+    def create_masks_for_generate(config, *args, **kwargs):
+        """As in Transformers, which asks here for a static cache's masks; the window counts visible keys."""
+        return create_masks_for_generate(config.get_text_config(decoder=True), *args, **kwargs)
+
     def _prepare_static_cache(self, cache_implementation, *args, **kwargs):
         """As in Transformers, but every layer keeps all keys, and the window is left to the mask.
 
@@ -122,15 +143,26 @@ class GrinMoeGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        options = copy.deepcopy(generation_config or self.generation_config)
+        options.update(**kwargs)
+        speculates = options.prompt_lookup_num_tokens or options.assistant_early_exit is not None
+        speculates = speculates or kwargs.get("assistant_model") is not None
         # Candidates of speculative decoding decide the regime of the whole text, also those that are then rejected.
-        if self.model.rotary_emb.rope_type == "longrope":
-            options = copy.deepcopy(generation_config or self.generation_config)
-            options.update(**kwargs)
-            speculates = options.prompt_lookup_num_tokens or options.assistant_early_exit is not None
-            if speculates or kwargs.get("assistant_model") is not None:
-                prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-                prompt_length = max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1)
-                self._refuse_to_reach_long_factors("speculative decoding", prompt_length, options)
+        if speculates and self.model.rotary_emb.rope_type == "longrope":
+            prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            prompt_length = max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1)
+            self._refuse_to_reach_long_factors("speculative decoding", prompt_length, options)
+        # PEFT puts its own function there for prompt tuning, prefix tuning and their kin, whose virtual tokens are in the
+        # cache and not in input_ids. Where Transformers tells new tokens by the cache's length, some would be lost.
+        if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
+            for wrong, what in (
+                (speculates, "speculative decoding"),
+                (options.prefill_chunk_size is not None, "prefill_chunk_size"),
+                ("static" in (options.cache_implementation or ""), "a static cache"),
+                (kwargs.get("cache", kwargs.get("past_key_values")) is not None, "a cache that is passed in"),
+            ):
+                if wrong:
+                    raise ValueError(f"{what} does not go with PEFT's virtual tokens; leave it out")
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):

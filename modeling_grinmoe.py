@@ -113,6 +113,26 @@ def flash_borders(mask_positions: torch.Tensor) -> dict[str, torch.Tensor | int]
     return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
 
 
+def has_gaps(attention_mask: torch.Tensor | None, new_tokens: int, cache: Cache | None) -> bool:
+    """Whether a row of a (B, past + S) mask has padding between tokens. PEFT's prompts put it before left-padded rows.
+
+    Raises:
+        ValueError: the mask has another length than cached and new tokens. The library would cut it off or hide tokens.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2 or attention_mask.is_meta:
+        return False
+    if torch.compiler.is_compiling():  # nothing may depend on the values
+        return False
+    length = new_tokens + (cache.get_seq_length() if isinstance(cache, Cache) else 0)
+    if attention_mask.shape[1] != length and not (isinstance(cache, Cache) and cache.is_compileable):
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns, but there are {length} tokens, those in the cache "
+            "included; give a column for each"
+        )
+    begins = nn.functional.pad(attention_mask.bool().int(), (1, 0)).diff() > 0
+    return bool((begins.sum(-1) > 1).any())
+
+
 class GrinMoeRotaryEmbedding(nn.Module):
     """Cosines and sines of RoPE; LongRoPE switches all positions of a batch at once.
 
@@ -781,7 +801,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         Args:
             input_ids: (B, S) int64, or `inputs_embeds` (B, S, H).
             attention_mask: (B, past + S), 1 for tokens and 0 for padding; or a prepared 4-D mask.
-            position_ids: (B, S); by default the positions after what the cache holds, for every row alike. Where they begin
+            position_ids: (B, S); by default the positions after what the cache holds, for every row alike; padding between
+                tokens (`attention_mask` 1, 0, 1) takes none. Where they begin
                 again at 0 within a row, and no cache is given, samples are packed: they do not see each other, and the
                 output has no cache.
             past_key_values: any Transformers cache; since Transformers 5.24 it may be called `cache`.
@@ -791,11 +812,12 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             output_router_logits, output_selected_experts, output_hidden_states, output_attentions: what to record.
 
         Raises:
-            ValueError: neither or both of the inputs, no token at all, or a cache in training with checkpointing.
+            ValueError: neither or both of the inputs, no token at all, a mask of another length, a window that would count
+                padding between tokens, or a cache in training with checkpointing.
         """
         cache = take_cache(past_key_values, kwargs)
         inputs_embeds = self._embedded(input_ids, inputs_embeds, cache)
-        samples = None
+        samples, gaps = None, has_gaps(attention_mask, inputs_embeds.shape[1], cache)
         if position_ids is not None and cache is None:
             rows = position_ids.expand(inputs_embeds.shape[0], -1)
             has_borders = kwargs.get("cu_seq_lens_q") is not None
@@ -806,12 +828,21 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
+            if gaps:  # padding at one end moves a row as a whole, but between tokens it would move them apart
+                counts = attention_mask.long().cumsum(-1)
+                position_ids = (counts - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         self._refuse_regime_change(position_ids, cache)
         mask_positions = position_ids
         if samples is not None:
             attention_mask = None
             mask_positions, flash_arguments = samples
             kwargs.update(flash_arguments)
+        elif gaps and (self.config.visible_keys or attention_mask.shape[1]) < attention_mask.shape[1]:
+            raise ValueError(
+                f"attention_mask has padding between tokens, which a window of {self.config.visible_keys} keys would count "
+                f"in {attention_mask.shape[1]}: pad no rows behind a prefix or prompt of PEFT (generate row by row), or pad "
+                "on the right to train"
+            )
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, mask_positions, cache)
         if self.training and kwargs.get("routing_seed") is None:
             if not torch.is_grad_enabled() and kwargs.get("routing_noise") is None:
@@ -968,7 +999,8 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
             selected_experts=outputs.selected_experts if output_router_logits else None,
-            **{CACHE: outputs.get(CACHE)},
+            # A cache that PEFT's prefix brings along to each call is not for `generate` to go on with.
+            **{CACHE: None if use_cache is False else outputs.get(CACHE)},
         )
 
     def _start_router_losses(

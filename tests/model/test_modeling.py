@@ -238,11 +238,76 @@ def test_chunked_prefill_sees_the_whole_window(goldens, golden_models, name):
 
 
 @pytest.mark.skipif(CACHE == "past_key_values", reason="this Transformers has one name only")
-def test_a_cache_by_both_names_is_refused(tiny_model):
+class TestCacheByBothNames:
+    IDS = torch.arange(4)[None]
+
+    @pytest.fixture
+    def filled(self, tiny_model):
+        def make() -> DynamicCache:
+            cache = DynamicCache(config=tiny_model().config)
+            tiny_model()(self.IDS, past_key_values=cache)
+            return cache
+
+        return make
+
+    def test_of_one_object_serves(self, tiny_model, filled):
+        cache = filled()
+        logits = tiny_model()(self.IDS, cache=cache, past_key_values=cache).logits
+        assert torch.equal(logits, tiny_model()(self.IDS, past_key_values=filled()).logits)
+        assert cache.get_seq_length() == 8
+
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    def test_of_which_one_is_empty_starts_with_the_other(self, tiny_model, filled, name):
+        model, empty = tiny_model(), DynamicCache(config=tiny_model().config)
+        other = ({"cache", "past_key_values"} - {name}).pop()
+        output = model(self.IDS, **{name: empty, other: filled()})
+        assert torch.equal(output.logits, model(self.IDS, past_key_values=filled()).logits)
+        assert output.cache is empty and empty.get_seq_length() == 8
+
+    @pytest.mark.parametrize("kind", ["both filled", "both empty", "window"])
+    def test_that_cannot_be_one_is_refused(self, tiny_model, filled, kind):
+        model = tiny_model()
+        first, second = filled(), DynamicCache(config=model.config)
+        if kind == "both filled":
+            second = filled()
+        elif kind == "both empty":
+            first = DynamicCache(config=model.config)
+        else:  # the window has dropped keys, which the other's positions would lack
+            model(torch.arange(30)[None], past_key_values=first)
+        with pytest.raises(ValueError, match="two names of one argument"):
+            model(self.IDS, cache=first, past_key_values=second)
+
+
+class TestPaddingBetweenTokens:
+    """As PEFT's prompts have it before left-padded rows, without `position_ids`."""
+
+    def test_takes_no_position(self, tiny_model):
+        model = tiny_model(sliding_window=None)
+        alone = torch.tensor([[5, 6, 7, 8, 9]])
+        padded, mask = torch.tensor([[5, 6, 95, 95, 7, 8, 9]]), torch.tensor([[1, 1, 0, 0, 1, 1, 1]])
+        expected = model(alone).logits
+        torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, [0, 1, 4, 5, 6]], expected)
+        cache = DynamicCache(config=model.config)
+        model(padded[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+        last = model(padded[:, -1:], attention_mask=mask, past_key_values=cache).logits
+        torch.testing.assert_close(last, expected[:, -1:])
+
+    def test_is_refused_where_a_window_counts_it(self, tiny_model):
+        model, ids = tiny_model(sliding_window=4), torch.arange(8)[None]
+        mask = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]])
+        with pytest.raises(ValueError, match="a window of 5 keys would count in 8"):
+            model(ids, attention_mask=mask)
+        model(ids[:, :5], attention_mask=mask[:, :5])
+        model(ids, attention_mask=mask.sort().values)  # padding on the left
+
+
+@pytest.mark.parametrize("columns", [1, 3, 6])
+def test_a_mask_of_another_length_than_the_tokens_is_refused(tiny_model, columns):
     model = tiny_model()
     cache = DynamicCache(config=model.config)
-    with pytest.raises(ValueError, match="two names of one argument"):
-        model(torch.arange(4)[None], cache=cache, past_key_values=cache)
+    model(torch.arange(4)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match=f"attention_mask has {columns} columns, but there are 5 tokens"):
+        model(torch.arange(1)[None], attention_mask=torch.ones(1, columns), past_key_values=cache)
 
 
 def test_a_cache_in_training_with_checkpointing_is_refused(tiny_model):
