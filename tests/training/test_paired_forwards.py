@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 from pathlib import Path
@@ -192,8 +193,17 @@ LOSS_AT_ZERO = {
 }
 
 
-@pytest.mark.parametrize("loss_type", LOSS_AT_ZERO)
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
+# Those that TRL combines with other divergences than the reverse KL.
+ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "divergence"),
+    [
+        *((loss_type, "reverse_kl") for loss_type in LOSS_AT_ZERO),
+        *itertools.product(ANY_DIVERGENCE, ("forward_kl", "js_divergence", "alpha_divergence")),
+    ],
+)
 def test_every_dpo_loss_has_its_value_at_equal_models(paired, monkeypatch, loss_type, divergence):
     trainer, batch = paired
     for name, value in {"loss_types": [loss_type], "label_smoothing": 0.1, "f_divergence_type": divergence}.items():
