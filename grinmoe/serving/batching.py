@@ -164,8 +164,9 @@ class OneAtATime(_Limited, GenerateManager):
         try:
             # The thread that generates must find a future that is not cancelled.
             text, input_length, ids = await asyncio.shield(answer)
-            _note_end(gen_config, ids.tolist())
-            return text_until(text, _stops(gen_config)), input_length, ids
+            whole = text_until(text, _stops(gen_config))
+            _note_end(gen_config, ids.tolist(), has_stopped=len(whole) < len(text))
+            return whole, input_length, ids
         except asyncio.CancelledError:
             left.set()
             # Whom nobody waits for any more: asyncio would print how that ended.
@@ -330,10 +331,10 @@ def _stops(gen_config: Any) -> list[str]:
     return [stops] if isinstance(stops, str) else stops
 
 
-def _note_end(gen_config: Any, ids: list[int]) -> None:
-    """An answer that ends by itself with the last token that it may have was not cut, as its length would tell."""
+def _note_end(gen_config: Any, ids: list[int], has_stopped: bool = False) -> None:
+    """An answer that ends by itself or at a stop was not cut, also where its last token is the last that it may have."""
     ends = gen_config.eos_token_id
-    if ids and ids[-1] in (ends if isinstance(ends, list) else [ends]):
+    if has_stopped or (ids and ids[-1] in (ends if isinstance(ends, list) else [ends])):
         gen_config.max_new_tokens = None
 
 
@@ -342,7 +343,7 @@ def _decode_with(streamer: Any, decoder: TextUntil, gen_config: Any, put: Callab
     end = streamer.end
 
     def give_rest_and_end() -> None:
-        _note_end(gen_config, decoder.ids)
+        _note_end(gen_config, decoder.ids, decoder.has_stopped)
         if rest := decoder.rest():
             put(rest)
         end()

@@ -1,16 +1,32 @@
 """What `grinmoe serve` accepts in a request, and the bodies of its errors, as OpenAI's API has them.
 
-What the server behind it would ignore, and so answer something else than was asked, is refused here.
+A field that changes the answer is honoured or refused by name, and never ignored. A field that asks for what happens anyway,
+or that concerns OpenAI's records and caches alone, is accepted. Null is as good as absent.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import HTTPException
 from fastapi.responses import Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Json,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+# Prompts of one request to /v1/completions; each of them takes a place in the batch.
+MAX_PROMPTS = 128
 
 
 def _encodable(text: str) -> str:
@@ -26,7 +42,9 @@ Text = Annotated[str, AfterValidator(_encodable)]
 SomeText = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]
 # What has no effect when it is so; anything else would be ignored by the server.
-NoPenalty = Literal[0] | None
+Zero = Annotated[float, Field(ge=0, le=0)] | None
+One = Annotated[float, Field(ge=1, le=1)] | None
+NoFields = Annotated[dict[str, Any], Field(max_length=0)] | None
 NoItems = Annotated[list[Any], Field(max_length=0)] | None
 
 
@@ -39,18 +57,51 @@ class _Strict(BaseModel):
 class TextPart(_Strict):
     type: Literal["text"]
     text: Text
+    # For caches; they change no answer.
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class RefusalPart(_Strict):
+    type: Literal["refusal"]
+    refusal: Text
 
 
 class Message(_Strict):
-    role: Literal["system", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: str | None = None
+    role: Literal["developer", "system", "user", "assistant"]
+    content: Text | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = Field(
+        None, validate_default=True
+    )
+    refusal: Text | None = None
     # An answer that a client sends back as it got it has these, empty.
-    refusal: None = None
     annotations: NoItems = None
     audio: None = None
     function_call: None = None
     tool_calls: NoItems = None
+
+    @field_validator("content")
+    @classmethod
+    def _only_the_assistant_says_nothing_or_refuses(cls, content: Any, info: ValidationInfo) -> Any:
+        if info.data.get("role") != "assistant":
+            if content is None:
+                raise PydanticCustomError("missing", "content is missing")
+            if isinstance(content, list) and any(isinstance(part, RefusalPart) for part in content):
+                raise PydanticCustomError("refusal", "only messages of the assistant have parts of type 'refusal'")
+        return content
+
+    @field_validator("refusal")
+    @classmethod
+    def _content_or_refusal(cls, refusal: str | None, info: ValidationInfo) -> str | None:
+        if refusal and (info.data.get("content") or info.data.get("role") != "assistant"):
+            raise PydanticCustomError("refusal", "the assistant has either a content or a refusal; give one of them")
+        return refusal
+
+    def for_template(self) -> dict[str, str]:
+        """Role and text. Parts are joined with nothing between them; `developer` is `system` for models without it."""
+        content: Any = self.content or self.refusal or ""
+        if not isinstance(content, str):
+            content = "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class PlainText(_Strict):
@@ -72,24 +123,38 @@ class GenerationSettings(_Strict):
     from_model_config: Annotated[bool | None, Field(alias="_from_model_config")] = None
 
 
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
 class _Common(_Strict):
     model: str | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: SomeText | Annotated[list[SomeText], Field(min_length=1)] | None = None
+    stop: SomeText | list[SomeText] | None = None
     generation_config: Json[GenerationSettings] | None = None
     n: Literal[1] | None = None
-    frequency_penalty: NoPenalty = None
-    presence_penalty: NoPenalty = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    frequency_penalty: Zero = None
+    presence_penalty: Zero = None
+    logit_bias: NoFields = None
+    # What clients of vLLM send beside OpenAI's fields.
+    top_k: Literal[-1, 0] | None = None
+    min_p: Zero = None
+    repetition_penalty: One = None
+    stop_token_ids: NoItems = None
+    ignore_eos: Literal[False] | None = None
+    skip_special_tokens: Literal[True] | None = None
     # For OpenAI's records and caches; they change no answer.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
 
 
 class ChatRequest(_Common):
@@ -100,18 +165,49 @@ class ChatRequest(_Common):
     response_format: PlainText | None = None
     tools: NoItems = None
     tool_choice: Literal["none", "auto"] | None = None
+    functions: NoItems = None
+    function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
+    chat_template_kwargs: NoFields = None
+    # They change no answer: OpenAI's records, price and speed.
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    prediction: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError(
+                "two_limits", "max_tokens and max_completion_tokens are the same limit, and differ; give one of them"
+            )
+        return self
+
+
+def _as_prompts(value: Any) -> Any:
+    """One prompt, a text or token ids, or a list of prompts, as a list of prompts."""
+    if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int)):
+        return [value]
+    if isinstance(value, list) and len(value) > MAX_PROMPTS:
+        raise PydanticCustomError(
+            "many_prompts", "a request has at most {most} prompts; send several requests", {"most": MAX_PROMPTS}
+        )
+    return value
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(_Common):
-    prompt: SomeText
+    prompt: Annotated[list[SomeText | TokenIds], Field(min_length=1), BeforeValidator(_as_prompts)]
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: None = None
-    suffix: None = None
+    suffix: Literal[""] | None = None
 
 
 class LoadRequest(_Strict):
@@ -125,7 +221,7 @@ def refusal(message: str, status: int = 400, param: str | None = None, code: str
     return HTTPException(status, {"message": message, "param": param, "code": code})
 
 
-def check_body(kind: type[_Strict], body: dict[str, Any]) -> None:
+def check_body(kind: type[_Strict], body: dict[str, Any]) -> Any:
     """
     Check a request's body.
 
@@ -133,11 +229,14 @@ def check_body(kind: type[_Strict], body: dict[str, Any]) -> None:
         kind: ChatRequest, CompletionRequest or LoadRequest.
         body: the JSON object.
 
+    Returns:
+        The request, a `kind`.
+
     Raises:
         HTTPException: 400, with what is wrong and where.
     """
     try:
-        kind.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         raise _refused(error) from error
 

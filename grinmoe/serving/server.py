@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import jinja2
+import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -29,6 +31,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 
 from .batching import SEED, Batches, OneAtATime, ServedModel
+from .completions import Answers, Prompt, event_of
 from .http import MAX_BODY, EndWithClient
 from .requests import ChatRequest, CompletionRequest, LoadRequest, check_body, error_body, error_response, refusal
 
@@ -76,16 +79,32 @@ class OneModelState(GenerationState):
         return self.manager
 
 
-async def _as_openai_streams(chunks: Any) -> AsyncIterator[str]:
-    """Transformers' events, with errors in OpenAI's form and the event that ends a stream."""
+async def _as_openai_streams(chunks: Any, include_usage: bool | None = None) -> AsyncIterator[str]:
+    """
+    Transformers' events, with errors in OpenAI's form and the event that ends a stream.
+
+    Args:
+        chunks: asynchronous iterator of events; the last chunk has the usage.
+        include_usage: OpenAI's option: true sends the usage in a chunk of its own, which has no choices, false sends none.
+    """
     async with contextlib.aclosing(chunks) as events:
         async for text in events:
             before, is_error, message = text.partition(_STREAM_ERROR)
             if is_error:
                 yield before + f"data: {error_body(503, message.removesuffix(_STREAM_ERROR_END))}\n\n"
             else:
-                yield text
+                for event in [text] if include_usage is None else _usage_apart(text, include_usage):
+                    yield event
     yield "data: [DONE]\n\n"
+
+
+def _usage_apart(text: str, include_usage: bool) -> Iterator[str]:
+    for event in text.removesuffix("\n\n").split("\n\n"):
+        chunk = json.loads(event.removeprefix("data: "))
+        usage = chunk.pop("usage", None)
+        yield event_of(chunk)
+        if usage is not None and include_usage:
+            yield event_of({**chunk, "choices": [], "usage": usage})
 
 
 class _Checked:
@@ -101,28 +120,39 @@ class _Checked:
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         response = await super().handle_request(body, request_id)  # type: ignore[misc]
         if isinstance(response, StreamingResponse):
-            response.body_iterator = _as_openai_streams(response.body_iterator)
+            include_usage = (body.get("stream_options") or {}).get("include_usage")
+            response.body_iterator = _as_openai_streams(response.body_iterator, include_usage)
         return response
 
     def _validate_request(self, body: dict[str, Any]) -> None:
-        check_body(self.body, body)
-        self._check_size(body)
-        if self.body is ChatRequest:
-            # Fields that are there and empty are looked into by Transformers 5.17.
-            body["messages"] = [
-                {k: v for k, v in message.items() if v} | {"content": message["content"]}
-                for message in body["messages"]
-            ]
+        self.checked(body)
+
+    def checked(self, body: dict[str, Any]) -> ChatRequest | CompletionRequest:
+        """The request. Its body is brought into the form that Transformers reads."""
+        messages = body.get("messages")
+        for fields in [body, *(messages if isinstance(messages, list) else ())]:
+            for name in [name for name, value in fields.items() if value is None] if isinstance(fields, dict) else ():
+                del fields[name]
+        request = check_body(self.body, body)
+        for name in ("stop", "logit_bias"):
+            # `generate` fails on what is there and empty.
+            if not body.get(name, True):
+                del body[name]
+        if isinstance(request, ChatRequest):
+            body["messages"] = [message.for_template() for message in request.messages]
+            self._check_size(*(message["content"] for message in body["messages"]))
+        else:
+            for prompt in request.prompt:
+                self._check_size(prompt)
         if body.get("model") not in (None, self.served.name):
             self.model_manager.process_model_name(body["model"])  # type: ignore[attr-defined]
         if self.body is ChatRequest and not self.served.tokenizer.chat_template:
             raise refusal("this model's tokenizer has no chat template; use /v1/completions with a prompt")
+        return request
 
-    def _check_size(self, body: dict[str, Any]) -> None:
+    def _check_size(self, *texts: str | list[int]) -> None:
         """Refuse what is too long for sure before it is tokenised, which takes seconds and holds up all others."""
-        texts = [body["prompt"]] if "prompt" in body else [message["content"] for message in body["messages"]]
-        parts = (part if isinstance(part, str) else "".join(p["text"] for p in part) for part in texts)
-        least = sum(map(len, parts)) // self.longest_token
+        least = sum(len(text) // self.longest_token if isinstance(text, str) else len(text) for text in texts)
         if least >= self.served.max_length:
             raise refusal(
                 f"the prompt has {least} tokens or more, and this server takes up to {self.served.max_length} tokens for a "
@@ -165,7 +195,41 @@ class ChatRequests(_Checked, ChatCompletionHandler):
 
 
 class CompletionRequests(_Checked, CompletionHandler):
+    """Completions of one prompt or several. Transformers' handler knows one, which is a text."""
+
     body = CompletionRequest
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> JSONResponse | StreamingResponse:
+        request = self.checked(body)
+        assert isinstance(request, CompletionRequest)
+        name, model, _ = self._resolve_model(body)
+        use_cb = self.served.continuous_batching
+        manager: Any = self.generation_state.get_manager(name, use_cb=use_cb)
+        prompts = []
+        for place, prompt in enumerate(request.prompt):
+            ids = self._ids(prompt, place)
+            inputs: dict[str, Any] = {"input_ids": ids}
+            if not use_cb:
+                whole = torch.tensor([ids], device=model.device)
+                inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+            config = self._build_generation_config(body, model.generation_config, use_cb=use_cb)
+            # Before the first prompt is begun.
+            manager.limit(inputs, config)
+            prompts.append(Prompt(inputs, config, len(ids)))
+        answers = Answers(self.served, manager, prompts, request_id)
+        if not request.stream:
+            return JSONResponse(await answers.whole())
+        include_usage = request.stream_options.include_usage if request.stream_options else None
+        answers.begin()
+        return StreamingResponse(_as_openai_streams(answers.in_pieces(), include_usage), media_type="text/event-stream")
+
+    def _ids(self, prompt: str | list[int], place: int) -> list[int]:
+        if isinstance(prompt, str):
+            return self.served.tokenizer(prompt, verbose=False)["input_ids"]
+        size = self.served.model.config.vocab_size
+        if (largest := max(prompt)) >= size:
+            raise refusal(f"prompt.{place}: the model has no token {largest}; give 0 to {size - 1}", param="prompt")
+        return prompt
 
 
 def build_app(served: ServedModel, manager: OneAtATime | Batches) -> FastAPI:

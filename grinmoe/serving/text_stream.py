@@ -58,6 +58,7 @@ class TextUntil(TextStream):
 
     Attributes:
         ids: of all tokens so far.
+        has_stopped: whether the text has ended before a stop.
     """
 
     def __init__(self, stops: Sequence[str], when_found: Callable[[], object]):
@@ -69,17 +70,17 @@ class TextUntil(TextStream):
         super().__init__()
         self.ids: list[int] = []
         self._stops, self._when_found = stops, when_found
-        self._held, self._found = "", False
+        self._held, self.has_stopped = "", False
 
     def step(self, tokenizer: Tokenizer, token_id: int) -> str | None:
         self.ids.append(token_id)
-        text = None if self._found else super().step(tokenizer, token_id)
+        text = None if self.has_stopped else super().step(tokenizer, token_id)
         if text is None:
             return None
         self._held += text
         whole = text_until(self._held, self._stops)
         if len(whole) < len(self._held):
-            self._held, self._found = "", True
+            self._held, self.has_stopped = "", True
             self._when_found()
             return whole or None
         beginnings = {stop[:length] for stop in self._stops for length in range(1, len(stop))}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +84,29 @@ def start(folder: Path, *options: str) -> ServedProcess:
             name, rest = line.split(" is ready at ")
             return ServedProcess(process, line.strip(), rest.split()[0], name)
     raise AssertionError(f"the server ended with {process.wait()}:\n{''.join(printed)}")
+
+
+@contextmanager
+def in_this_process(folder: Path, continuous_batching: bool, **limits: int) -> Iterator[tuple]:
+    """The server in a thread, for requests that look into it: (client, how it generates, server)."""
+    import openai
+
+    import grinmoe.serving.serve as serve
+    import grinmoe.serving.server as inside
+    from grinmoe.serving.http import Server
+
+    options = serve.ServeOptions(str(folder), device="cpu", continuous_batching=continuous_batching)
+    served, manager = serve._load(str(folder), options)
+    manager.served = dataclasses.replace(served, **limits)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        running = Server(inside.build_app(manager.served, manager), manager.stop)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600), manager, running
+        running.should_exit = True
+        thread.join(timeout=600)
+        assert not thread.is_alive()
 
 
 def chat(question: str) -> list[dict]:

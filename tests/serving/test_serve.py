@@ -295,7 +295,7 @@ class TestWhatIsRefused:
         assert where in answer["error"]["message"]
 
     @pytest.mark.parametrize(
-        "change", [{"prompt": ""}, {"prompt": ["a"]}, {"prompt": None}, {"echo": True}, {"suffix": "x"}]
+        "change", [{"prompt": ""}, {"prompt": ["a", 5]}, {"prompt": None}, {"echo": True}, {"suffix": "x"}]
     )
     def test_what_no_completion_request_has(self, server, change):
         status, answer = post(server.url + "/completions", json.dumps({"prompt": "Hello", **change}).encode())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import gc
 import inspect
 import json
 import shutil
-import socket
 import threading
 import time
 
@@ -25,9 +23,9 @@ import grinmoe.serving.serve as serve
 import grinmoe.serving.server as inside
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.loading import load_for_use
-from grinmoe.serving.http import EndWithClient, Server
+from grinmoe.serving.http import EndWithClient
 from grinmoe.serving.serve import ServeOptions
-from tests.serving.served_model import ask, chat
+from tests.serving.served_model import ask, chat, in_this_process
 
 
 def until(condition, seconds: float = 120) -> bool:
@@ -45,18 +43,8 @@ class TestInThisProcess:
     @pytest.fixture(scope="class", params=[True, False], ids=["batch", "one at a time"])
     def here(self, request, served_folder):
         """Client, how it generates, and server; answers of up to a million tokens."""
-        options = ServeOptions(str(served_folder), device="cpu", continuous_batching=request.param)
-        served, manager = serve._load(str(served_folder), options)
-        manager.served = dataclasses.replace(served, max_length=10**6, max_new_tokens=10**6)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            running = Server(inside.build_app(manager.served, manager), manager.stop)
-            thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-            thread.start()
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600), manager, running
-            running.should_exit = True
-            thread.join(timeout=600)
-            assert not thread.is_alive()
+        with in_this_process(served_folder, request.param, max_length=10**6, max_new_tokens=10**6) as server:
+            yield server
 
     unending = {"temperature": None, "extra_body": {"generation_config": json.dumps({"eos_token_id": -1})}}
     endless = {**unending, "max_tokens": 10**6}
@@ -86,6 +74,18 @@ class TestInThisProcess:
         client, manager, _ = here
         with pytest.raises(openai.APITimeoutError):
             ask(client.with_options(timeout=0.5), "Hi", **self.endless)
+        assert until(lambda: self.alone(client, manager))
+
+    @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+    def test_several_prompts_that_are_left_free_their_places(self, here, stream):
+        client, manager, _ = here
+        options = {"model": "tiny-chat", "prompt": ["What is", "It is", "Hi"], "stream": stream, **self.endless}
+        if stream:
+            with client.completions.create(**options) as chunks:
+                next(iter(chunks))
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=0.5).completions.create(**options)
         assert until(lambda: self.alone(client, manager))
 
     def test_that_is_no_news(self, here, caplog):
