@@ -39,7 +39,7 @@ from transformers.core_model_loading import ConversionOps, MergeModulelist, Weig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_grinmoe import AUTO_MAP, GrinMoeConfig
-from .quantization_grinmoe import check_method, experts_are_quantized, packed_layout
+from .quantization_grinmoe import check_agreement, check_method, experts_are_quantized, packed_layout
 
 # On-disk name -> (fused parameter, position of its rows in there).
 ON_DISK = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
@@ -471,14 +471,20 @@ def check_weights(
         )
 
 
-def _check_config(config: PreTrainedConfig) -> None:
-    """Raise ValueError for a config whose weights this file cannot check: in another file, or of another method."""
+def _check_config(config: PreTrainedConfig, asked: Any = None) -> None:
+    """Raise ValueError for a config whose weights this file cannot check: in another file, or of another method.
+
+    And for one that says quantised in another form than `asked`, the `quantization_config` of `from_pretrained`.
+    """
     if (other := getattr(config, "transformers_weights", None)) is not None:
         raise ValueError(
             f"the config names {other!r} as transformers_weights, a file that only Transformers' loader reads; rename the "
             f"weights to {SAFE_WEIGHTS_NAME} and remove the entry"
         )
-    check_method(getattr(config, "quantization_config", None))
+    stored = getattr(config, "quantization_config", None)
+    check_method(stored)
+    if asked is not None and stored is not None:
+        check_agreement(asked, stored)
 
 
 def _are_equal(tensors: Mapping[str, StoredTensor], *keys: str) -> bool:
@@ -680,7 +686,7 @@ class OfficialCheckpointMixin:
         if kwargs.get("gguf_file") is None:
             check_method(kwargs.get("quantization_config"))
             if isinstance(kwargs.get("config"), PreTrainedConfig):
-                _check_config(kwargs["config"])
+                _check_config(kwargs["config"], kwargs.get("quantization_config"))
             if name is not None:
                 kwargs = safetensors_only(kwargs)
                 is_checked = cls._check_folder(_base_of_adapter(name), kwargs, check_tensors)
@@ -732,7 +738,7 @@ class OfficialCheckpointMixin:
             )
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(config or folder)
-        _check_config(config)
+        _check_config(config, kwargs.get("quantization_config"))
         if tensors and check_tensors:
             check_weights(tensors, config, folder, head_keys=("score.",))
         return True
@@ -744,7 +750,8 @@ class OfficialCheckpointMixin:
         config = kwargs.get("config")
         with contextlib.suppress(OSError):
             if not isinstance(config, PreTrainedConfig):
-                _check_config(cls.config_class.from_pretrained(config or repo_id, **where))
+                config = cls.config_class.from_pretrained(config or repo_id, **where)
+                _check_config(config, kwargs.get("quantization_config"))
         index = None
         with contextlib.suppress(OSError):
             index = cached_file(repo_id, _with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant")), **where)

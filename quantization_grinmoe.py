@@ -15,7 +15,8 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -418,6 +419,11 @@ def check_quantization_config(quantization_config: BitsAndBytesConfig) -> None:
                 "leave it out, and train what is added (LoRA)"
             )
         return
+    if quantization_config.bnb_4bit_compute_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"bnb_4bit_compute_dtype={quantization_config.bnb_4bit_compute_dtype} gives wrong products; choose "
+            "torch.bfloat16, torch.float16, or torch.float32 for the dtype of the input"
+        )
     if quantization_config.bnb_4bit_quant_type not in ("nf4", "fp4"):
         raise ValueError(
             f"bnb_4bit_quant_type={quantization_config.bnb_4bit_quant_type!r}; choose 'nf4' (for weights), or 'fp4'"
@@ -456,6 +462,21 @@ def check_method(quantization_config: QuantizationConfigMixin | dict[str, Any] |
         )
 
 
+def check_agreement(asked: BitsAndBytesConfig | dict[str, Any], stored: BitsAndBytesConfig | dict[str, Any]) -> None:
+    """Raise ValueError where a `quantization_config` asks for another form than a quantised checkpoint has."""
+    forms = [BitsAndBytesConfig.from_dict(one) if isinstance(one, dict) else one for one in (asked, stored)]
+    fields = ["load_in_4bit", "load_in_8bit"]
+    fields += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"] if forms[1].load_in_4bit else []
+    fields += ["llm_int8_skip_modules"] if forms[0].llm_int8_skip_modules else []
+    for field in fields:
+        wanted, found = (getattr(form, field) for form in forms)
+        if wanted != found:
+            raise ValueError(
+                f"quantization_config asks for {field}={wanted}, and the checkpoint is quantised with {field}={found}; "
+                "leave quantization_config out, or give the checkpoint in full precision"
+            )
+
+
 def packed_layout(config, quantization_config: BitsAndBytesConfig | dict[str, Any]) -> Layout:
     """Shape and dtype, by key, of the tensors that the experts have in a quantised checkpoint; but for those it skips."""
     if isinstance(quantization_config, dict):
@@ -463,10 +484,53 @@ def packed_layout(config, quantization_config: BitsAndBytesConfig | dict[str, An
     tensors: Layout = {}
     for layer in range(config.num_hidden_layers):
         experts = f"model.layers.{layer}.block_sparse_moe.experts"
-        if should_convert_module(experts, quantization_config.llm_int8_skip_modules):
+        if not is_skipped(experts, quantization_config.llm_int8_skip_modules or ()):
             layout = _packing(quantization_config).layout(config, quantization_config)
             tensors |= {f"{experts}.{key}": value for key, value in layout.items()}
     return tensors
+
+
+def is_skipped(name: str, skip_modules: Iterable[str]) -> bool:
+    """
+    Whether an entry of `llm_int8_skip_modules` names a module, or one that it is in.
+
+    Transformers compares a module's own name alone, so that "block_sparse_moe" keeps none of its experts.
+
+    Args:
+        name: as in a model with a head ("model.layers.0.block_sparse_moe.experts").
+        skip_modules: beginnings, ends or regular expressions of names; also as a model without a head has them.
+    """
+    return any(
+        name.endswith(entry)
+        or f".{entry}." in f".{name}."
+        # A beginning ends where a name does: layers.1 is not layers.11.
+        or re.match(rf"(?:model\.)?(?:{entry})(?:(?<=\.)|(?=\.|$))", name)
+        for entry in skip_modules
+    )
+
+
+def _full_names(model: nn.Module) -> dict[str, str]:
+    """By its name, that of each module in a model with a head."""
+    base = getattr(model, "base_model_prefix", None)
+    prefix = f"{base}." if base and not hasattr(model, base) else ""
+    return {name: prefix + name for name, _ in model.named_modules() if name}
+
+
+def check_skip_modules(model: nn.Module, skip_modules: Iterable[str]) -> None:
+    """Raise ValueError for an entry of `llm_int8_skip_modules` that names no module: it would skip nothing."""
+    # A model without a head may be asked as one with it.
+    names = {"lm_head", "score", *_full_names(model).values()}
+    for entry in skip_modules:
+        try:
+            found = entry and any(is_skipped(name, [entry]) for name in names)
+        except re.error:
+            found = False
+        if not found:
+            raise ValueError(
+                f"llm_int8_skip_modules has {entry!r}, which names no module of the model. Give the end of a name (experts, "
+                "block_sparse_moe, q_proj), a whole one (model.layers.0.self_attn) or a regular expression "
+                r"(model\.layers\.[01]); the experts of a layer are one module, whose weights are skipped together"
+            )
 
 
 def _has_packed_forms(module: nn.Module) -> bool:
@@ -526,6 +590,11 @@ class _ExpertsToo(HfQuantizer):
         super().validate_environment(*args, **kwargs)
 
     def _process_model_before_weight_loading(self, model, *args, **kwargs):
+        if any(_has_packed_forms(module) for module in model.modules()):
+            if not self.pre_quantized:
+                check_skip_modules(model, self.quantization_config.llm_int8_skip_modules or ())
+            if self.quantization_config.llm_int8_enable_fp32_cpu_offload and isinstance(kwargs.get("device_map"), dict):
+                self._skip_offloaded(model, kwargs["device_map"])
         super()._process_model_before_weight_loading(model, *args, **kwargs)
         for module in model.modules():
             # In evaluation on CPUs with AVX512-BF16, bitsandbytes' Linear4bit repacks itself for a kernel that rounds to
@@ -534,10 +603,36 @@ class _ExpertsToo(HfQuantizer):
                 module.support_avx512bf16_for_cpu = False
         replace_experts(model, self.quantization_config, self.modules_to_not_convert, packed=self.pre_quantized)
 
+    def _skip_offloaded(self, model, device_map: dict[str, Any]) -> None:
+        """Write down what the library keeps in full precision, so that a saved config says what its checkpoint holds."""
+        names = _full_names(model)
+        kept = [name for name, place in device_map.items() if str(place) in ("cpu", "disk")]
+        skip_modules = self.quantization_config.llm_int8_skip_modules or []
+        packed = [name for name, full in names.items() if full.endswith(("_proj", "experts"))]
+        packed = [name for name in packed if not is_skipped(names[name], skip_modules)]
+        if self.pre_quantized:
+            wrong = next((name for name in packed if any(f"{name}.".startswith(f"{one}.") for one in kept)), None)
+            if wrong or "" in kept:
+                raise ValueError(
+                    f"{wrong or 'the model'} is quantised in the checkpoint, and llm_int8_enable_fp32_cpu_offload=True "
+                    "keeps what device_map places on the CPU or the disk in full precision; set it to False in config.json"
+                )
+        elif len(kept) == len(device_map):
+            raise ValueError(
+                "llm_int8_enable_fp32_cpu_offload=True keeps what is on the CPU or the disk in full precision, and "
+                "device_map places the whole model there; leave it out"
+            )
+        else:
+            self.quantization_config = copy.copy(self.quantization_config)
+            self.quantization_config.llm_int8_skip_modules = [*skip_modules, *(names.get(name, name) for name in kept)]
+
     @staticmethod
     def get_modules_to_not_convert(model, skip_modules=None, keep_in_fp32_modules=None, add_default_skips=False):
-        # The library forgets the head (lm_head) where the user names other modules to skip.
-        add_default_skips = add_default_skips or any(_has_packed_forms(module) for module in model.modules())
+        if any(_has_packed_forms(module) for module in model.modules()):
+            # The library forgets the head (lm_head) where the user names other modules to skip.
+            add_default_skips = True
+            skipped = [name for name, full in _full_names(model).items() if is_skipped(full, skip_modules or ())]
+            skip_modules = [f"{re.escape(name)}$" for name in skipped]  # exactly these
         return HfQuantizer.get_modules_to_not_convert(model, skip_modules, keep_in_fp32_modules, add_default_skips)
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:

@@ -11,14 +11,37 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    GPTQConfig,
+    QuantoConfig,
+)
 from transformers.quantizers import auto as quantizers
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from grinmoe import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeModel, quantization_grinmoe
+from grinmoe import (
+    GrinMoeConfig,
+    GrinMoeForCausalLM,
+    GrinMoeForSequenceClassification,
+    GrinMoeModel,
+    quantization_grinmoe,
+)
 from grinmoe.checkpoint_grinmoe import AUTO_MAP, CheckpointError, CheckpointFileError, code_files, official_shapes
 from grinmoe.modeling_grinmoe import GrinMoeExperts
 from grinmoe.planning.random_model import random_quantized_model
-from grinmoe.quantization_grinmoe import FUSED, PackedExperts, experts_are_quantized, packed_layout, quantize_model
+from grinmoe.quantization_grinmoe import (
+    FUSED,
+    QUANTIZERS,
+    PackedExperts,
+    experts_are_quantized,
+    packed_layout,
+    quantize_model,
+)
 from tests import ROOT
 from tests.tiny import tiny_model
 
@@ -89,6 +112,14 @@ def quantized_folders(dense_folder, tmp_path_factory) -> dict[str, Path]:
         folders[method] = tmp_path_factory.mktemp("quantized")
         load(dense_folder, method).save_pretrained(folders[method], max_shard_size="50KB")
     return folders
+
+
+@pytest.fixture
+def weights_are_not_read(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("transformers.modeling_utils.convert_and_load_state_dict_in_model", refuse)
 
 
 class TestLoading:
@@ -168,8 +199,15 @@ class TestLoading:
 
     @pytest.mark.parametrize(
         "skip, left",
-        [(["experts"], [True, True]), (["model.layers.1.block_sparse_moe"], [False, True])],
-        ids=["all", "one"],
+        [
+            (["experts"], [True, True]),
+            (["block_sparse_moe"], [True, True]),
+            (["model.layers.1.block_sparse_moe"], [False, True]),
+            (["layers.1.block_sparse_moe"], [False, True]),
+            ([r"model\.layers\.[1-9]\.block_sparse_moe", "lm_head"], [False, True]),
+            ([r".*1\.block_sparse_moe\.experts"], [False, True]),
+        ],
+        ids=str,
     )
     def test_skipped_experts_stay_dense_and_the_head_does_too(self, dense_folder, tmp_path, skip, left):
         model = load(dense_folder, quantization_config=asked("nf4", llm_int8_skip_modules=skip))
@@ -311,22 +349,22 @@ class TestSaving:
                     found[name] = model(torch.arange(3, 15)[None]).logits.double().sum().item()
                 experts = type(model.model.layers[0].block_sparse_moe.experts)
                 found["experts"], found["module"] = experts.__name__, experts.__module__.split(".")[0]
+            try:
+                AutoModelForCausalLM.from_pretrained(
+                    sys.argv[1], trust_remote_code=True, quantization_config={"quant_method": "torchao"}
+                )
+            except ValueError as error:
+                found["refused"] = str(error)
             print(json.dumps(found))
         """
         found = run_without_package(script, tmp_path, str(dense_folder), str(quantized_folders["nf4 double"]))
         assert (found["experts"], found["module"]) == ("GrinMoeExperts4bit", "transformers_modules")
+        assert "asks for torchao, which does not quantise the experts" in found["refused"]
         expected = logits_of(load(dense_folder, "nf4 double")).double().sum().item()
         assert found["loaded"] == found["saved"] == pytest.approx(expected, rel=1e-5)
 
 
 class TestBadInput:
-    @pytest.fixture
-    def weights_are_not_read(self, monkeypatch):
-        def refuse(*args, **kwargs):
-            raise AssertionError("weights were read")
-
-        monkeypatch.setattr("transformers.modeling_utils.convert_and_load_state_dict_in_model", refuse)
-
     def test_without_bitsandbytes_the_error_says_what_to_install(
         self, dense_folder, quantized_folders, monkeypatch, weights_are_not_read
     ):
@@ -340,6 +378,8 @@ class TestBadInput:
         [
             ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "bnb_4bit_quant_type='nf5'; choose 'nf4'"),
             ({"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16}, "stored as torch.uint8"),
+            ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "int8"}, "compute_dtype=torch.int8 gives wrong products"),
+            ({"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float64}, "float64 gives wrong products"),
             ({"load_in_8bit": True, "llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight=True trains"),
             ({}, "neither load_in_4bit nor load_in_8bit"),
         ],
@@ -398,6 +438,170 @@ class TestBadInput:
         shutil.copy(quantized_folders["int8"] / "config.json", tmp_path)
         with pytest.raises(CheckpointError, match=r"lacks 1 weights .*experts\.down_proj_scale"):
             load(tmp_path)
+
+
+class TestSkipModules:
+    """`llm_int8_skip_modules`, which Transformers compares with the beginnings and ends of names and never checks."""
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            "mlp",
+            "gate_up_proj",
+            "experts.gate_up_proj",
+            "experts.0.w1",
+            "*.experts",
+            "(",
+            "",
+            "model.layers.7",
+            "block_sparse",
+        ],
+    )
+    def test_an_entry_that_names_no_module_is_refused(self, dense_folder, entry):
+        asked_for = asked("int8", llm_int8_skip_modules=["lm_head", entry])
+        with pytest.raises(ValueError, match="which names no module of the model. Give the end of a name"):
+            load(dense_folder, quantization_config=asked_for)
+        model = load(dense_folder)
+        with pytest.raises(ValueError, match="which names no module of the model"):
+            quantize_model(model, asked_for)
+        assert type(experts_of(model)) is GrinMoeExperts
+
+    @pytest.mark.parametrize("skip", [["self_attn"], ["model.layers.0", "q_proj"], ["layers.0.self_attn"]], ids=str)
+    def test_linears_and_experts_are_skipped_by_the_same_entries(self, dense_folder, skip):
+        model = load(dense_folder, quantization_config=asked("int8", llm_int8_skip_modules=skip))
+        found = {name for name, m in model.named_modules() if type(m) in (torch.nn.Linear, GrinMoeExperts)}
+        names = {
+            name
+            for name, m in load(dense_folder).named_modules()
+            if isinstance(m, torch.nn.Linear | GrinMoeExperts)
+            and any(f".{entry}." in f".{name}." or name == "lm_head" for entry in skip)
+        }
+        assert found == names and len(found) > 2
+
+    @pytest.mark.parametrize("saved_by", [GrinMoeForCausalLM, GrinMoeModel])
+    @pytest.mark.parametrize("entry", ["model.layers.0.block_sparse_moe", "layers.0", "lm_head"])
+    def test_a_saved_one_means_the_same_modules_in_every_class(self, dense_folder, tmp_path, saved_by, entry):
+        model = saved_by.from_pretrained(
+            dense_folder, dtype=torch.float32, quantization_config=asked("int8", llm_int8_skip_modules=[entry])
+        )
+        model.save_pretrained(tmp_path)
+        expected = [type(experts_of(model, layer)) for layer in range(2)]
+        assert (expected[0] is GrinMoeExperts) == (entry != "lm_head") and issubclass(expected[1], PackedExperts)
+        for other in (GrinMoeModel, GrinMoeForSequenceClassification, GrinMoeForCausalLM):
+            again, info = other.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+            assert [type(experts_of(again, layer)) for layer in range(2)] == expected
+            assert not info["mismatched_keys"] and all("score" in k or "lm_head" in k for k in info["missing_keys"])
+            assert same_tensors(experts_of(again), experts_of(model)) and same_tensors(
+                experts_of(again, 1), experts_of(model, 1)
+            )
+
+    def test_a_layer_is_not_its_namesake_with_one_digit_more(self, tiny_config):
+        with torch.device("meta"):
+            model = GrinMoeForCausalLM(tiny_config(num_hidden_layers=12, hidden_size=64))
+        quantizer = QUANTIZERS["bitsandbytes_8bit"](asked("int8", llm_int8_skip_modules=["model.layers.1"]))
+        skipped = quantizer.get_modules_to_not_convert(model, ["model.layers.1"])
+        left = [n for n, m in model.named_modules() if n.endswith("experts") and not should_convert_module(n, skipped)]
+        assert left == ["model.layers.1.block_sparse_moe.experts"]
+
+    @pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["4", "8"])
+    def test_the_flag_for_32_bits_on_the_cpu_is_refused_where_it_would_skip_all(self, dense_folder, options):
+        flag = {"llm_int8_enable_fp32_cpu_offload": True}
+        with pytest.raises(ValueError, match="device_map places the whole model there"):
+            load(dense_folder, quantization_config=BitsAndBytesConfig(**options, **flag))
+
+    def test_what_stays_on_the_cpu_is_written_into_the_config(self, tiny_config):
+        with torch.device("meta"):
+            model = GrinMoeForCausalLM(tiny_config(hidden_size=64))
+        given = asked("int8", llm_int8_enable_fp32_cpu_offload=True, llm_int8_skip_modules=["q_proj"])
+        quantizer = QUANTIZERS["bitsandbytes_8bit"](given, pre_quantized=False)
+        quantizer.preprocess_model(model, device_map={"model.layers.0": 0, "model.layers.1": "cpu", "lm_head": "cpu"})
+        assert [type(experts_of(model, layer)) is GrinMoeExperts for layer in range(2)] == [False, True]
+        assert quantizer.quantization_config.llm_int8_skip_modules == ["q_proj", "model.layers.1", "lm_head"]
+        assert given.llm_int8_skip_modules == ["q_proj"]
+        assert {key.split(".")[2] for key in packed_layout(model.config, quantizer.quantization_config)} == {"0"}
+
+    def test_a_quantised_checkpoint_cannot_stay_in_32_bits_on_the_cpu(self, quantized_folders, tmp_path):
+        shutil.copytree(quantized_folders["int8"], tmp_path / "copy")
+        content = json.loads((tmp_path / "copy" / "config.json").read_text())
+        content["quantization_config"]["llm_int8_enable_fp32_cpu_offload"] = True
+        (tmp_path / "copy" / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="is quantised in the checkpoint, and llm_int8_enable_fp32_cpu_offload"):
+            load(tmp_path / "copy")
+
+
+class TestOtherMethods:
+    """All other quantisers of Transformers pass over the experts, or leave what their products cannot take."""
+
+    NAMES = sorted(set(quantizers.AUTO_QUANTIZER_MAPPING) - {"bitsandbytes_4bit", "bitsandbytes_8bit"})
+    REFUSAL = "asks for {}, which does not quantise the experts .* gate_up_proj and down_proj .*BitsAndBytesConfig"
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_one_is_refused_before_weights_are_read(self, dense_folder, tmp_path, weights_are_not_read, name):
+        message = self.REFUSAL.format(name)
+        for given in ({"quant_method": name}, QuantizationConfigMixin(quant_method=name)):
+            with pytest.raises(ValueError, match=message):
+                load(dense_folder, quantization_config=given)
+        content = json.loads((dense_folder / "config.json").read_text())
+        content["quantization_config"] = {"quant_method": name}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        for weights in dense_folder.glob("model*"):
+            (tmp_path / weights.name).symlink_to(weights)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            load(dense_folder, config=GrinMoeConfig.from_pretrained(tmp_path))
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            GPTQConfig(4),
+            QuantoConfig("int8"),
+            FineGrainedFP8Config(),
+            {"quant_method": "torchao"},
+            {"quant_method": "new"},
+            {},
+        ],
+        ids=["gptq", "quanto", "fp8", "torchao", "new", "None"],
+    )
+    @pytest.mark.parametrize(
+        "model_class",
+        [AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification, GrinMoeModel],
+        ids=lambda c: c.__name__,
+    )
+    def test_every_class_refuses_them(self, dense_folder, given, model_class):
+        method = given.get("quant_method") if isinstance(given, dict) else given.quant_method.value
+        with pytest.raises(ValueError, match=self.REFUSAL.format(method)):
+            model_class.from_pretrained(dense_folder, quantization_config=given)
+
+    def test_a_repository_is_refused_by_its_config_alone(self, dense_folder, tmp_path):
+        folder = tmp_path / "models--someone--grin" / "snapshots" / ("0" * 40)
+        folder.mkdir(parents=True)
+        (folder.parents[1] / "refs").mkdir()
+        (folder.parents[1] / "refs" / "main").write_text("0" * 40)
+        content = json.loads((dense_folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**content, "quantization_config": {"quant_method": "gptq"}}))
+        for model_class in (GrinMoeForCausalLM, AutoModelForCausalLM):
+            with pytest.raises(ValueError, match=self.REFUSAL.format("gptq")):
+                model_class.from_pretrained("someone/grin", cache_dir=tmp_path, local_files_only=True)
+
+    @pytest.mark.parametrize("given", [{"load_in_8bit": True}, {"load_in_4bit": True, "quant_method": "bitsandbytes"}])
+    def test_bitsandbytes_as_a_dict_is_loaded(self, dense_folder, given):
+        assert isinstance(experts_of(load(dense_folder, quantization_config=given)), PackedExperts)
+
+    @pytest.mark.parametrize(
+        "given, message",
+        [
+            ({"load_in_4bit": True}, "load_in_4bit=True, and the checkpoint is quantised with load_in_4bit=False"),
+            ({"load_in_8bit": True, "llm_int8_skip_modules": ["experts"]}, r"llm_int8_skip_modules=\['experts'\], and"),
+        ],
+        ids=["bits", "skips"],
+    )
+    def test_a_quantised_checkpoint_in_another_form_is_refused(self, quantized_folders, given, message):
+        """Transformers takes what is stored, with a warning."""
+        for load_it in (GrinMoeForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(ValueError, match=message):
+                load_it(quantized_folders["int8"], quantization_config=BitsAndBytesConfig(**given))
+        assert isinstance(experts_of(load(quantized_folders["int8"], "int8")), PackedExperts)
 
 
 class TestTheLibrarysTable:
