@@ -55,8 +55,9 @@ class SameDrawsForReference(TrainerCallback):
         if not _is_supported(trainer):
             _check_nothing_to_pair(trainer, config)
         elif not isinstance(trainer.compute_loss, _PairedLoss):
-            check_paired_forwards(config, trainer.args)
             decoders += _decoders(trainer.ref_model)
+            for decoder in decoders:
+                check_paired_forwards(decoder.config, trainer.args)
             _disable_dropout(trainer, decoders)
             trainer.remove_callback(SameDrawsForReference)  # one that was given to the trainer but not attached
             trainer.add_callback(self)

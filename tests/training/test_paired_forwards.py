@@ -382,6 +382,13 @@ def test_attach_refuses_what_cannot_be_paired(dpo, options, message):
         SameDrawsForReference().attach(trainer)
 
 
+def test_attach_refuses_dropout_of_the_reference_alone(dpo):
+    reference, _ = small_model(hidden_dropout=0.1)
+    trainer = dpo(ref_model=reference, arguments={"disable_dropout": False})
+    with pytest.raises(ValueError, match="disable_dropout=False with hidden_dropout=0.1"):
+        SameDrawsForReference().attach(trainer)
+
+
 @pytest.mark.parametrize("options", [{}, LORA], ids=["reference model", "adapter off"])
 @pytest.mark.integration
 def test_compiled_model_is_refused_at_the_first_loss(dpo, options):
