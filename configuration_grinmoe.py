@@ -621,3 +621,23 @@ def _register_tokenizer_class() -> None:
 
 
 _register_tokenizer_class()
+
+
+def _register_class_names() -> None:
+    """
+    Enter the heads into the library's tables of class names, which it asks where it cannot ask the class.
+
+    The Trainer shifts the labels of `label_smoothing_factor` only for names in the first one: any other model learns to
+    copy its input. Pipelines, model cards and lm-eval ask as well. `AutoModel.register` writes other tables.
+    (tests/training/test_label_smoothing.py notices when they move.)
+    """
+    from transformers.models.auto import modeling_auto
+
+    for table, auto_class in (
+        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM"),
+        (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "AutoModelForSequenceClassification"),
+    ):
+        table[GrinMoeConfig.model_type] = AUTO_MAP[auto_class].partition(".")[2]
+
+
+_register_class_names()

@@ -940,6 +940,10 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
         self.balance_window = BalanceWindow()
         self.post_init()
 
+    def _get_name(self) -> str:
+        # The Trainer's label smoothing asks whether this is a language model's; `fully_shard` gives the class another name.
+        return GrinMoeForCausalLM.__name__
+
     @can_return_tuple
     def forward(
         self,
@@ -962,11 +966,16 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
                 `labels` the loss then includes them, times their coefficients. In training it does so in any case.
             logits_to_keep: the last n positions (0: all), or positions (n,) or (B, n), or a (B, S) bool mask.
 
+        Raises:
+            ValueError: router losses are asked for, and the Trainer computes the loss without the model (label smoothing).
+
         Others as in [`GrinMoeModel`]. Example: see the model card.
         """
+        has_router_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
+        if has_router_loss and self.training and labels is None and not output_router_logits:
+            self._refuse_loss_elsewhere(kwargs)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        has_router_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
         records_routing = output_router_logits or (self.training and labels is not None and has_router_loss)
         outputs = self.model(
             input_ids=input_ids,
@@ -1002,6 +1011,16 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             # A cache that PEFT's prefix brings along to each call is not for `generate` to go on with.
             **{CACHE: None if use_cache is False else outputs.get(CACHE)},
         )
+
+    def _refuse_loss_elsewhere(self, kwargs: dict[str, Any]) -> None:
+        """The Trainer tells the size of a step to a model whose labels it has taken out, to compute the loss itself."""
+        if kwargs.get("num_items_in_batch") is not None:
+            raise ValueError(
+                f"router_aux_loss_coef={self.config.router_aux_loss_coef}, router_z_loss_coef="
+                f"{self.config.router_z_loss_coef}: the Trainer's label_smoothing_factor and compute_loss_func take the "
+                "labels out of the batch, and the router's losses, which the model adds to its own, would be left out; set "
+                "both to 0 (a compute_loss_func may add outputs.aux_loss, which output_router_logits=True computes)"
+            )
 
     def _start_router_losses(
         self,
@@ -1045,6 +1064,21 @@ class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoe
         self.model = GrinMoeModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    @functools.wraps(GenericForSequenceClassification.forward)
+    def forward(self, *args, labels: torch.Tensor | None = None, num_items_in_batch=None, **kwargs):
+        has_router_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
+        if has_router_loss and self.training and labels is not None:
+            logger.warning_once("a classifier trains on its labels alone: the coefficients of router losses do nothing")
+        output = super().forward(*args, labels=labels, **kwargs)
+        if labels is None or num_items_in_batch is None:
+            return output
+        # The library's loss is the mean of these rows, and the Trainer adds up those of a step: each has its share of it.
+        share = (labels != -100).sum() / num_items_in_batch
+        if isinstance(output, tuple):
+            return output[0] * share, *output[1:]
+        output.loss = output.loss * share
+        return output
 
 
 def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -224,11 +224,17 @@ def _check_model(recipe: Recipe, config: GrinMoeConfig, tokenizer: Any) -> None:
     arguments: Any = recipe.training
     if arguments.eval_strategy != "no" and recipe.data.eval_data is None and not recipe.data.eval_share:
         raise ValueError(f"eval_strategy={arguments.eval_strategy.value!r} has no data; give eval_data or eval_share")
-    if arguments.label_smoothing_factor and config.router_aux_loss_coef and recipe.task != "dpo":
-        raise ValueError(
-            "label_smoothing_factor replaces the model's loss, and with it the balance loss; set it or "
-            "config_overrides.router_aux_loss_coef to 0"
-        )
+    if arguments.label_smoothing_factor:  # dpo has refused it
+        if config.router_aux_loss_coef or config.router_z_loss_coef:
+            raise ValueError(
+                "label_smoothing_factor replaces the model's loss, and with it the router's losses; set it to 0, or "
+                "router_aux_loss_coef and router_z_loss_coef in config_overrides"
+            )
+        if arguments.torch_compile:
+            raise ValueError(
+                "label_smoothing_factor with torch_compile: the Trainer does not recognise a compiled language model, and "
+                "would train it to repeat its input; leave one of them out"
+            )
     if recipe.task == "dpo":
         check_paired_forwards(config, arguments)
     if recipe.run.uses_adapter:

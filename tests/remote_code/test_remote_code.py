@@ -52,6 +52,10 @@ LOAD_EVERY_WAY = """
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     found |= {"base": type(base).__name__, "classifier": type(classifier).__name__, "causal": type(model).__name__}
     found["experts"] = model.config._experts_implementation
+    # What the Trainer asks before it shifts the labels of label smoothing.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    found["is_known_as_causal"] = model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    found["text_config_is_config"] = model.config.get_text_config() is model.config
     with torch.no_grad():
         found["error"] = (model(inputs["plain.input_ids"]).logits - expected).abs().max().item()
         found["labels"] = list(classifier(inputs["plain.input_ids"]).logits.shape)
@@ -89,6 +93,7 @@ def test_released_snapshot_with_our_files(released_snapshot, goldens, tmp_path):
     assert found["experts"] == "grouped_mm", "without the package Transformers' own implementation runs"
     assert found["error"] < 2e-4 and found["error_again"] < 2e-4
     assert found["labels"] == [2, 3] and found["classifier_equal"]
+    assert found["is_known_as_causal"] and found["text_config_is_config"]
     assert {name for name in found["saved"] if name.endswith(".py")} == set(CODE_FILES)
     assert "config.json" in found["saved"] and "model.safetensors.index.json" in found["saved"]
 

@@ -211,6 +211,8 @@ class TestMistakesAreFoundBeforeWeightsAreLoaded:
             ({"method": "lora", "lora_experts": "7"}, "7"),
             ({"method": "lora", "lora_experts": "none", "lora_attention": False}, "nothing to adapt"),
             ({"label_smoothing_factor": 0.1, "config_overrides": '{"router_aux_loss_coef": 0.1}'}, "label_smoothing"),
+            ({"label_smoothing_factor": 0.1, "config_overrides": '{"router_z_loss_coef": 0.1}'}, "router_z_loss_coef"),
+            ({"label_smoothing_factor": 0.1, "torch_compile": True}, "label_smoothing_factor with torch_compile"),
             ({"messages_column": "talk"}, "its columns are messages"),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
