@@ -642,7 +642,10 @@ def _base_of_adapter(name: str | os.PathLike) -> str | os.PathLike:
     adapter = Path(name, ADAPTER_CONFIG_NAME)
     if not adapter.is_file() or Path(name, CONFIG_NAME).is_file():
         return name
-    return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or name
+    try:
+        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] or name
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointFileError(f"{adapter} does not name the adapter's base ({error!r}); save it again") from error
 
 
 class OfficialCheckpointMixin:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
+from safetensors.torch import load_file, save
 
 from grinmoe import GrinMoeForCausalLM, load_tokenizer
 from grinmoe.checkpoint_grinmoe import CheckpointError
@@ -253,6 +254,8 @@ def test_a_download_that_was_damaged_is_not_blamed_on_the_repository(pushed, ref
         ({}, SHARDS[:1], f"lacks 1 shards that its index names ({SHARDS[0]}); tell its owner"),
         ({INDEX: b"{"}, (), f"{INDEX} of {REPO} is not a safetensors index"),
         ({INDEX: b"[]"}, (), f"{INDEX} of {REPO} is not a safetensors index"),
+        ({INDEX: b'{"weight_map": {"x": "x.safetensors"}}'}, (), f"{INDEX} of {REPO} is not a safetensors index"),
+        ({"model.safetensors": b"stale"}, (), f"holds two sets of weights (model.safetensors and {INDEX})"),
         (
             {"pytorch_model.bin": b"\x80\x04"},
             [*SHARDS, INDEX],
@@ -276,6 +279,32 @@ def test_a_config_of_other_sizes(pushed, refused):
     pushed.add_commit(REPO, {"config.json": json.dumps(config).encode()})
     said = refused(keeps=True)
     assert f"what {REPO} holds at" in said and "with shape (24, 32), config.json makes it (48, 32)" in said
+
+
+@pytest.mark.parametrize("kind", ["no metadata", "a second set", "a stale copy"])
+def test_what_a_pull_refuses_from_pretrained_refuses_by_the_same_name(pushed, model, refused, output, kind):
+    """Transformers would take model.safetensors before the index, and the last shard that has a tensor."""
+    index = json.loads((model / INDEX).read_text())
+    if kind == "no metadata":
+        del index["metadata"]
+        added, message = {INDEX: json.dumps(index).encode()}, 'has no "metadata" object'
+    elif kind == "a second set":
+        weights = {key: t * 0 for name in SHARDS for key, t in load_file(model / name).items()}
+        added, message = {"model.safetensors": save(weights, {"format": "pt"})}, "two sets of weights"
+    else:
+        key = min(key for key, shard in index["weight_map"].items() if shard == SHARDS[0])
+        edit_weights(model / SHARDS[2], lambda tensors: tensors.update({key: load_file(model / SHARDS[0])[key] * 0}))
+        added, message = (
+            {SHARDS[2]: (model / SHARDS[2]).read_bytes()},
+            f"does not name there: it places {key} in {SHARDS[0]}",
+        )
+    pushed.add_commit(REPO, added)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        GrinMoeForCausalLM.from_pretrained(REPO, cache_dir=output.with_name("cache"))
+    if kind == "no metadata":
+        assert not set(fetched(pushed)) & set(SHARDS), "said before the weights are fetched"
+    shutil.rmtree(output.with_name("cache"))
+    assert message in refused(keeps=kind == "a stale copy")
 
 
 def test_a_broken_adapter(hub, refused):

@@ -592,6 +592,12 @@ class TestAmbiguousCheckpoint:
         with pytest.raises(CheckpointError, match="holds 1 tensors that the index does not name there"):
             GrinMoeForCausalLM.from_pretrained(tmp_path / "adapter")
 
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", "null"])
+    def test_an_adapter_that_names_no_base_is_named(self, tmp_path, content):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(CheckpointFileError, match="adapter_config.json does not name the adapter's base"):
+            GrinMoeForCausalLM.from_pretrained(tmp_path)
+
     def test_load_state_dict_refuses_an_expert_that_is_there_twice(self, goldens):
         weights = weights_of(goldens["golden-b"].folder)
         model = GrinMoeForCausalLM(GrinMoeForCausalLM.config_class.from_pretrained(goldens["golden-b"].folder))

@@ -429,6 +429,16 @@ class TestBadInput:
         with pytest.raises(CheckpointError, match=r"experts\..* with shape .*config.json makes it"):
             load(folder, method)
 
+    def test_layers_that_a_quantised_checkpoint_has_too_many_are_named(
+        self, quantized_folders, tmp_path, weights_are_not_read
+    ):
+        for method, folder in quantized_folders.items():
+            shutil.copytree(folder, tmp_path / method)
+            content = json.loads((folder / "config.json").read_text())
+            (tmp_path / method / "config.json").write_text(json.dumps({**content, "num_hidden_layers": 1}))
+            with pytest.raises(CheckpointError, match=r"holds model\.layers\.1\..*, which is no weight of this config"):
+                load(tmp_path / method)
+
     def test_scales_that_a_quantised_checkpoint_lacks_are_named(
         self, quantized_folders, tmp_path, weights_are_not_read
     ):
