@@ -287,9 +287,13 @@ def _question_of(row: dict[str, Any], columns: Columns) -> str:
     names = (columns.prompt, columns.messages, columns.chosen, columns.text)
     value = next((row[name] for name in names if row.get(name) is not None), None)
     if isinstance(value, list):
-        value = (
-            list(takewhile(lambda turn: not isinstance(turn, dict) or turn.get("role") != "assistant", value)) or value
-        )
+        # Without the turns' metadata, which differs where the question is the same.
+        turns = [
+            {key: turn[key] for key in ("role", "content") if key in turn} if isinstance(turn, dict) else turn
+            for turn in value
+        ]
+        asked = takewhile(lambda turn: not isinstance(turn, dict) or turn.get("role") != "assistant", turns)
+        value = list(asked) or turns
     return json.dumps(value, sort_keys=True, default=str)
 
 

@@ -56,8 +56,8 @@ _REFUSED_COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 # Columns that say how much a row counts, and columns that are false where it must not be learned (KTO's label).
 _ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
 _ROW_SWITCHES = ("label", "train")
-# Formats of other tools (ShareGPT, Alpaca). A row that has one of these beside a format of ours is ambiguous.
-_OTHER_FORMATS = (("conversations",), ("conversation",), ("instruction", "output"))
+# Formats of other tools (ShareGPT, Axolotl's segments, Alpaca). A row with one of these and a format of ours is ambiguous.
+_OTHER_FORMATS = (("conversations",), ("conversation",), ("segments",), ("instruction", "output"))
 
 Message = dict[str, Any]
 PlacedRow = tuple[str, dict[str, Any]]
@@ -198,8 +198,12 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a field is null or empty, and so says nothing. (0 and false say something.)"""
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    """Whether a field is null, empty (as JSON in a string too), or holds only such. (0 and false say something.)"""
+    if isinstance(value, list):
+        return all(one != {} and is_absent(one) for one in value)
+    if isinstance(value, dict):
+        return all(map(is_absent, value.values()))
+    return value is None or value in ("", "[]", "{}", "null")
 
 
 def without_fields(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -343,7 +347,7 @@ def _checked_message(message: Any, where: str) -> Message:
                 "ignore_fields to train without it"
             )
     content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         content = joined_parts(content, where)
     for key, text in (("role", message.get("role")), ("content", content)):
         if not isinstance(text, str):

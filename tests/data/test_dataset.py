@@ -247,6 +247,15 @@ class TestParts:
         assert len(found[0]) % 2 == 0 and 0.15 < len(found[1]) / 120 < 0.45
         assert data.report.train.rows_read + data.report.evaluation.rows_read == 120
 
+    def test_metadata_of_messages_does_not_part_one_question(self, load):
+        rows = [
+            {"messages": [{**turn, "id": str(i)} for turn in chat(f"Question {i // 2}?", f"A {i}.")]} for i in range(40)
+        ]
+        data = load("sft", rows, eval_share=0.3)
+        assert len(data.evaluation) % 2 == len(data.train) % 2 == 0
+        plain = [{"messages": chat(f"Question {i // 2}?", f"A {i}.")} for i in range(40)]
+        assert list(load("sft", plain, eval_share=0.3).train) == list(data.train)
+
     def test_evaluation_may_have_a_file_of_its_own(self, load, tmp_path):
         held_out = written(tmp_path / "held-out.json", chats(2))
         data = load("sft", chats(5), eval_data=str(held_out))
@@ -582,6 +591,19 @@ class TestFields:
         extra = {"id": "7", "source": "x", "score": 0.1, "weight": 1.0, "tools": None, "system": "", "prompt": "Q"}
         rows = [{**row, **extra} for row in chats(2)]
         assert list(load("sft", rows, f"rows.{suffix}").train) == list(load("sft", chats(2)).train)
+
+    def test_fields_that_hold_only_nulls_or_empty_json_are_absent(self, load):
+        """As data sets have them whose tools are JSON in a string, or whose structs have all fields."""
+        row = chats(1)[0]
+        row["messages"][1] |= {"function_call": {"name": None, "arguments": None}, "tool_calls": "[]"}
+        extra = {"tools": "[]", "functions": "null", "images": [{"path": None, "bytes": None}], "documents": [None]}
+        assert list(load("sft", [{**row, **extra}]).train) == list(load("sft", chats(1)).train)
+
+    def test_content_without_parts_is_refused(self, load):
+        with pytest.raises(
+            ValueError, match=r"line 1: message 2 of 'messages' has the content \[\]; it needs a string"
+        ):
+            load("sft", [{"messages": [*chat("Hello?"), said([])]}])
 
     def test_input_of_a_renamed_prompt_is_refused(self, load):
         """Alpaca's rows have their question in two columns."""
