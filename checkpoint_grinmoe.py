@@ -303,8 +303,8 @@ def read_index(file: Path) -> dict[str, str]:
     """Read which shard holds each key.
 
     Raises:
-        CheckpointFileError: not JSON, or an index that Transformers cannot read, that names a key twice or that leads out of
-            its folder.
+        CheckpointFileError: not JSON, as a part of a file.
+        CheckpointError: an index that Transformers cannot read, that names a key twice or that leads out of its folder.
     """
     try:
         index = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
@@ -317,8 +317,10 @@ def read_index(file: Path) -> dict[str, str]:
             if not isinstance(shard, str) or path.anchor or ".." in path.parts or path.suffix != ".safetensors":
                 raise ValueError(f"it places {key} in {shard!r}, which is not a safetensors file of its folder")
         return index["weight_map"]
-    except ValueError as error:  # invalid JSON and UTF-8 too
-        raise CheckpointFileError(f"{file} is not a safetensors index ({error}); download it again") from error
+    except ValueError as error:
+        is_broken = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+        error_class = CheckpointFileError if is_broken else CheckpointError
+        raise error_class(f"{file} is not a safetensors index ({error}); download it again") from error
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -349,9 +351,10 @@ def read_tensors(folder: str | os.PathLike, variant: str | None = None) -> dict[
         Place and form by key, or None if the folder holds no such weights at all.
 
     Raises:
-        CheckpointFileError: only pickled weights are there; the index cannot be used or names a missing file; a shard is
+        CheckpointFileError: only pickled weights are there; the index is cut off or names a missing file; a shard is
             truncated or not safetensors; a shard lacks a tensor that the index promises.
-        CheckpointError: there are two sets of weights, or a shard holds a tensor that the index does not place in it.
+        CheckpointError: there are two sets of weights, a shard holds a tensor that the index does not place in it, or the
+            index cannot be used (see `read_index`).
     """
     folder = Path(folder)
     index_file = folder / _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)

@@ -25,7 +25,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from ..checkpoint_grinmoe import CheckpointError, CheckpointFileError, check_weights, read_index, read_tensors
+from ..checkpoint_grinmoe import CheckpointError, check_weights, read_index, read_tensors
 from ..configuration_grinmoe import GrinMoeConfig
 from ..tokenization import TokenizerError, load_tokenizer
 from .checks import PICKLE_SUFFIXES, sha256_of
@@ -232,7 +232,7 @@ def _check_plan(remote: _Remote, staging: Path) -> None:
         return
     try:
         shards = set(read_index(staging / SAFE_WEIGHTS_INDEX_NAME).values())
-    except CheckpointFileError as error:
+    except CheckpointError as error:
         raise CheckpointError(
             f"{SAFE_WEIGHTS_INDEX_NAME} of {remote.repo} is not a safetensors index ({error.__cause__!r}); tell its "
             "owner, or give another --revision"

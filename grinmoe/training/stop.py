@@ -83,6 +83,8 @@ class StopAtSignal(TrainerCallback):
             callbacks.remove(self)
         trainer.add_callback(self)
         resume = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+        if resume is not None:
+            _check_weights(Path(resume))
         try:
             trainer.train(resume_from_checkpoint=resume)
         except _EvaluationInterrupted:
@@ -171,12 +173,7 @@ def _is_whole(folder: Path) -> bool:
     """The Trainer writes the state last. What it wrote before is looked at too: a machine may have lost its cache."""
     try:
         read_json_object(folder / TRAINER_STATE_NAME)
-        tensors = read_tensors(folder)  # refuses an index whose shards are not all there
-        if tensors and (folder / WEIGHTS_NAME).is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
-            raise CheckpointError(
-                f"{folder} holds {WEIGHTS_NAME} beside {SAFE_WEIGHTS_INDEX_NAME}, and the Trainer reads the pickle; remove "
-                "it"
-            )
+        _check_weights(folder)
     except CheckpointFileError:
         return False
     except CheckpointError:
@@ -192,6 +189,15 @@ def _is_whole(folder: Path) -> bool:
         and all(zipfile.is_zipfile(file) for file in pickles if file.is_file())
         and any(file.name.startswith("rng_state") for file in pickles)
     )
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise CheckpointError where the Trainer, which checks nothing, would read other weights than a user expects."""
+    tensors = read_tensors(folder)  # refuses an index whose shards are not all there
+    if tensors and (folder / WEIGHTS_NAME).is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds {WEIGHTS_NAME} beside {SAFE_WEIGHTS_INDEX_NAME}, and the Trainer reads the pickle; remove it"
+        )
 
 
 def _is_safetensors(file: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from grinmoe.checkpoint_grinmoe import CheckpointError
 from grinmoe.training import run as training
@@ -23,6 +23,7 @@ from grinmoe.training.recipe import read_recipe
 from grinmoe.training.run_directory import COMPLETE, STOPPED
 from grinmoe.training.stop import StopAtSignal, last_whole_checkpoint, remove_partial_checkpoints
 from tests.small_chat import small_run
+from tests.tiny import tiny_model, training_arguments
 
 # Dropout, jitter, sampled routing, a shuffled order and two micro-batches a step: all of the state that there is.
 RANDOM = {
@@ -268,7 +269,7 @@ class TestWholeCheckpoints:
         assert remove_partial_checkpoints(tmp_path) == ["checkpoint-12"]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-notes"]
 
-    @pytest.mark.parametrize("stale", ["model.safetensors.index.json", "pytorch_model.bin"])
+    @pytest.mark.parametrize("stale", ["model.safetensors.index.json", "pytorch_model.bin", "no metadata"])
     def test_one_with_two_sets_of_weights_is_named_and_kept(self, undisturbed, tmp_path, stale):
         """Going on from an older one, or deleting this one, would be a guess."""
         shutil.copytree(undisturbed("full") / "checkpoint-4", tmp_path / "checkpoint-4")
@@ -276,13 +277,19 @@ class TestWholeCheckpoints:
         names = load_file(folder / "model.safetensors")
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        if stale == "pytorch_model.bin":
+        if stale != "model.safetensors.index.json":
             (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
             assert last_whole_checkpoint(tmp_path) == folder
+        if stale == "pytorch_model.bin":
             torch.save({}, folder / stale)
+        if stale == "no metadata":
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
+        message = re.escape(stale).replace("metadata", '"metadata"')
         for look in (last_whole_checkpoint, remove_partial_checkpoints):
-            with pytest.raises(CheckpointError, match=re.escape(stale)):
+            with pytest.raises(CheckpointError, match=message):
                 look(tmp_path)
+        with pytest.raises(CheckpointError, match=message):
+            StopAtSignal().train(Trainer(tiny_model(), training_arguments(tmp_path / "again")), folder)
         assert folder.is_dir()
 
     def test_there_is_none_in_a_new_folder(self, tmp_path):
