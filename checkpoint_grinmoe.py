@@ -742,7 +742,7 @@ class OfficialCheckpointMixin:
                 f"{folder} holds a model and an adapter ({ADAPTER_CONFIG_NAME}), which Transformers would load on top of it "
                 "without a word; move the adapter to a folder of its own, and load it with model.load_adapter"
             )
-        if not isinstance(config, PreTrainedConfig):
+        if config is None or isinstance(config, str | os.PathLike):
             config = cls.config_class.from_pretrained(config or folder)
         _check_config(config, kwargs.get("quantization_config"))
         if tensors and check_tensors:
