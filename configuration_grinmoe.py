@@ -295,7 +295,6 @@ class GrinMoeConfig(PreTrainedConfig):
             return self
         view = object.__new__(_VisibleKeysConfig)
         view.__dict__ = self.__dict__
-        object.__setattr__(view, "_source", self)
         return view
 
     @classmethod
@@ -420,8 +419,6 @@ class GrinMoeConfig(PreTrainedConfig):
 class _VisibleKeysConfig(GrinMoeConfig):
     """View of a [`GrinMoeConfig`] in which `sliding_window` counts the visible keys: see `get_text_config`."""
 
-    __slots__ = ("_source",)
-
     @property
     def sliding_window(self) -> int | None:
         window = self.__dict__["sliding_window"]
@@ -439,8 +436,10 @@ class _VisibleKeysConfig(GrinMoeConfig):
         return self
 
     def __reduce__(self):
-        # A copy must view the copied config, not own a stale copy of its fields.
-        return operator.methodcaller("get_text_config", decoder=True), (self._source,)
+        # The copied fields, viewed again. No attribute may lead to the config: it would be among the config's own fields.
+        config = object.__new__(GrinMoeConfig)
+        config.__dict__ = self.__dict__
+        return operator.methodcaller("get_text_config", decoder=True), (config,)
 
 
 def _of_this_model(config_dict: dict[str, Any]) -> dict[str, Any]:

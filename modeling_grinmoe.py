@@ -780,10 +780,13 @@ class GrinMoeModel(GrinMoePreTrainedModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({name: value for name, value in state.items() if name != _HOOKED})
+        self.window_config = self.config.get_text_config(decoder=True)  # a copied view is of no copied config
         maybe_install_capturing_hooks(self)
 
     def __deepcopy__(self, memo: dict[int, Any]):
-        return _Recorded.__deepcopy__(self, memo)  # with the hooks, so that none are to be installed
+        copied = _Recorded.__deepcopy__(self, memo)  # with the hooks, so that none are to be installed
+        copied.window_config = copied.config.get_text_config(decoder=True)
+        return copied
 
     @merge_with_config_defaults
     @capture_outputs

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from transformers import AutoConfig, DynamicCache, MixtralConfig, PhimoeConfig, StaticCache
+from transformers import AutoConfig, DynamicCache, MixtralConfig, PhimoeConfig, PreTrainedConfig, StaticCache
 
 from grinmoe import GRINMoEConfig, GrinMoeConfig, GrinMoeForCausalLM
 from grinmoe.configuration_grinmoe import AUTO_MAP
@@ -522,12 +522,16 @@ class TestWindow:
         config.sliding_window = None
         assert view.sliding_window is None
 
-    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-    def test_copies_stay_connected(self, duplicate):
+    @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))])
+    def test_copied_view_counts_visible_keys(self, duplicate):
+        view = duplicate(GrinMoeConfig(sliding_window=7).get_text_config(decoder=True))
+        assert (view.sliding_window, view.to_dict()["sliding_window"]) == (8, 7)
+
+    def test_no_field_leads_to_a_config(self):
+        """vLLM walks through a config's attributes and into every config among them."""
         config = GrinMoeConfig()
-        config, view = duplicate((config, config.get_text_config(decoder=True)))
-        config.sliding_window = 99
-        assert view.sliding_window == 100
+        config.get_text_config(decoder=True)
+        assert not any(isinstance(value, PreTrainedConfig) for value in vars(config).values())
 
     def test_caches_are_sized_by_it(self):
         config = GrinMoeConfig(sliding_window=7, num_hidden_layers=1)
