@@ -6,10 +6,13 @@ config.json: norm, biases, window, gating.
 
 from __future__ import annotations
 
-import math
+import copy
+from pathlib import Path
 from typing import Any
 
-from transformers import MixtralConfig, PhimoeConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, LlamaConfig, MixtralConfig, Phi3Config, PhimoeConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig
 from ..routing_grinmoe import ESTIMATORS
@@ -40,18 +43,87 @@ class ConversionError(ValueError):
     """A checkpoint that the target cannot represent."""
 
 
+class UnequalLogitsError(ConversionError):
+    """A conversion whose result does not compute what its source does."""
+
+
+def load_foreign_config(folder: Path) -> Any:
+    """
+    The config of another model, by Transformers.
+
+    Raises:
+        ConversionError: Transformers refuses it.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (KeyError, TypeError, StrictDataclassError) as error:
+        raise ConversionError(f"Transformers refuses {folder}/config.json ({error}); correct it") from error
+
+
 def fields_of_dense(config: PreTrainedConfig) -> dict[str, Any]:
-    """Fields of our config that a dense model of Llama's kind has, and a Mixtral. Their window counts visible keys."""
-    window, head_dim = getattr(config, "sliding_window", None), getattr(config, "head_dim", None)
+    """
+    Fields of our config that a dense model of Llama's kind has, and a Mixtral. Their window counts visible keys.
+
+    A field that the model's class ignores (a window in Llama's config, biases in Mistral's) is ignored here too.
+
+    Raises:
+        ConversionError: layers that differ, attention without a causal mask, or a window of one key.
+    """
+    family, head_dim = config.model_type, getattr(config, "head_dim", None)
+    window = None if family == LlamaConfig.model_type else getattr(config, "sliding_window", None)
+    if window is not None and window < 2:
+        raise ConversionError(
+            f"sliding_window={window}: a token of this architecture sees at least 2 keys, itself included; there is no "
+            "GRIN-MoE with this window"
+        )
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        raise ConversionError(
+            f"layer_types={config.layer_types}: all layers of this architecture have the same attention"
+        )
+    if not getattr(config, "is_causal", True):
+        raise ConversionError("is_causal=false: this architecture has causal attention alone")
+    residual_dropout = config.resid_pdrop if family == Phi3Config.model_type else 0.0
+    if not 0 <= residual_dropout < 1:
+        raise ConversionError(f"resid_pdrop={residual_dropout} is not in [0, 1); correct config.json")
     fields = {name: getattr(config, name) for name in _SHARED_WITH_DENSE}
     fields |= {
         "norm_type": "rms_norm",
         "sliding_window": None if window is None else window - 1,
         "lm_head_bias": False,
+        "attention_bias": family == LlamaConfig.model_type and bool(config.attention_bias),
+        "attention_dropout": config.attention_dropout or 0.0,  # Llama allows null
+        "hidden_dropout": residual_dropout,
+        "rope_parameters": _rope_of(config),
     }
     if head_dim is not None and head_dim * config.num_attention_heads != config.hidden_size:
         fields["head_dim"] = head_dim
     return fields
+
+
+def _rope_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """RoPE's fields as the other model's own class reads them, and where Transformers' LongRoPE switches."""
+    config = copy.deepcopy(config)
+    # A model does it as it is built: what is beside rope_parameters comes in, and overrides what is there.
+    config.standardize_rope_params()
+    rope = {name: value for name, value in config.rope_parameters.items() if name != "type"}
+    if rope["rope_type"] == "longrope":
+        # phimoe's scales are nothing to the other classes.
+        rope = {name: value for name, value in rope.items() if name not in ("short_mscale", "long_mscale")}
+        rope["longrope_switch"] = "above_original"
+    return rope
+
+
+def config_of_fields(fields: dict[str, Any], model_type: str) -> GrinMoeConfig:
+    """
+    Our config of another model's fields.
+
+    Raises:
+        ConversionError: a value that our config refuses.
+    """
+    try:
+        return GrinMoeConfig(**fields)
+    except ValueError as error:
+        raise ConversionError(f"this {model_type} has no counterpart: {error}") from error
 
 
 def from_mixtral(config: MixtralConfig) -> GrinMoeConfig:
@@ -61,17 +133,20 @@ def from_mixtral(config: MixtralConfig) -> GrinMoeConfig:
     Its `router_jitter_noise` is noise on the block's input in training, our `input_jitter_noise`; our own
     `router_jitter_noise`, the width of the mask, is not used by this gating and gets its default, for those who go on
     training with `router_estimator="sparsemixer_v2"`.
+
+    Raises:
+        ConversionError: what this architecture does not have.
     """
+    if not 0 <= config.router_jitter_noise < 1:
+        raise ConversionError(f"router_jitter_noise={config.router_jitter_noise} is not in [0, 1); correct config.json")
     fields: dict[str, Any] = {
         **{name: getattr(config, name) for name in _SHARED_WITH_MIXTRAL},
         **fields_of_dense(config),
-        "rope_parameters": dict(config.rope_parameters or {}),
-        "attention_bias": False,
         "router_estimator": "topk_renormalized",
         "input_jitter_noise": config.router_jitter_noise,
         **(getattr(config, FOREIGN_EXTRAS, None) or {}),
     }
-    return GrinMoeConfig(**fields)
+    return config_of_fields(fields, config.model_type)
 
 
 def to_mixtral(config: GrinMoeConfig) -> MixtralConfig:
@@ -97,13 +172,39 @@ def to_mixtral(config: GrinMoeConfig) -> MixtralConfig:
     fields: dict[str, Any] = {
         **{name: getattr(config, name) for name in _SHARED_WITH_MIXTRAL},
         "architectures": ["MixtralForCausalLM"],
-        "rope_parameters": dict(config.rope_parameters or {}),
+        "rope_parameters": _rope_for_mixtral(config),
         "sliding_window": config.visible_keys,
         "head_dim": config.head_size,
         "router_jitter_noise": config.input_jitter_noise,
         FOREIGN_EXTRAS: {name: getattr(config, name) for name in extras},
     }
     return MixtralConfig(**fields)
+
+
+def _rope_for_mixtral(config: GrinMoeConfig) -> dict[str, Any]:
+    """LongRoPE as Mixtral has it: the switch above the original length, and one scale."""
+    rope = dict(config.rope_parameters or {})
+    if rope["rope_type"] != "longrope":
+        return rope
+    if (switch := rope.pop("longrope_switch")) != "above_original":
+        raise ConversionError(
+            f"longrope_switch={switch!r}: Mixtral has 'above_original' alone; serve with `grinmoe serve`"
+        )
+    short, long = longrope_scales(config)
+    if short != long:
+        raise ConversionError(
+            f"short_mscale={short} and long_mscale={long}: Mixtral has one scale; serve with `grinmoe serve`"
+        )
+    if scales := rope.keys() & {"short_mscale", "long_mscale"}:
+        rope = {name: value for name, value in rope.items() if name not in scales} | {"attention_factor": short}
+    return rope
+
+
+def longrope_scales(config: GrinMoeConfig) -> tuple[float, float]:
+    """What cos and sin are multiplied with: up to the original length, and above it."""
+    rope = config.rope_parameters or {}
+    _, computed = ROPE_INIT_FUNCTIONS["longrope"](config)
+    return rope.get("short_mscale", computed), rope.get("long_mscale", computed)
 
 
 def to_phimoe(config: GrinMoeConfig) -> dict[str, Any]:
@@ -168,20 +269,18 @@ def _refuse_what_phimoe_has_not(config: GrinMoeConfig) -> None:
     rope_type = (config.rope_parameters or {})["rope_type"]
     if rope_type not in ("default", "longrope"):
         raise ConversionError(f"rope_type={rope_type!r}: phimoe has 'default' and 'longrope' alone")
+    if rope_type == "longrope" and (switch := (config.rope_parameters or {})["longrope_switch"]) != "at_original":
+        raise ConversionError(f"longrope_switch={switch!r}: phimoe has 'at_original' alone; serve with `grinmoe serve`")
 
 
 def _longrope(config: GrinMoeConfig) -> dict[str, Any]:
     """LongRoPE with the two scales written out, which phimoe's config does not compute."""
-    rope = dict(config.rope_parameters or {})
-    original = rope["original_max_position_embeddings"]
-    factor = rope.get("factor") or config.max_position_embeddings / original  # as Transformers computes it
-    computed = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    for name in ("short_mscale", "long_mscale"):
-        rope[name] = rope.get(name) or rope.get("attention_factor") or computed
+    rope = {name: value for name, value in (config.rope_parameters or {}).items() if name != "longrope_switch"}
+    rope["short_mscale"], rope["long_mscale"] = longrope_scales(config)
     released = {"type": "longrope", **{name: rope[name] for name in ("short_factor", "long_factor")}}
     released |= {name: rope[name] for name in ("short_mscale", "long_mscale", "original_max_position_embeddings")}
     return {
         "rope_parameters": rope,
         "rope_scaling": released,
-        "original_max_position_embeddings": original,
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
     }

@@ -12,10 +12,11 @@ Tensors are read, converted and written shard by shard, and the folder appears w
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,13 +39,13 @@ from ..checkpoint_grinmoe import (
 )
 from ..configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig
 from ..files import atomic_write_text, copy_files, folder_or_repository, read_json_object
-from ..modeling_grinmoe import GrinMoeForCausalLM
+from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeRotaryEmbedding
 from ..provenance import markdown_table
 from ..quantization_grinmoe import FUSED, dense_shape, quantize_rows
 from ..routing_grinmoe import ESTIMATORS
 from ..tokenization import TOKENIZER_FILES
-from .compare import compare_logits, warn_of_difference, why_not_compared
-from .configs import ConversionError, from_mixtral, to_mixtral, to_phimoe
+from .compare import compare_logits, require_equal, why_not_compared
+from .configs import ConversionError, from_mixtral, load_foreign_config, longrope_scales, to_mixtral, to_phimoe
 from .gguf import check_gguf, find_converter, write_gguf
 from .options import ExportOptions, Target
 from .phimoe import as_it_was, complete, engine_causes, engine_difference, has_spare_head, routing_difference
@@ -69,6 +70,7 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
 
     Raises:
         ConversionError: the target cannot represent the checkpoint, or the source is none that is known.
+        UnequalLogitsError: the result does not compute what the source does; it was not kept.
         CheckpointError: the source is broken or incomplete.
         ValueError: an unknown target, dtype or size; an output that is no new or empty folder.
         FileNotFoundError: no such model.
@@ -182,7 +184,7 @@ def read_config(folder: Path) -> GrinMoeConfig:
         raise ConversionError(f"{folder} holds no {CONFIG_NAME}; give the folder of a checkpoint")
     model_type = model_type_of(folder)
     if model_type == MixtralConfig.model_type:
-        return from_mixtral(MixtralConfig.from_pretrained(folder))
+        return from_mixtral(load_foreign_config(folder))
     if model_type not in (GrinMoeConfig.model_type, "phimoe"):
         raise ConversionError(f"{file} has model_type={model_type!r}; grinmoe, phimoe and mixtral can be converted")
     return GrinMoeConfig.from_pretrained(folder)
@@ -342,6 +344,8 @@ def _compare(
     folder = source.folder
     classes = _classes(options, folder, _speaks(source, config))
     causes = engine_causes(config, source) if options.to == "phimoe" else []
+    rope = config.rope_parameters or {}
+    longrope = rope["rope_type"] == "longrope"
     if causes:
         record["notes"].append(f"vLLM and SGLang give other logits: {', and '.join(causes)}")
     if options.to == "gguf":
@@ -353,18 +357,35 @@ def _compare(
     elif classes is None:
         record["routing"] = routing_difference(folder, config)
     else:
-        record["logits"] = compare_logits((classes[0], folder), (classes[1], staging), config)
-        if options.dtype in ("auto", "float32"):
-            warn_of_difference(record)
+        rounding, explained = _rounding(options.dtype), None
+        if longrope and options.to == "phimoe":
+            explained = functools.partial(_give_released_longrope, folder=staging)
+        compared = (classes[0], folder), (classes[1], staging)
+        record["logits"] = compare_logits(*compared, config, rounding, explained)
+        require_equal(record["logits"])
         if causes:
             record["engines"] = engine_difference(folder, config)
-    rope = config.rope_parameters or {}
-    if options.to == "phimoe" and rope["rope_type"] == "longrope":
+    if options.to == "phimoe" and longrope:
         original = rope["original_max_position_embeddings"]
         record["notes"].append(
             f"LongRoPE: Transformers' phimoe keeps the short factors beyond {original} tokens, where this model and vLLM "
             "change to the long ones"
         )
+
+
+def _rounding(dtype: str) -> Callable[[Any], None] | None:
+    """What a cast did to the weights, for a model in float32."""
+
+    def round_weights(model: Any) -> None:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
+
+    return round_weights if dtype in ("bfloat16", "float16") else None
+
+
+def _give_released_longrope(model: Any, folder: Path) -> None:
+    """Transformers' phimoe never takes the long factors: what remains is what config.json says."""
+    model.model.rotary_emb = GrinMoeRotaryEmbedding(GrinMoeConfig.from_pretrained(folder))
 
 
 def _notes_of_gguf(config: GrinMoeConfig) -> list[str]:
@@ -378,6 +399,20 @@ def _notes_of_gguf(config: GrinMoeConfig) -> list[str]:
         notes.append(
             f"llama.cpp's PhiMoE has no window: texts of more than {config.visible_keys} tokens differ besides"
         )
+    rope = config.rope_parameters or {}
+    if rope["rope_type"] == "longrope":
+        original = rope["original_max_position_embeddings"]
+        notes.append(
+            f"llama.cpp takes LongRoPE's factors by the size of its context, not by the text's: the short ones up to -c "
+            f"{original}, the long ones above it"
+        )
+        factor, scales = config.max_position_embeddings / original, longrope_scales(config)
+        written = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        if any(not math.isclose(scale, written, rel_tol=1e-6) for scale in scales):
+            notes.append(
+                f"llama.cpp's converter writes {written:.6g} for LongRoPE's scale, where this model has "
+                f"short_mscale={scales[0]:.6g} and long_mscale={scales[1]:.6g}"
+            )
     return notes
 
 

@@ -56,4 +56,12 @@ class UpcycleOptions:
         for name in ("noise", "reinit"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is not between 0 and 1")
+        if self.experts < 1:
+            raise ValueError(f"--experts {self.experts}: num_local_experts={self.experts} is not at least 1")
+        if self.top_k < 1:
+            raise ValueError(f"--top-k {self.top_k}: num_experts_per_tok={self.top_k} is not at least 1")
+        if self.top_k > self.experts:
+            raise ValueError(
+                f"--top-k {self.top_k}: num_experts_per_tok={self.top_k} exceeds num_local_experts={self.experts}, --experts"
+            )
         check_dtype(self.dtype)

@@ -10,6 +10,7 @@ ties) a weight is smaller, and with it the output. `topk_renormalized` has weigh
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PreTrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..checkpoint_grinmoe import CheckpointError, add_remote_code, official_shapes, replaced_when_whole
@@ -28,14 +29,15 @@ from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..monitoring import kept_experts
 from ..provenance import markdown_table
 from ..routing_grinmoe import ESTIMATORS, mix_seed, routing_generator
-from .compare import TOKENS_COMPARED, compare_logits, load_float32, random_tokens, why_not_compared
-from .configs import ConversionError, fields_of_dense
+from .compare import TOKENS_COMPARED, compare_logits, load_float32, random_tokens, require_equal, why_not_compared
+from .configs import ConversionError, config_of_fields, fields_of_dense, load_foreign_config
 from .export import COMPANIONS, check_output, local_folder, model_type_of
 from .options import UpcycleOptions
 from .shards import Entry, WeightSource, write_shards
 
 _DENSE = (LlamaConfig.model_type, MistralConfig.model_type, Phi3Config.model_type)
 _RECORD = "upcycle.json"
+_PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
 def upcycle_checkpoint(options: UpcycleOptions) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def upcycle_checkpoint(options: UpcycleOptions) -> dict[str, Any]:
 
     Raises:
         ConversionError: no dense model of a known layout, or one with parts that this architecture has not.
+        UnequalLogitsError: the result does not compute what the dense model does, where it should; it was not kept.
         CheckpointError: the source is broken or incomplete.
         ValueError: a wrong option (E, K, ...), or an output that is no new or empty folder.
     """
@@ -69,7 +72,11 @@ def upcycle_checkpoint(options: UpcycleOptions) -> dict[str, Any]:
         add_remote_code(staging)
         copy_files(COMPANIONS, folder, staging)
         record["bytes"] = write_shards(entries, staging, options.max_shard_size)
-        _compare(options, folder, staging, config, entries, record)
+        _compare(options, source, staging, config, entries, record)
+        if dense.model_type == LlamaConfig.model_type and getattr(dense, "sliding_window", None) is not None:
+            record["notes"].append(
+                f"sliding_window={dense.sliding_window}: Llama's class ignores it, and the result has full attention"
+            )
         atomic_write_text(staging / _RECORD, json.dumps(record, indent=2) + "\n")
     return record
 
@@ -96,7 +103,13 @@ def _dense_config(folder: Path) -> PreTrainedConfig:
     model_type = model_type_of(folder)
     if model_type not in _DENSE:
         raise ConversionError(f"{folder} has model_type={model_type!r}; {', '.join(_DENSE)} can be upcycled")
-    return AutoConfig.from_pretrained(folder)
+    config = load_foreign_config(folder)
+    if config.model_type != model_type:  # Transformers' Ministral
+        raise ConversionError(
+            f"layer_types={getattr(config, 'layer_types', None)}: Transformers loads this {model_type} as "
+            f"{config.model_type}, whose layers have attention of their own; {', '.join(_DENSE)} can be upcycled"
+        )
+    return config
 
 
 def sparse_config(dense: PreTrainedConfig, options: UpcycleOptions) -> GrinMoeConfig:
@@ -104,25 +117,19 @@ def sparse_config(dense: PreTrainedConfig, options: UpcycleOptions) -> GrinMoeCo
     The config of the result.
 
     Raises:
-        ConversionError: biases in the feed-forward, partial RoPE, or quantised weights.
-        ValueError: E or K is wrong.
+        ConversionError: biases in the feed-forward, partial RoPE, quantised weights, or what `fields_of_dense` refuses.
     """
-    if getattr(dense, "mlp_bias", False):
+    if dense.model_type == LlamaConfig.model_type and dense.mlp_bias:  # the others ignore it
         raise ConversionError("mlp_bias=true: the experts of this architecture have no biases")
     if getattr(dense, "quantization_config", None) is not None:
         raise ConversionError("the checkpoint is quantised; give the one that it was made of")
-    rope = dict(dense.rope_parameters)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ConversionError("partial_rotary_factor is not 1: this architecture rotates whole heads")
     fields = fields_of_dense(dense) | {
-        "rope_parameters": rope,
-        "attention_bias": bool(getattr(dense, "attention_bias", False)),
         "num_local_experts": options.experts,
         "num_experts_per_tok": options.top_k,
         "router_estimator": options.estimator,
         "dtype": dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
     }
-    return GrinMoeConfig(**fields)
+    return config_of_fields(fields, dense.model_type)
 
 
 # --- weights -----------------------------------------------------------------------------------------------------------
@@ -143,7 +150,20 @@ def _entries(
             entries.append(_router(source, config, name, shape, int(layer[1]), options))
         else:
             entries.append(_expert(source, dense, config, name, shape, layer, options))
+    _refuse_other_tensors(source, dense, config)
     return entries
+
+
+def _refuse_other_tensors(source: WeightSource, dense: PreTrainedConfig, config: GrinMoeConfig) -> None:
+    """The dense model's class would ignore them too, but somebody trained them (norms of queries, biases)."""
+    names = (re.sub(r"block_sparse_moe\.experts\.\d+\.", "mlp.", name) for name in official_shapes(config))
+    names = (re.sub(r"w(\d)\.weight", lambda on_disk: f"{_PARTS[on_disk[0][:2]]}.weight", name) for name in names)
+    known = {_place(dense, config, name)[0] for name in names} | {"lm_head.weight"}
+    if others := sorted(name for name in source.shapes.keys() - known if not name.endswith("rotary_emb.inv_freq")):
+        raise ConversionError(
+            f"{source.folder} holds {len(others)} tensors that a {dense.model_type} of its config.json does not have, "
+            f"{others[0]} for one; this architecture has no place for them"
+        )
 
 
 def _place(dense: PreTrainedConfig, config: GrinMoeConfig, name: str) -> tuple[str, tuple[slice, ...]]:
@@ -199,13 +219,19 @@ def _router(source, config, name: str, shape, layer: int, options: UpcycleOption
     return Entry(name, shape, dtype, make)
 
 
+def _scale_of_down(options: UpcycleOptions) -> float:
+    """With it K equal experts give what one feed-forward gave."""
+    sum_of_weights = ESTIMATORS[options.estimator].equal_experts_sum
+    assert sum_of_weights is not None, "upcycle_checkpoint has refused other estimators"
+    return 1 / sum_of_weights(options.top_k)
+
+
 def _expert(source, dense, config, name: str, shape, match: re.Match, options: UpcycleOptions) -> Entry:
     layer, expert, on_disk = int(match[1]), int(match[3]), match[4]
-    part = {"w1": "gate", "w3": "up", "w2": "down"}[on_disk]
+    part = _PARTS[on_disk]
     original = _dense(source, dense, config, f"model.layers.{layer}.mlp.{part}.weight", shape)
     dtype = _wanted(original.dtype, options)
-    sum_of_weights = ESTIMATORS[options.estimator].equal_experts_sum
-    scale = 1 / sum_of_weights(options.top_k) if on_disk == "w2" and sum_of_weights is not None else 1.0
+    scale = _scale_of_down(options) if on_disk == "w2" else 1.0
     stream = mix_seed(options.seed, 1 + layer * config.num_local_experts + expert)
 
     def make() -> torch.Tensor:
@@ -229,15 +255,34 @@ def _expert(source, dense, config, name: str, shape, match: re.Match, options: U
 # --- how far from the dense model --------------------------------------------------------------------------------------
 
 
-def _compare(options, folder: Path, staging: Path, config: GrinMoeConfig, entries: list[Entry], record) -> None:
+def _compare(options, source: WeightSource, staging: Path, config: GrinMoeConfig, entries: list[Entry], record) -> None:
     parameters = sum(math.prod(entry.shape) for entry in entries)
+    copies = not (options.noise or options.reinit)
     if note := why_not_compared(config, parameters, options.compare):
         record["notes"].append(note)
     else:
-        record["logits"] = compare_logits((AutoModelForCausalLM, folder), (GrinMoeForCausalLM, staging), config)
+        compared = (AutoModelForCausalLM, source.folder), (GrinMoeForCausalLM, staging)
+        rounding = functools.partial(_round_as_copies, source=source, options=options)
+        record["logits"] = compare_logits(*compared, config, rounding, _without_a_mask)
+        if copies:
+            require_equal(record["logits"])
         record["single_candidate_share"] = single_candidate_share(staging, config)
-    if options.noise or options.reinit:
+    if not copies:
         record["notes"].append("experts are no exact copies, so the model begins near the dense one, not at it")
+
+
+def _round_as_copies(model: Any, source: WeightSource, options: UpcycleOptions) -> None:
+    """Round a dense model's weights as those of the result are, w2 after its division."""
+    for name, parameter in model.named_parameters():
+        dtype = _wanted(source.dtype(name) if name in source else parameter.dtype, options)
+        scale = _scale_of_down(options) if name.endswith(".mlp.down_proj.weight") else 1.0
+        parameter.copy_((parameter * scale).to(dtype).float() / scale)
+
+
+def _without_a_mask(model: Any) -> None:
+    """One candidate for every draw: there the experts' weights are those that `_scale_of_down` assumes."""
+    for layer in model.model.layers:
+        layer.block_sparse_moe.gate.jitter_eps = 0.0
 
 
 def single_candidate_share(folder: Path, config: GrinMoeConfig) -> float:

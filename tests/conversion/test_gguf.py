@@ -8,6 +8,7 @@ The real converter and llama.cpp itself (docs/export.md says how to get them):
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,21 @@ def test_the_converter_gets_a_phimoe_and_its_words_are_passed_on(tmp_path, conve
     assert any("routes by a softmax" in note for note in record["notes"])
     assert any("no window" in note for note in record["notes"])
     assert record["routing"]["kl"] > 0
+
+
+def test_longrope_is_said_to_go_by_the_context_and_with_its_own_scale(tmp_path, converter):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope["original_max_position_embeddings"] = 16
+    scale = math.sqrt(1 + math.log(4) / math.log(16))  # which llama.cpp's converter computes from both lengths
+    for name, scales, notes in (("computed", {}, 3), ("own", {"short_mscale": scale, "long_mscale": 1.7}, 4)):
+        (tmp_path / name).mkdir()
+        folder = saved(tmp_path / name, rope_parameters={**rope, **scales})
+        out = tmp_path / name / "out"
+        record = export_checkpoint(ExportOptions(str(folder), "gguf", str(out), converter=str(converter)))
+        assert any("by the size of its context" in note for note in record["notes"])
+        assert len(record["notes"]) == notes and ("1.22474" in record["notes"][-1]) == bool(scales)
+        config = json.loads((out / "model-auto.gguf").read_text())["config"]
+        assert config["original_max_position_embeddings"] == 16 and "longrope_switch" not in config["rope_parameters"]
 
 
 class TestBadInput:
