@@ -255,6 +255,8 @@ def _check_values(task: str, values: dict[str, Any]) -> None:
             "push_to_hub sends the run's folder unchecked; train, then: grinmoe push --model OUTPUT_DIR/model (or "
             "OUTPUT_DIR/adapter) --repo NAME"
         )
+    if values.get("use_liger_kernel"):
+        raise ValueError("use_liger_kernel does nothing: Liger has no kernels for this model type; leave it out")
     if values.get("hub_token"):
         raise ValueError("hub_token would be written into the run's folder; use hf auth login, or HF_TOKEN")
     if task == "dpo" and values.get("train_sampling_strategy") == "group_by_length":

@@ -96,6 +96,7 @@ def test_overrides_of_the_config_may_be_a_mapping_or_json(flags, tmp_path):
         ({"max_steps": 0}, "max_steps=0 trains nothing"),
         ({"push_to_hub": "true"}, "grinmoe push --model"),
         ({"hub_token": "hf_secret"}, "hub_token would be written"),
+        ({"use_liger_kernel": True}, "use_liger_kernel does nothing"),
         ({"metric_for_best_model": "accuracy"}, "only the loss is measured"),
         ({"save_strategy": "best"}, "needs metric_for_best_model"),
         ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint='x' is decided by this command"),
