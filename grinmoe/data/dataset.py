@@ -247,7 +247,7 @@ class _Rows:
         rows = read_rows(self.source, self.split, options.data_config, options.data_revision)
         ignored = {name.strip() for name in (options.ignore_fields or "").split(",")} - {""}
         for place, row in islice(rows, options.max_rows):
-            row = without_fields(row, ignored)
+            row = without_fields(row, ignored) if ignored else row
             self.data_format = format_of(place, row, columns, options.data_format, self.formats, self.data_format)
             check_columns(place, row, columns, self.data_format)
             check_row_loss(place, row, columns, self.data_format)
