@@ -995,6 +995,8 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
         if records_routing:
             num_items_in_batch = kwargs.get("num_items_in_batch")
             router_losses = self._start_router_losses(outputs, attention_mask, labels, num_items_in_batch)
+        if not isinstance(self.lm_head, nn.Linear):
+            self._check_head()
         logits = self.lm_head(_keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = aux_loss = z_loss = None
         if labels is not None:
@@ -1024,6 +1026,22 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
                 "labels out of the batch, and the router's losses, which the model adds to its own, would be left out; set "
                 "both to 0 (a compute_loss_func may add outputs.aux_loss, which output_router_logits=True computes)"
             )
+
+    def _check_head(self) -> None:
+        """PEFT's trainable tokens compute the head without its bias, and one that is tied as if it were not."""
+
+        def trains_tokens(module: nn.Module) -> bool:
+            return hasattr(module, "token_adapter") or hasattr(module, "trainable_tokens_delta")
+
+        if not trains_tokens(self.lm_head):
+            return
+        if self.config.lm_head_bias:
+            raise ValueError(
+                "trainable tokens of PEFT on lm_head, whose bias (lm_head_bias=True) they would drop; train the whole head "
+                "(modules_to_save=['lm_head'])"
+            )
+        if self.config.tie_word_embeddings and not trains_tokens(self.model.embed_tokens):
+            raise ValueError("trainable tokens of PEFT on lm_head, which is tied to embed_tokens: name embed_tokens")
 
     def _start_router_losses(
         self,

@@ -50,7 +50,8 @@ class GrinMoeLoraConfig(LoraConfig):
 
     Raises:
         ValueError: r below 1, lora_dropout or an initialisation that fused experts do not have, indices that are no list
-            of different experts.
+            of different experts, `pissa_niter_...` or `layer_replication`, which go wrong in PEFT when the adapter is loaded
+            or merged.
     """
 
     experts: list[int] | str = "all"
@@ -60,6 +61,16 @@ class GrinMoeLoraConfig(LoraConfig):
         super().__post_init__()
         if self.r < 1:
             raise ValueError(f"r={self.r}: the rank of LoRA must be at least 1")
+        if str(self.init_lora_weights).startswith("pissa_niter"):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} changes the base at random, and loading the adapter does so "
+                "in another way; choose 'pissa'"
+            )
+        if self.layer_replication is not None:
+            raise ValueError(
+                f"layer_replication={self.layer_replication}: copies of a layer share its weights, and adapters of several "
+                "copies would be merged into one; leave it out"
+            )
         if self.adapts_experts:
             self._check_expert_options()
         # An experimental interface of PEFT, and its only one for a class of one's own. It lives on the instance, so that
@@ -111,6 +122,11 @@ class ExpertChoice:
     def is_compact(self) -> bool:
         return self.shared_a or len(self.experts) < self.num_experts
 
+    def trained_shapes(self, r: int, in_features: int, out_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of the trained lora_A and lora_B."""
+        ranks = r * len(self.experts)
+        return (r if self.shared_a else ranks, in_features), (out_features, ranks)
+
     def stack(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Trained lora_A (n r, in) or (r, in) to (E, r, in); lora_B (out, r n) to (E, out, r). Zeros for other experts."""
         if name == "lora_A":
@@ -149,6 +165,17 @@ class ExpertChoice:
         return blocks[..., chosen].flatten(1)
 
 
+class _Scales(dict):
+    """Scale by adapter, for writing. PEFT's tools that read one go on to treat the factors as those of one linear layer."""
+
+    def __getitem__(self, adapter_name: str) -> float:
+        raise ValueError(
+            f"the factors of adapter {adapter_name!r} on fused experts are not those of one linear layer, and PEFT's "
+            "hotswap_adapter, LoRA-FA and reduce_intruder_dimension would mix experts; to change adapters, use "
+            "grinmoe.adapters.load_adapter(model, folder, adapter_name=...) and set_adapter"
+        )
+
+
 class ExpertLora(ParamWrapper):
     """
     LoRA on one fused weight of [`GrinMoeExperts`], in the format of PEFT's `ParamWrapper`, whose forward it replaces.
@@ -160,7 +187,8 @@ class ExpertLora(ParamWrapper):
     Raises:
         ValueError: (when made) an expert index that the layer does not have; (in forward) weights that are offloaded or
             sharded by tensor or expert parallelism, hooks on the experts that would not run, a wrapper of plain PEFT in
-            between; (in merging) quantised weights.
+            between, factors that something else has exchanged; (in merging) quantised weights; (when a scale is read by
+            index) tools of PEFT that would mix experts.
     """
 
     # Set by PEFT's constructor.
@@ -190,12 +218,32 @@ class ExpertLora(ParamWrapper):
         """
         wrapper.__class__ = cls
         adopted = cast(ExpertLora, wrapper)
+        adopted.scaling = adopted.__dict__.pop("scaling")
         adopted.choices = {name: adopted._all_experts() for name in adopted.lora_A}
         adopted._register_state_dict_hooks()
 
     @property
     def experts(self) -> GrinMoeExperts:
         return cast(GrinMoeExperts, self.get_base_layer())
+
+    @property  # type: ignore[override]
+    def scaling(self) -> dict[str, float]:
+        """Scale by adapter. PEFT exchanges the whole of it, writes into it, and may not read one."""
+        return self._scales
+
+    @scaling.setter
+    def scaling(self, scales: dict[str, float]) -> None:
+        self._scales = _Scales(scales)
+
+    def scale_layer(self, scale: float) -> None:
+        active = {name for name in self.active_adapters if name in self.lora_A}
+        self.scaling = {name: old * scale if name in active else old for name, old in self.scaling.items()}
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        if scale is None:
+            super().unscale_layer()  # to the first one
+        else:
+            self.scale_layer(1 / scale)
 
     def _all_experts(self) -> ExpertChoice:
         return ExpertChoice(self.num_experts, tuple(range(self.num_experts)), shared_a=False)
@@ -282,9 +330,17 @@ class ExpertLora(ParamWrapper):
         stacks = []
         for name in names:
             choice = self.choices[name]
-            stack_a = choice.stack("lora_A", self.trained("lora_A", name).to(dtype))
-            stack_b = choice.stack("lora_B", self.trained("lora_B", name).to(dtype))
-            stacks.append((stack_a, stack_b * self.scaling[name]))
+            trained_a, trained_b = self.trained("lora_A", name), self.trained("lora_B", name)
+            shapes = choice.trained_shapes(self.r[name], self.in_features, self.out_features)
+            if (tuple(trained_a.shape), tuple(trained_b.shape)) != shapes:
+                raise ValueError(
+                    f"the factors of adapter {name!r} on {self.parameter_name} have the shapes {tuple(trained_a.shape)} and "
+                    f"{tuple(trained_b.shape)}, its rank {self.r[name]} and experts need {shapes[0]} and {shapes[1]}: "
+                    "something wrote other factors there; load them with grinmoe.adapters.load_adapter"
+                )
+            stack_a = choice.stack("lora_A", trained_a.to(dtype))
+            stack_b = choice.stack("lora_B", trained_b.to(dtype))
+            stacks.append((stack_a, stack_b * self._scales.get(name)))
         if len(stacks) == 1:
             return stacks[0]
         return torch.cat([a for a, _ in stacks], dim=1), torch.cat([b for _, b in stacks], dim=2)

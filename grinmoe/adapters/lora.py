@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -62,11 +63,12 @@ def lora_config(
         attention: adapt the q, k, v and o projections.
         router: adapt the gates.
         task_type: as PEFT names it; "SEQ_CLS" for a classifier.
-        options: further fields of PEFT's `LoraConfig`.
+        options: further fields of PEFT's `LoraConfig`. `layers_to_transform` holds for experts and router too, unlike in
+            PEFT.
 
     Raises:
-        ValueError: nothing is adapted, an expert that the model does not have, r below 1, shared_a without experts, or a
-            model whose experts are not of this package.
+        ValueError: nothing is adapted, an expert that the model does not have, r below 1, shared_a without experts, a
+            model whose experts are not of this package, or an option that PEFT would not apply to them or to the head.
     """
     if experts == "none":
         if shared_a:
@@ -85,6 +87,13 @@ def lora_config(
     parameters = [] if experts == "none" else [f"experts.{name}" for name in FUSED]
     if router:
         parameters.append(ROUTER)
+    _check_options(config, parameters, options)
+    layers = options.get("layers_to_transform")
+    if layers is not None:
+        layers = [layers] if isinstance(layers, int) else layers
+        parameters = [f"layers.{layer}.block_sparse_moe.{name}" for layer in layers for name in parameters]
+        if not attention:  # PEFT looks for modules then
+            options = {name: value for name, value in options.items() if not name.startswith("layers_")}
     return GrinMoeLoraConfig(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,  # type: ignore[arg-type]
@@ -95,6 +104,43 @@ def lora_config(
         shared_a=shared_a,
         **options,
     )
+
+
+def _check_options(config: Any, parameters: list[str], options: dict[str, Any]) -> None:
+    """Options that PEFT ignores for parameters, or under which it drops something of the head."""
+    modules = {name.rpartition(".")[0] for name in parameters}  # experts, gate
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in options.get(option) or {}:
+            if key.rpartition(".")[2] in modules:
+                raise ValueError(
+                    f"{option}={options[option]} names a module, and PEFT goes by the names of its weights: write "
+                    f"{', '.join(f'{name!r}' for name in parameters if name.startswith(key.rpartition('.')[2]))}"
+                )
+    excluded = options.get("exclude_modules") or []
+    for module in modules:
+        key = f"model.layers.0.block_sparse_moe.{module}"
+        if (
+            re.fullmatch(excluded, key)
+            if isinstance(excluded, str)
+            else any(f".{key}".endswith(f".{e}") for e in excluded)
+        ):
+            raise ValueError(
+                f"exclude_modules={excluded!r} names the {module}, which PEFT would adapt all the same; use experts='none', "
+                "router=False or layers_to_transform"
+            )
+    tokens = options.get("trainable_token_indices")
+    names = {name.rpartition(".")[2] for name in tokens} if isinstance(tokens, dict) else {"embed_tokens"}
+    on_head = "lm_head" in names or config.tie_word_embeddings
+    if tokens and on_head and config.lm_head_bias:
+        raise ValueError(
+            f"trainable_token_indices={tokens} on the language head, whose bias PEFT would drop; train the whole head "
+            "(modules_to_save=['lm_head'])"
+        )
+    if tokens and "lm_head" in names and config.tie_word_embeddings and "embed_tokens" not in names:
+        raise ValueError(
+            f"trainable_token_indices={tokens}: the head is tied to embed_tokens, and merging would change both; name "
+            "embed_tokens"
+        )
 
 
 def use_expert_lora(peft_model: nn.Module) -> nn.Module:

@@ -13,7 +13,17 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.helpers import rescale_adapter_scale
+from peft.optimizers import create_lorafa_optimizer
+from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
@@ -142,6 +152,13 @@ class TestWhatIsTrained:
         ({"experts": "none", "shared_a": True}, "there is no A to share"),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1 with adapted experts"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not for fused experts"),
+        ({"init_lora_weights": "pissa_niter_4", "experts": "none"}, "changes the base at random"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "copies of a layer share its weights"),
+        ({"rank_pattern": {"experts": 8}}, "write 'experts.gate_up_proj', 'experts.down_proj'"),
+        ({"alpha_pattern": {"block_sparse_moe.gate": 8}, "router": True}, "write 'gate.weight'"),
+        ({"exclude_modules": ["experts"]}, r"exclude_modules=\['experts'\] names the experts"),
+        ({"exclude_modules": r".*\.gate", "router": True}, "names the gate, which PEFT would adapt all the same"),
+        ({"trainable_token_indices": {"lm_head": [1, 2]}}, "whose bias PEFT would drop"),
     ],
 )
 def test_wrong_options_say_what_is_right(tiny_config, options, message):
@@ -152,6 +169,23 @@ def test_wrong_options_say_what_is_right(tiny_config, options, message):
 def test_a_model_without_our_experts_is_refused():
     with pytest.raises(ValueError, match="import grinmoe before the model is loaded"):
         lora_config(torch.nn.Linear(2, 2))
+
+
+def test_tokens_of_a_tied_head_are_named_as_those_of_the_embeddings(tiny_config):
+    tied = tiny_config(tie_word_embeddings=True, lm_head_bias=False)
+    lora_config(tied, trainable_token_indices=[1, 2])
+    with pytest.raises(ValueError, match="name embed_tokens"):
+        lora_config(tied, trainable_token_indices={"lm_head": [1, 2]})
+    with pytest.raises(ValueError, match="whose bias PEFT would drop"):
+        lora_config(tiny_config(tie_word_embeddings=True, lm_head_bias=True), trainable_token_indices=[1, 2])
+
+
+@pytest.mark.parametrize("options, per_layer", [({}, 8 + 4 + 2), ({"attention": False}, 4 + 2)])
+def test_chosen_layers_hold_for_experts_and_router(tiny_model, options, per_layer):
+    """PEFT has `layers_to_transform` for modules only."""
+    model = tiny_model()
+    model = get_peft_model(model, lora_config(model, router=True, layers_to_transform=[1], **options))
+    assert len(factors(model)) == per_layer and all(".layers.1." in name for name in factors(model))
 
 
 def test_attention_may_have_dropout(tiny_config):
@@ -403,6 +437,90 @@ class TestUse:
         loss, gradients = step(quantised)
         assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
         assert sum(gradient.abs().max() > 0 for gradient in gradients.values()) == len(gradients) == 8
+
+
+class TestToolsOfPeft:
+    """They write factors or scales from outside: the result is right, or an error says why not."""
+
+    @EACH_FORM
+    @pytest.mark.parametrize("r", [2, 4, 8])
+    def test_hotswap_is_refused_before_it_writes(self, adapted, tmp_path, form, r):
+        """It would copy factors of fewer or lower-ranked experts across the borders of experts, without an error."""
+        model = adapted(**FORMS[form]).eval()
+        randomised(adapted(r=r), seed=2).save_pretrained(tmp_path)
+        before = model(IDS).logits
+        with pytest.raises(
+            ValueError, match="hotswap_adapter, LoRA-FA and reduce_intruder_dimension would mix experts"
+        ):
+            hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+        assert torch.equal(model(IDS).logits, before)
+
+    @EACH_FORM
+    def test_lora_fa_is_refused(self, adapted, form):
+        with pytest.raises(ValueError, match="would mix experts"):
+            create_lorafa_optimizer(adapted(**FORMS[form]), r=4, lora_alpha=8, lr=1e-3)
+
+    @EACH_FORM
+    def test_factors_of_another_shape_are_refused(self, adapted, form):
+        model = adapted(**FORMS[form])
+        factor = layers(model)[0].trained("lora_A", "default")
+        factor.data = factor.data.repeat(2, 1)
+        with pytest.raises(ValueError, match="something wrote other factors there"):
+            model(IDS)
+
+    @EACH_FORM
+    def test_scales_change_as_in_plain_peft(self, adapted, tiny_model, tmp_path, form):
+        model = adapted(**FORMS[form]).eval()
+        model.save_pretrained(tmp_path)
+        plain = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+        unscaled = model(IDS).logits
+        tuned = {one: [module for module in one.modules() if isinstance(module, LoraLayer)] for one in (model, plain)}
+        for change, argument, back in (
+            (LoraLayer.scale_layer, (0.5,), (0.5,)),
+            (LoraLayer.set_scale, ("default", 0.5), ()),
+        ):
+            for modules in tuned.values():
+                for module in modules:
+                    getattr(module, change.__name__)(*argument)
+            scaled = [one(IDS).logits for one in tuned]
+            assert (scaled[0] - scaled[1]).abs().max() < 1e-5 and (scaled[0] - unscaled).abs().max() > 1e-2
+            for modules in tuned.values():
+                for module in modules:
+                    module.unscale_layer(*back)
+            assert torch.equal(model(IDS).logits, unscaled)
+        with rescale_adapter_scale(model, 0.5):
+            assert torch.equal(model(IDS).logits, scaled[0])
+        assert torch.equal(model(IDS).logits, unscaled)
+
+    @EACH_FORM
+    def test_the_state_dict_of_plain_peft_is_loaded(self, adapted, form):
+        model, other = adapted(**FORMS[form]).eval(), randomised(adapted(**FORMS[form]), seed=2).eval()
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+        assert torch.equal(model(IDS).logits, other(IDS).logits)
+
+    @EACH_FORM
+    def test_deleting_and_disabling_leave_the_other_adapter_or_the_base(self, adapted, tiny_model, tmp_path, form):
+        model, second = adapted(**FORMS[form]).eval(), randomised(adapted(experts=[1, 2]), seed=2).eval()
+        second.save_pretrained(tmp_path)
+        load_adapter(model, tmp_path, adapter_name="second")
+        model.set_adapter("second")
+        model.delete_adapter("default")
+        assert torch.equal(model(IDS).logits, second(IDS).logits)
+        model.merge_adapter()
+        with model.disable_adapter():
+            torch.testing.assert_close(model(IDS).logits, tiny_model()(IDS).logits, rtol=0, atol=1e-5)
+
+    def test_what_peft_does_not_do_for_experts_is_an_error(self, adapted, tmp_path):
+        model = adapted().eval()
+        randomised(adapted(), seed=2).save_pretrained(tmp_path)
+        load_adapter(model, tmp_path, adapter_name="second")
+        for combination in ("linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune"):
+            with pytest.raises(ValueError, match="add_weighted_adapter does not support"):
+                model.add_weighted_adapter(
+                    ["default", "second"], [0.5, 0.5], combination, combination_type=combination, density=0.5
+                )
+        with pytest.raises(ValueError, match="mixed adapter batches"):
+            model(IDS, adapter_names=["default", "second"])
 
 
 @pytest.fixture
