@@ -7,6 +7,7 @@ or that concerns OpenAI's records and caches alone, is accepted. Null is as good
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import HTTPException
@@ -38,12 +39,23 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _only(neutral: int) -> Callable[[float], float]:
+    """A check that a number has the value that changes nothing."""
+
+    def check(value: float) -> float:
+        if value != neutral:
+            raise PydanticCustomError("not_neutral", "only {neutral} is supported by this server", {"neutral": neutral})
+        return value
+
+    return check
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 SomeText = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]
 # What has no effect when it is so; anything else would be ignored by the server.
-Zero = Annotated[float, Field(ge=0, le=0)] | None
-One = Annotated[float, Field(ge=1, le=1)] | None
+Zero = Annotated[float, AfterValidator(_only(0))] | None
+One = Annotated[float, AfterValidator(_only(1))] | None
 NoFields = Annotated[dict[str, Any], Field(max_length=0)] | None
 NoItems = Annotated[list[Any], Field(max_length=0)] | None
 
@@ -170,6 +182,7 @@ class ChatRequest(_Common):
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     verbosity: Literal["medium"] | None = None
+    reasoning_effort: Literal["none"] | None = None
     add_generation_prompt: Literal[True] | None = None
     continue_final_message: Literal[False] | None = None
     chat_template_kwargs: NoFields = None

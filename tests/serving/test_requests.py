@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import openai
 import pytest
 
@@ -76,6 +78,13 @@ class TestPrompts:
         assert list(pieces.values()) == texts(whole)
         assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
         assert last.choices == [] and last.usage == whole.usage
+
+    def test_lists_at_once_are_each_answered_as_alone(self, client):
+        alone = dict(zip(PROMPTS, texts(complete(client, PROMPTS)), strict=True))
+        lists = [[PROMPTS[i % 3], PROMPTS[(i + 1) % 3]] for i in range(6)]
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda prompts: texts(complete(client, prompts)), lists))
+        assert found == [[alone[prompt] for prompt in prompts] for prompts in lists]
 
     def test_each_prompt_of_a_list_ends_before_its_own_stop(self, client):
         first, second = texts(complete(client, PROMPTS[:2], max_tokens=8))
@@ -187,6 +196,7 @@ NEUTRAL_IN_CHATS = {
     "service_tier": "auto",
     "prediction": {"type": "content", "content": "x"},
     "verbosity": "medium",
+    "reasoning_effort": "none",
     "logprobs": False,
     "top_logprobs": 0,
     "max_completion_tokens": 6,
