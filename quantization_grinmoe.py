@@ -464,16 +464,12 @@ def check_method(quantization_config: QuantizationConfigMixin | dict[str, Any] |
 
 def check_agreement(asked: BitsAndBytesConfig | dict[str, Any], stored: BitsAndBytesConfig | dict[str, Any]) -> None:
     """Raise ValueError where a `quantization_config` asks for another form than a quantised checkpoint has."""
-    forms = [BitsAndBytesConfig.from_dict(one) if isinstance(one, dict) else one for one in (asked, stored)]
-    fields = ["load_in_4bit", "load_in_8bit"]
-    fields += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"] if forms[1].load_in_4bit else []
-    fields += ["llm_int8_skip_modules"] if forms[0].llm_int8_skip_modules else []
-    for field in fields:
-        wanted, found = (getattr(form, field) for form in forms)
-        if wanted != found:
+    wanted, found = (BitsAndBytesConfig.from_dict(one) if isinstance(one, dict) else one for one in (asked, stored))
+    for field in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "llm_int8_skip_modules"):
+        if getattr(wanted, field) and getattr(wanted, field) != getattr(found, field):
             raise ValueError(
-                f"quantization_config asks for {field}={wanted}, and the checkpoint is quantised with {field}={found}; "
-                "leave quantization_config out, or give the checkpoint in full precision"
+                f"quantization_config asks for {field}={getattr(wanted, field)}, and the checkpoint is quantised with "
+                f"{field}={getattr(found, field)}; leave it out, or give the checkpoint in full precision"
             )
 
 
@@ -605,26 +601,15 @@ class _ExpertsToo(HfQuantizer):
 
     def _skip_offloaded(self, model, device_map: dict[str, Any]) -> None:
         """Write down what the library keeps in full precision, so that a saved config says what its checkpoint holds."""
-        names = _full_names(model)
-        kept = [name for name, place in device_map.items() if str(place) in ("cpu", "disk")]
-        skip_modules = self.quantization_config.llm_int8_skip_modules or []
-        packed = [name for name, full in names.items() if full.endswith(("_proj", "experts"))]
-        packed = [name for name in packed if not is_skipped(names[name], skip_modules)]
-        if self.pre_quantized:
-            wrong = next((name for name in packed if any(f"{name}.".startswith(f"{one}.") for one in kept)), None)
-            if wrong or "" in kept:
-                raise ValueError(
-                    f"{wrong or 'the model'} is quantised in the checkpoint, and llm_int8_enable_fp32_cpu_offload=True "
-                    "keeps what device_map places on the CPU or the disk in full precision; set it to False in config.json"
-                )
-        elif len(kept) == len(device_map):
+        names, skip_modules = _full_names(model), self.quantization_config.llm_int8_skip_modules or []
+        kept = [names.get(name, name) for name, place in device_map.items() if str(place) in ("cpu", "disk")]
+        if len(kept) == len(device_map) or (self.pre_quantized and not set(kept) <= set(skip_modules)):
             raise ValueError(
-                "llm_int8_enable_fp32_cpu_offload=True keeps what is on the CPU or the disk in full precision, and "
-                "device_map places the whole model there; leave it out"
+                "llm_int8_enable_fp32_cpu_offload=True keeps what device_map places on the CPU or the disk in full "
+                "precision: here the whole model, or what the checkpoint has quantised; set it to False"
             )
-        else:
-            self.quantization_config = copy.copy(self.quantization_config)
-            self.quantization_config.llm_int8_skip_modules = [*skip_modules, *(names.get(name, name) for name in kept)]
+        self.quantization_config = copy.copy(self.quantization_config)
+        self.quantization_config.llm_int8_skip_modules = list(dict.fromkeys([*skip_modules, *kept]))
 
     @staticmethod
     def get_modules_to_not_convert(model, skip_modules=None, keep_in_fp32_modules=None, add_default_skips=False):

@@ -516,7 +516,7 @@ class TestSkipModules:
     @pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["4", "8"])
     def test_the_flag_for_32_bits_on_the_cpu_is_refused_where_it_would_skip_all(self, dense_folder, options):
         flag = {"llm_int8_enable_fp32_cpu_offload": True}
-        with pytest.raises(ValueError, match="device_map places the whole model there"):
+        with pytest.raises(ValueError, match="precision: here the whole model, or what the checkpoint"):
             load(dense_folder, quantization_config=BitsAndBytesConfig(**options, **flag))
 
     def test_what_stays_on_the_cpu_is_written_into_the_config(self, tiny_config):
@@ -535,7 +535,7 @@ class TestSkipModules:
         content = json.loads((tmp_path / "copy" / "config.json").read_text())
         content["quantization_config"]["llm_int8_enable_fp32_cpu_offload"] = True
         (tmp_path / "copy" / "config.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="is quantised in the checkpoint, and llm_int8_enable_fp32_cpu_offload"):
+        with pytest.raises(ValueError, match="what the checkpoint has quantised; set it to False"):
             load(tmp_path / "copy")
 
 
