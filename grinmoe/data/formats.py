@@ -32,7 +32,8 @@ _CHAT = ("messages", "prompt-completion", "preference")
 # Columns of a row that are refused, in which formats and why. Every other column that the format does not read is metadata.
 _REFUSED_COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
-        "system system_prompt tools functions tool_choice documents chat_template chat_template_kwargs",
+        "system system_prompt system_message system_instruction tools functions tool_choice documents chat_template "
+        "chat_template_kwargs",
         _CHAT,
         "the chat template would not get it; write it into the text or the messages",
     ),
@@ -54,7 +55,7 @@ _REFUSED_COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
 )
 # Columns that say how much a row counts, and columns that are false where it must not be learned (KTO's label).
-_ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
+_ROW_WEIGHTS = ("weight", "sample_weight", "example_weight", "loss_weight", "loss_scale")
 _ROW_SWITCHES = ("label", "train")
 # Formats of other tools (ShareGPT, Axolotl's segments, Alpaca). A row with one of these and a format of ours is ambiguous.
 _OTHER_FORMATS = (("conversations",), ("conversation",), ("segments",), ("instruction", "output"))
