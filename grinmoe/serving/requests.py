@@ -85,6 +85,8 @@ class Message(_Strict):
         None, validate_default=True
     )
     refusal: Text | None = None
+    # Tells participants of one role apart. Many clients send it with every message; the chat template has no place for it.
+    name: Text | None = None
     # An answer that a client sends back as it got it has these, empty.
     annotations: NoItems = None
     audio: None = None

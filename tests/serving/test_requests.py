@@ -138,6 +138,10 @@ class TestMessages:
                 client, [{"role": role, "content": "What is a red stone?"}, *chat("What?")]
             )
 
+    def test_name_of_a_participant_is_accepted(self, client):
+        named = [{"role": "user", "content": "What?", "name": "Ann"}]
+        assert answered(client, named) == answered(client, chat("What?"))
+
     def test_assistant_without_content_said_nothing_and_a_refusal_is_what_it_said(self, client):
         def after(**fields) -> str:
             return answered(client, [*chat("What?"), {"role": "assistant", **fields}, *chat("So?")])
@@ -154,7 +158,7 @@ class TestMessages:
             ({"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}, "messages.0.content"),
             ({"role": "assistant", "content": "x", "refusal": "y"}, "messages.0.*refusal"),
             ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"),
-            ({"role": "user", "content": "x", "name": "Ann"}, "messages.0.name is not supported"),
+            ({"role": "user", "content": "x", "name": 7}, "messages.0.name"),
             ({"role": "user", "content": "x", "weight": 1}, "messages.0.weight is not supported"),
             ({"role": "function", "name": "f", "content": "x"}, "messages.0.role"),
         ],
