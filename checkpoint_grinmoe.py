@@ -353,8 +353,8 @@ def read_tensors(folder: str | os.PathLike, variant: str | None = None) -> dict[
     Raises:
         CheckpointFileError: only pickled weights are there; the index is cut off or names a missing file; a shard is
             truncated or not safetensors; a shard lacks a tensor that the index promises.
-        CheckpointError: there are two sets of weights, a shard holds a tensor that the index does not place in it, or the
-            index cannot be used (see `read_index`).
+        CheckpointError: there are two sets of weights, or an adapter beside them, a shard holds a tensor that the index does
+            not place in it, or the index cannot be used (see `read_index`).
     """
     folder = Path(folder)
     index_file = folder / _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
@@ -367,6 +367,11 @@ def read_tensors(folder: str | os.PathLike, variant: str | None = None) -> dict[
                 "refused; convert them to safetensors first (safetensors.torch.save_file)"
             )
         return None
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds a model and an adapter ({ADAPTER_CONFIG_NAME}), which Transformers would load on top of it, or "
+            "on its own base, without a word; move the adapter to a folder of its own, and load it with model.load_adapter"
+        )
     sets += sorted(path for path in folder.iterdir() if _DISTRIBUTED.fullmatch(path.name))
     weight_map = read_index(index_file) if index_file in sets else {}
     if len(sets) > 1 and not (len(sets) == 2 and set(weight_map.values()) == {single_file.name}):
@@ -737,11 +742,6 @@ class OfficialCheckpointMixin:
             )
             raise CheckpointFileError(f"{folder} holds no {CONFIG_NAME}; {remedy}")
         tensors = read_tensors(folder, kwargs.get("variant"))
-        if tensors and all((folder / name).is_file() for name in _KEYSTONES):
-            raise CheckpointError(
-                f"{folder} holds a model and an adapter ({ADAPTER_CONFIG_NAME}), which Transformers would load on top of it "
-                "without a word; move the adapter to a folder of its own, and load it with model.load_adapter"
-            )
         if config is None or isinstance(config, str | os.PathLike):
             config = cls.config_class.from_pretrained(config or folder)
         _check_config(config, kwargs.get("quantization_config"))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
+from .checkpoint_grinmoe import read_tensors
 from .configuration_grinmoe import GrinMoeConfig
 from .files import check_dtype, folder_or_repository
 from .modeling_grinmoe import GrinMoeForCausalLM
@@ -72,6 +73,7 @@ def base_of_model(source: str) -> str:
     """`source` itself, or the model that it names as its base if it is an adapter's folder."""
     if not (Path(source) / ADAPTER_CONFIG_NAME).is_file():
         return source
+    read_tensors(source)  # refuses a model beside the adapter
     from .adapters import base_of
 
     return folder_or_repository(base_of(source), "base of the adapter")

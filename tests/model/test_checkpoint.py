@@ -24,6 +24,7 @@ from grinmoe.checkpoint_grinmoe import (
     stale_weights,
 )
 from grinmoe.conversion.shards import WeightSource
+from grinmoe.loading import base_of_model
 
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
@@ -580,8 +581,9 @@ class TestAmbiguousCheckpoint:
         peft = pytest.importorskip("peft")
         model = GrinMoeForCausalLM.from_pretrained(snapshot)
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(snapshot)
-        with pytest.raises(CheckpointError, match="holds a model and an adapter"):
-            GrinMoeForCausalLM.from_pretrained(snapshot)
+        for read in (read_as_a_model, read_by_the_auto_class, read_as_a_conversion, base_of_model):
+            with pytest.raises(CheckpointError, match="holds a model and an adapter"):
+                read(snapshot)
 
     def test_the_base_that_an_adapter_names_is_checked(self, snapshot, tmp_path):
         peft = pytest.importorskip("peft")
