@@ -215,6 +215,8 @@ class GrinMoeConfig(PreTrainedConfig):
                     f"num_experts={experts!r} contradicts num_local_experts={self.num_local_experts!r}; give one"
                 )
             self.num_local_experts = experts
+        if kwargs.get("per_layer_config"):  # layers that differ, which Transformers keeps for any config
+            raise ValueError(f"per_layer_config={kwargs['per_layer_config']!r}: all layers of this model are alike")
         self._check_fields()  # RoPE's fields below assume sane sizes
         super().__post_init__(**kwargs)
         self.check()
@@ -315,9 +317,9 @@ class GrinMoeConfig(PreTrainedConfig):
         # The library assigns overrides to the finished config. As part of the content they are checked and standardised.
         overrides = {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
         content = {**_of_this_model(config_dict)}
-        rope, replaces = _take_rope(content), overrides.keys() & {"rope_parameters", "rope_scaling"}
-        if replaces:
-            rope = {name: rope[name] for name in ("rope_theta",) if name in rope}
+        rope = _take_rope(content)
+        if overrides.keys() & {"rope_parameters", "rope_scaling"}:  # an override replaces the file's dict
+            rope = {"rope_theta": rope.get("rope_theta")}
         rope |= _take_rope(overrides)
         if "num_experts" in overrides:
             content.pop("num_local_experts", None)
@@ -572,6 +574,10 @@ def _check_rope(rope: dict[str, Any], head_size: int) -> None:
             )
         if name not in _NOT_POSITIVE_NUMBERS and not (_is_number(value) and 0 < value < math.inf):
             raise ValueError(f"{name}={value!r} is not a positive number; correct it, or leave it out for the default")
+    if not isinstance(rope.get("truncate", True), bool):
+        raise ValueError(f"truncate={rope['truncate']!r} is not a bool; give True or False")
+    if ("mscale" in rope) != ("mscale_all_dim" in rope):
+        raise ValueError(f"rope_parameters={rope!r}: mscale and mscale_all_dim do nothing without each other")
     if rope_type != "longrope":
         return
     _require_choice("longrope_switch", rope["longrope_switch"], LONGROPE_SWITCHES)

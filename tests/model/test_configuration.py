@@ -335,6 +335,12 @@ IGNORED = [
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters['full_attention']"),
     ({"rope_parameters": {"mrope_section": [2, 2]}}, "rope_parameters['mrope_section']"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}}, "embeddings']=64"),
+    (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}},
+        "mscale and mscale_all_dim do nothing without each other",
+    ),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": "no"}}, "truncate='no' is not a bool"),
+    ({"per_layer_config": {0: {"intermediate_size": 8}}}, "per_layer_config={0: {'intermediate_size': 8}}: all layers"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: this architecture rotates whole heads"),
     ({**SMALL, "rope_parameters": {**LONGROPE, "longrope_switch": "below"}}, "longrope_switch='below' is unknown"),
     # Names that are meant for a field of ours.
