@@ -1086,12 +1086,35 @@ class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoe
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    @functools.wraps(GenericForSequenceClassification.forward)
-    def forward(self, *args, labels: torch.Tensor | None = None, num_items_in_batch=None, **kwargs):
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,  # the library's own lacks this name, which PEFT's prefix tuning looks for
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        """As in Transformers.
+
+        Raises:
+            ValueError: embeddings with padding on the right, which would be taken for the last token.
+        """
         has_router_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
         if has_router_loss and self.training and labels is not None:
             logger.warning_once("a classifier trains on its labels alone: the coefficients of router losses do nothing")
-        output = super().forward(*args, labels=labels, **kwargs)
+        has_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+        if input_ids is None and has_mask and not torch.compiler.is_compiling() and not attention_mask[:, -1].all():
+            raise ValueError(
+                "inputs_embeds with padding on the right, as PEFT's prompt tuning makes them: the class would be read from "
+                "the padding; pad on the left"
+            )
+        kwargs[CACHE] = take_cache(past_key_values, kwargs)
+        inputs = (input_ids, attention_mask, position_ids)
+        output = super().forward(*inputs, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, **kwargs)
         if labels is None or num_items_in_batch is None:
             return output
         # The library's loss is the mean of these rows, and the Trainer adds up those of a step: each has its share of it.

@@ -122,11 +122,6 @@ class ExpertChoice:
     def is_compact(self) -> bool:
         return self.shared_a or len(self.experts) < self.num_experts
 
-    def trained_shapes(self, r: int, in_features: int, out_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of the trained lora_A and lora_B."""
-        ranks = r * len(self.experts)
-        return (r if self.shared_a else ranks, in_features), (out_features, ranks)
-
     def stack(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Trained lora_A (n r, in) or (r, in) to (E, r, in); lora_B (out, r n) to (E, out, r). Zeros for other experts."""
         if name == "lora_A":
@@ -252,6 +247,19 @@ class ExpertLora(ParamWrapper):
         """The factors of an adapter as they are trained; `name` is lora_A or lora_B."""
         return getattr(self, name)[adapter_name].weight
 
+    def checked(self, name: str, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The same factors of an adapter, if they have the shape that it was made with. Whoever reads them calls this."""
+        ranks = self.r[adapter_name] * len(self.choices[adapter_name].experts)
+        rows = self.r[adapter_name] if self.choices[adapter_name].shared_a else ranks
+        shape = (rows, self.in_features) if name == "lora_A" else (self.out_features, ranks)
+        if weight.shape != shape:
+            raise ValueError(
+                f"{name} of adapter {adapter_name!r} on {self.parameter_name} has the shape {tuple(weight.shape)}, its rank "
+                f"{self.r[adapter_name]} and its experts need {shape}: something wrote other factors there; load them with "
+                "grinmoe.adapters.load_adapter"
+            )
+        return weight
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         # PEFT reads the parameter's shape, which quantised experts do not have.
         self.num_experts, self._param_ndim = self.experts.num_experts, 3
@@ -329,17 +337,10 @@ class ExpertLora(ParamWrapper):
         """A (E, R, in) and B (E, out, R), the scale within B, of these adapters side by side."""
         stacks = []
         for name in names:
-            choice = self.choices[name]
-            trained_a, trained_b = self.trained("lora_A", name), self.trained("lora_B", name)
-            shapes = choice.trained_shapes(self.r[name], self.in_features, self.out_features)
-            if (tuple(trained_a.shape), tuple(trained_b.shape)) != shapes:
-                raise ValueError(
-                    f"the factors of adapter {name!r} on {self.parameter_name} have the shapes {tuple(trained_a.shape)} and "
-                    f"{tuple(trained_b.shape)}, its rank {self.r[name]} and experts need {shapes[0]} and {shapes[1]}: "
-                    "something wrote other factors there; load them with grinmoe.adapters.load_adapter"
-                )
-            stack_a = choice.stack("lora_A", trained_a.to(dtype))
-            stack_b = choice.stack("lora_B", trained_b.to(dtype))
+            stack_a, stack_b = (
+                self.choices[name].stack(part, self.checked(part, name, self.trained(part, name)).to(dtype))
+                for part in ("lora_A", "lora_B")
+            )
             stacks.append((stack_a, stack_b * self._scales.get(name)))
         if len(stacks) == 1:
             return stacks[0]
@@ -423,7 +424,7 @@ def _compact_factors(
 
 def _expand_factors(module: ExpertLora, state_dict: dict[str, Any], prefix: str, _metadata: dict) -> None:
     """State-dict hook: compact factors leave in PEFT's shapes."""
-    for key, name, _, choice in _compact_factors(module, state_dict, prefix):
+    for key, name, adapter_name, choice in _compact_factors(module, state_dict, prefix):
         weight = state_dict[key].detach()
         if isinstance(weight, DTensor):
             if weight.is_meta:
@@ -432,7 +433,7 @@ def _expand_factors(module: ExpertLora, state_dict: dict[str, Any], prefix: str,
                     "fsdp_cpu_ram_efficient_loading to false, or train PEFT's own form (experts='all')"
                 )
             weight = weight.full_tensor()  # collective, as every state dict that is gathered
-        state_dict[key] = choice.expand(name, weight).contiguous()
+        state_dict[key] = choice.expand(name, module.checked(name, adapter_name, weight)).contiguous()
 
 
 def _contract_factors(module: ExpertLora, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:

@@ -467,6 +467,9 @@ class TestToolsOfPeft:
         factor.data = factor.data.repeat(2, 1)
         with pytest.raises(ValueError, match="something wrote other factors there"):
             model(IDS)
+        if FORMS[form]:
+            with pytest.raises(ValueError, match="something wrote other factors there"):
+                model.state_dict()  # a file of it could not be loaded
 
     @EACH_FORM
     def test_scales_change_as_in_plain_peft(self, adapted, tiny_model, tmp_path, form):
