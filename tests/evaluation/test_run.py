@@ -242,7 +242,7 @@ class TestBadInput:
         for file in Path(model_folder).iterdir():
             if file.suffix != ".safetensors":
                 (folder / file.name).write_bytes(file.read_bytes())
-        index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+        index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         said = self.run(capsys, "--model", folder, "--tasks", letters, "--output", tmp_path / "out")
         assert "download that shard again" in said and not (tmp_path / "out").exists()
