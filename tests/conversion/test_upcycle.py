@@ -111,7 +111,11 @@ FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
 }
-WITH_ROPE = [(family, rope) for family in FAMILIES for rope in ROPE if family != "phi3" or "longrope" in rope]
+WITH_ROPE = [
+    *(("llama", rope) for rope in ROPE),
+    *(("phi3", rope) for rope in ROPE if "longrope" in rope),
+    ("mistral", "longrope"),
+]
 
 
 def dense_with(family: str, folder: Path, **fields) -> None:
@@ -121,11 +125,12 @@ def dense_with(family: str, folder: Path, **fields) -> None:
 
 
 def differences(folder: Path, lengths) -> list[float]:
-    """Of dense and sparse logits, relative to the largest. A fresh dense model each time: dynamic RoPE remembers lengths."""
+    """Of dense and sparse logits, relative to the largest. Longer and longer: the dense dynamic RoPE remembers lengths."""
     sparse = GrinMoeForCausalLM.from_pretrained(folder / "sparse", router_jitter_noise=0.0).eval()
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()
     found = []
-    for length in lengths:
-        expected = logits_of(AutoModelForCausalLM.from_pretrained(folder / "dense").eval(), length)
+    for length in sorted(lengths):
+        expected = logits_of(dense, length)
         found.append(((logits_of(sparse, length) - expected).abs().max() / expected.abs().max()).item())
     return found
 
