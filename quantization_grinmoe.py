@@ -343,11 +343,13 @@ class _Int8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output @ dequantize_rows(*ctx.saved_tensors, grad_output.dtype), None, None
+        codes, scale = ctx.saved_tensors
+        return grad_output @ dequantize_rows(codes, scale, grad_output.dtype), None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):
-        return nn.functional.linear(tangent, dequantize_rows(*ctx.saved_tensors, tangent.dtype))
+        codes, scale = ctx.saved_tensors
+        return nn.functional.linear(tangent, dequantize_rows(codes, scale, tangent.dtype))
 
 
 def import_bitsandbytes():

@@ -286,7 +286,8 @@ _experts.register_autograd(_backward, setup_context=_save)
 
 def _gradients(grad_output, inputs, kept, needed):
     *tensors, _, keep = inputs
-    return experts_gradients(grad_output, *tensors, keep, *kept, *needed[2:4])
+    arguments = (grad_output, *tensors, keep, *kept, *needed[2:4])
+    return experts_gradients(*arguments)
 
 
 _function = autograd_function(experts_and_kept, _gradients, experts_reference, trainable=4)

@@ -205,7 +205,8 @@ def fused_route(
     if is_transformed(router_logits):
         if training and noise is None:
             seed = number if on_device is None else on_device
-            noise = counter_noise(seed, stream, *router_logits.shape, top_k, router_logits.device)
+            num_tokens, num_experts = router_logits.shape
+            noise = counter_noise(seed, stream, num_tokens, num_experts, top_k, router_logits.device)
         return route(router_logits, top_k, jitter_eps, training, noise, estimator)
     options = (stream, top_k, 2.0 * jitter_eps, estimator, training)
     weights, experts, expert_scale = _router(
