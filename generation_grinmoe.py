@@ -1,8 +1,9 @@
-"""Generation with GRIN-MoE: Transformers' own, and what LongRoPE asks of it.
+"""Generation with GRIN-MoE: Transformers' own, and what LongRoPE and dynamic RoPE ask of it.
 
 Under LongRoPE (Phi-3.5-MoE) the length of the longest text in a batch decides the frequencies of every position, so the
-keys in a cache are void once a text outgrows the short factors. `generate` then fills the cache again, once; where that
-cannot be done the call is refused, because going on would give other text without an error.
+keys in a cache are void once a text outgrows the short factors. `generate` then fills the cache again, once (dynamic RoPE:
+at every token beyond `max_position_embeddings`); where that cannot be done the call is refused, because going on would give
+other text without an error.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class GrinMoeGenerationMixin(GenerationMixin):
                 "trained for, and the text will be worse. Shorten the prompt to avoid that."
             )
         # A prompt given as embeddings is not in input_ids and cannot be computed again; forward then says so.
-        if inputs_embeds is None and self._changes_longrope_regime(input_ids, cache, attention_mask, position_ids):
+        if inputs_embeds is None and self._changes_regime(input_ids, cache, attention_mask, position_ids):
             # What is cached was computed under the other regime, in every layer. All of it is computed again, once.
             if isinstance(cache, DynamicCache):
                 # In place, for whoever holds it; before Transformers 5.23 reset() leaves a dynamic cache its length.
@@ -106,7 +107,7 @@ class GrinMoeGenerationMixin(GenerationMixin):
         # By both names: PEFT's prompt methods wrap this function and read, or exchange, `past_key_values`.
         return inputs if cache is None else {**inputs, "past_key_values": cache}
 
-    def _changes_longrope_regime(
+    def _changes_regime(
         self,
         input_ids: torch.Tensor,
         cache: Cache | None,
@@ -115,7 +116,7 @@ class GrinMoeGenerationMixin(GenerationMixin):
     ) -> bool:
         rotary = self.model.rotary_emb
         total = input_ids.shape[1]
-        if rotary.rope_type != "longrope" or cache is None:
+        if rotary.first_long_length is None or cache is None:
             return False
         cached = int(cache.get_seq_length())
         # The largest position decides for the batch. Unless they are given, positions count tokens, not padding.
@@ -148,10 +149,10 @@ class GrinMoeGenerationMixin(GenerationMixin):
         speculates = options.prompt_lookup_num_tokens or options.assistant_early_exit is not None
         speculates = speculates or kwargs.get("assistant_model") is not None
         # Candidates of speculative decoding decide the regime of the whole text, also those that are then rejected.
-        if speculates and self.model.rotary_emb.rope_type == "longrope":
+        if speculates and self.model.rotary_emb.first_long_length is not None:
             prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             prompt_length = max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1)
-            self._refuse_to_reach_long_factors("speculative decoding", prompt_length, options)
+            self._refuse_to_reach_long_lengths("speculative decoding", prompt_length, options)
         # PEFT puts its own function there for prompt tuning, prefix tuning and their kin, whose virtual tokens are in the
         # cache and not in input_ids. Where Transformers tells new tokens by the cache's length, some would be lost.
         if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
@@ -175,16 +176,16 @@ class GrinMoeGenerationMixin(GenerationMixin):
         """As in Transformers (continuous batching), for texts within LongRoPE's short range.
 
         Raises:
-            ValueError: LongRoPE, and a request could reach the long factors. They hold for a whole batch and change
-                what is cached, which a paged cache shared by requests of all lengths cannot follow.
+            ValueError: LongRoPE or dynamic RoPE, and a request could reach the length where frequencies change. That holds
+                for a whole batch and what is cached, which a paged cache shared by requests of all lengths cannot follow.
         """
-        if self.model.rotary_emb.rope_type == "longrope" and inputs:
+        if self.model.rotary_emb.first_long_length is not None and inputs:
             options = copy.deepcopy(generation_config or self.generation_config)
             options.update(**kwargs)
-            self._refuse_to_reach_long_factors("generate_batch", max(map(len, inputs)), options)
+            self._refuse_to_reach_long_lengths("generate_batch", max(map(len, inputs)), options)
         return super().generate_batch(inputs, generation_config, **kwargs)
 
-    def _refuse_to_reach_long_factors(self, what: str, prompt_length: int, options: GenerationConfig) -> None:
+    def _refuse_to_reach_long_lengths(self, what: str, prompt_length: int, options: GenerationConfig) -> None:
         first_long_length = self.model.rotary_emb.first_long_length
         new_tokens = options.max_new_tokens
         if new_tokens is None:
@@ -194,6 +195,6 @@ class GrinMoeGenerationMixin(GenerationMixin):
         # The last new token is never fed back.
         if longest - 1 >= first_long_length:
             raise ValueError(
-                f"{what} with LongRoPE serves up to {first_long_length} tokens per request, prompt and new tokens together; "
-                f"these could reach {longest}. Lower max_new_tokens, or use plain generate()"
+                f"{what} with {self.model.rotary_emb.label} serves up to {first_long_length} tokens per request, prompt and "
+                f"new tokens together; these could reach {longest}. Lower max_new_tokens, or use plain generate()"
             )

@@ -150,6 +150,9 @@ class GrinMoeRotaryEmbedding(nn.Module):
         # _init_weights refills these by name after a load through the meta device.
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+        self.label = "LongRoPE" if self.rope_type == "longrope" else f"{self.rope_type} RoPE"
+        # From this length on frequencies are others than those of shorter texts.
+        self.first_long_length = config.max_position_embeddings + 1 if self.rope_type == "dynamic" else None
         if self.rope_type == "longrope":
             self.original_length = config.rope_parameters["original_max_position_embeddings"]
             self.first_long_length = self.original_length
@@ -193,8 +196,10 @@ class GrinMoeRotaryEmbedding(nn.Module):
 
     def changes_regime(self, length: int, new_tokens: int) -> bool:
         """Whether the last `new_tokens` of `length` change the frequencies of what came before them."""
-        if self.rope_type != "longrope" or length == new_tokens:
+        if self.first_long_length is None or length == new_tokens:
             return False
+        if self.rope_type == "dynamic":  # with every token there
+            return length >= self.first_long_length
         return self.longrope_regime(length - new_tokens) != self.longrope_regime(length)
 
     @torch.no_grad()
@@ -912,16 +917,16 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         )
 
     def _refuse_regime_change(self, position_ids: torch.Tensor, cache: Cache | None) -> None:
-        """Under LongRoPE the cache is void once the text outgrows the short factors; `generate` then rebuilds it."""
-        if self.rotary_emb.rope_type != "longrope" or torch.compiler.is_compiling():
+        """The cache is void where RoPE's frequencies change with the length; `generate` then rebuilds it."""
+        if self.rotary_emb.first_long_length is None or torch.compiler.is_compiling():
             return
         if not isinstance(cache, Cache):  # none, or the paged cache of generate_batch, which has its own limit
             return
         length = int(position_ids.max()) + 1
         if cache.get_seq_length() > 0 and self.rotary_emb.changes_regime(length, position_ids.shape[-1]):
             raise ValueError(
-                f"at {length} tokens LongRoPE changes the frequencies of all positions "
-                f"(original_max_position_embeddings={self.rotary_emb.original_length}), and the cache holds the old ones; "
+                f"at {length} tokens {self.rotary_emb.label} changes the frequencies of all positions (first at "
+                f"{self.rotary_emb.first_long_length}), and the cache holds the old ones; "
                 "drop the cache and pass the whole sequence at once (generate does that by itself, for input_ids "
                 "and without prefill_chunk_size)"
             )

@@ -151,9 +151,9 @@ def _max_length(model: Any, options: ServeOptions) -> int:
     """Tokens of a prompt and its answer together that the model was made for, or fewer if that is asked for."""
     longest = model.config.max_position_embeddings
     rotary = model.model.rotary_emb
-    if options.continuous_batching and rotary.rope_type == "longrope":
+    if options.continuous_batching and rotary.first_long_length is not None:
         # Beyond it the frequencies of all positions change, which a cache that requests share cannot follow.
-        longest = min(longest, rotary.original_length)
+        longest = min(longest, rotary.first_long_length)
     if options.max_length is None:
         return longest
     if options.max_length > longest:

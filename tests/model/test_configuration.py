@@ -461,6 +461,23 @@ def test_dynamic_rope_does_not_depend_on_earlier_calls(tiny_model):
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
+def test_dynamic_rope_generates_what_recomputing_gives(tiny_model):
+    """Beyond max_position_embeddings every token changes all frequencies, and with them what a cache holds."""
+    fields = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "initializer_range": 0.3}
+    model = tiny_model(**fields, max_position_embeddings=16, sliding_window=None).eval()
+    ids = torch.arange(13)[None]
+    asked = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, use_cache=False, **asked)
+    for cache in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(ids, **asked, **cache), expected)
+    with torch.no_grad():
+        cache = model(expected[:, :16], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="at 17 tokens dynamic RoPE changes"):
+            model(expected[:, 16:17], past_key_values=cache)
+    with pytest.raises(ValueError, match="speculative decoding with dynamic RoPE serves up to 17 tokens"):
+        model.generate(ids, prompt_lookup_num_tokens=2, **asked)
+
+
 def test_another_model_type_is_refused(tmp_path):
     MixtralConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_type='mixtral'"):
