@@ -133,6 +133,23 @@ def has_gaps(attention_mask: torch.Tensor | None, new_tokens: int, cache: Cache 
     return bool((begins.sum(-1) > 1).any())
 
 
+def _refuse_packing(attention_mask: torch.Tensor | None, position_ids: torch.Tensor) -> None:
+    """Samples behind one cache, as PEFT's prefix is, would see each other."""
+    begins_again = position_ids[..., 1:] <= position_ids[..., :-1]
+    if begins_again.numel() == 0 or begins_again.is_meta:
+        return
+    if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+            return  # a prepared mask is taken as it is
+        valid = attention_mask[:, -position_ids.shape[-1] :].bool()  # padding has any position
+        begins_again = begins_again & valid[:, 1:] & valid[:, :-1]
+    if begins_again.any():
+        raise ValueError(
+            "position_ids begin again within a row (packed samples), and a cache is given, or a prefix of PEFT is one: the "
+            "samples would see each other; do not pack them"
+        )
+
+
 class GrinMoeRotaryEmbedding(nn.Module):
     """Cosines and sines of RoPE; LongRoPE switches all positions of a batch at once.
 
@@ -830,6 +847,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             rows = position_ids.expand(inputs_embeds.shape[0], -1)
             has_borders = kwargs.get("cu_seq_lens_q") is not None
             samples = packed_samples(self.config, attention_mask, rows, use_cache, has_borders)
+        elif position_ids is not None and not torch.compiler.is_compiling():
+            _refuse_packing(attention_mask, position_ids)
         if use_cache and cache is None and samples is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:

@@ -303,6 +303,16 @@ class TestTrainableTokens:
             get_peft_model(base(), config)(IDS)
 
 
+def test_packed_samples_behind_a_prefix_are_refused(base):
+    """They would see each other, which a cache hides from the library's masks."""
+    model = tuned(base(), "PrefixTuningConfig", seed=1)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="packed samples"):
+        model(input_ids=IDS[:1], position_ids=positions)
+    alone = model(input_ids=IDS[:1], position_ids=torch.arange(7)[None]).logits
+    torch.testing.assert_close(alone, logits(model, IDS[:1]))
+
+
 class TestClassifier:
     @pytest.fixture
     def classifier(self, tiny_config):
