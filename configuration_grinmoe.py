@@ -55,6 +55,8 @@ _FOREIGN_FIELDS: dict[str, Any] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "router_logit_softcapping", "clip_qkv")),
     **dict.fromkeys(("attention_chunk_size", "no_rope_layers", "no_rope_layer_interval", "sliding_window_pattern")),
     **dict.fromkeys(("max_window_layers", "attention_multiplier", "query_pre_attn_scalar", "swiglu_limit")),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "rope_local_base_freq", "num_nextn_predict_layers"), 0),
+    **dict.fromkeys(("alibi", "rope_interleave", "attn_temperature_tuning"), False),
     "mlp_only_layers": [],
     "is_causal": True,
     "scoring_func": "softmax",

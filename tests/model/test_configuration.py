@@ -369,6 +369,9 @@ IGNORED = [
     ({"attention_chunk_size": 64}, "attention_chunk_size=64"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
     ({"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5"),
+    ({"rope_interleave": True}, "rope_interleave=True"),
+    ({"kv_lora_rank": 64}, "kv_lora_rank=64"),
+    ({"moe_intermediate_size": 64}, "did you mean intermediate_size?"),
 ]
 
 
