@@ -33,7 +33,8 @@ def text_lengths(config: GrinMoeConfig) -> list[int]:
     switch = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": most}.get(rope["rope_type"])
     short, long = min(64, max(2, window // 2), (switch or most) - 1), min(window + 64, most)
     lengths = {short, long if long <= _LONGEST_TEXT else short}
-    return sorted(lengths | ({switch - 1, switch, switch + 1} if switch else set()) - {0})
+    lengths |= {switch - 1, switch, switch + 1} if switch else set()
+    return sorted(lengths - {0})
 
 
 def _tokens_of(length: int) -> int:
