@@ -204,6 +204,18 @@ class TestMethodOfVirtualTokens:
         with pytest.raises(ValueError, match="a window of 6 keys would count"):
             model.generate(input_ids=ids, attention_mask=mask, **OPTIONS, **tasks(method, 3))
 
+    def test_a_step_of_ones_own_is_refused_by_its_mask(self, base, method):
+        """PEFT exchanges the cache for the prefix, or puts the prompt before the new token."""
+        model = tuned(base(), method, seed=1)
+        output = model(input_ids=IDS[:1], use_cache=True, **tasks(method, 1))
+        with pytest.raises(ValueError, match="give a column for each"):
+            model(
+                input_ids=IDS[:1, :1],
+                attention_mask=torch.ones(1, IDS.shape[1] + 1),
+                past_key_values=output.past_key_values,
+                **tasks(method, 1),
+            )
+
     @pytest.mark.parametrize(
         "options, what",
         [
