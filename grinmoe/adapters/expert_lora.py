@@ -160,8 +160,11 @@ class ExpertChoice:
         return blocks[..., chosen].flatten(1)
 
 
-class _Scales(dict):
+class _Scales(dict[str, float]):
     """Scale by adapter, for writing. PEFT's tools that read one go on to treat the factors as those of one linear layer."""
+
+    def of(self, adapter_name: str) -> float:
+        return super().__getitem__(adapter_name)
 
     def __getitem__(self, adapter_name: str) -> float:
         raise ValueError(
@@ -221,7 +224,7 @@ class ExpertLora(ParamWrapper):
     def experts(self) -> GrinMoeExperts:
         return cast(GrinMoeExperts, self.get_base_layer())
 
-    @property  # type: ignore[override]
+    @property
     def scaling(self) -> dict[str, float]:
         """Scale by adapter. PEFT exchanges the whole of it, writes into it, and may not read one."""
         return self._scales
@@ -341,7 +344,7 @@ class ExpertLora(ParamWrapper):
                 self.choices[name].stack(part, self.checked(part, name, self.trained(part, name)).to(dtype))
                 for part in ("lora_A", "lora_B")
             )
-            stacks.append((stack_a, stack_b * self._scales.get(name)))
+            stacks.append((stack_a, stack_b * self._scales.of(name)))
         if len(stacks) == 1:
             return stacks[0]
         return torch.cat([a for a, _ in stacks], dim=1), torch.cat([b for _, b in stacks], dim=2)

@@ -455,6 +455,15 @@ class TestToolsOfPeft:
             hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
         assert torch.equal(model(IDS).logits, before)
 
+    def test_hotswap_is_refused_in_a_model_of_plain_peft_that_was_turned_into_ours(self, adapted, tiny_model, tmp_path):
+        randomised(adapted(r=2), seed=2).save_pretrained(tmp_path / "other")
+        adapted().save_pretrained(tmp_path / "first")
+        model = use_expert_lora(PeftModel.from_pretrained(tiny_model(), tmp_path / "first").eval())
+        before = model(IDS).logits
+        with pytest.raises(ValueError, match="would mix experts"):
+            hotswap_adapter(model, str(tmp_path / "other"), "default", torch_device="cpu")
+        assert torch.equal(model(IDS).logits, before)
+
     @EACH_FORM
     def test_lora_fa_is_refused(self, adapted, form):
         with pytest.raises(ValueError, match="would mix experts"):

@@ -315,6 +315,28 @@ class TestTrainableTokens:
             get_peft_model(base(), config)(IDS)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 16,
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+}
+
+
+@pytest.mark.parametrize("method", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_virtual_tokens_under_longrope_are_refused_where_its_factors_change(base, method):
+    model = tuned(base(rope_parameters=LONGROPE), method, seed=1)
+    row = torch.tensor(PROMPTS[:1])
+    within = {**OPTIONS, "max_new_tokens": 3}
+    generated = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **within)
+    assert torch.equal(generated[:, 7:], greedy(model, row)[:, :3])
+    with pytest.raises(ValueError, match="changes the frequencies of all positions"):
+        model.generate(input_ids=row, attention_mask=torch.ones_like(row), **{**OPTIONS, "max_new_tokens": 8})
+
+
 def test_packed_samples_behind_a_prefix_are_refused(base):
     """They would see each other, which a cache hides from the library's masks."""
     model = tuned(base(), "PrefixTuningConfig", seed=1)
