@@ -28,12 +28,13 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 
 def take_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
-    """The cache of a call that may have it by either name, or by both; takes the newer one out of `kwargs`.
+    """The cache of a call that may have it by either name, or by both; takes the other one out of `kwargs`.
 
     Of two caches one must be empty: it then starts with what the other holds. (PEFT's prefix methods exchange the cache of
     `generate` under one of its two names.)
     """
-    cache = kwargs.pop(CACHE, None)
+    # Before 5.24 a paged cache, which is not a `Cache`, stays where it is.
+    cache = kwargs.pop("cache", None) if CACHE == "cache" or isinstance(kwargs.get("cache"), Cache) else None
     if cache is None or past_key_values is None or cache is past_key_values:
         return past_key_values if cache is None else cache
     empty, filled = sorted((cache, past_key_values), key=lambda one: one.get_seq_length() > 0)
@@ -144,6 +145,8 @@ class GrinMoeGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        if (cache := take_cache(kwargs.pop("past_key_values", None), kwargs)) is not None:
+            kwargs[CACHE] = cache
         options = copy.deepcopy(generation_config or self.generation_config)
         options.update(**kwargs)
         speculates = options.prompt_lookup_num_tokens or options.assistant_early_exit is not None
@@ -160,7 +163,7 @@ class GrinMoeGenerationMixin(GenerationMixin):
                 (speculates, "speculative decoding"),
                 (options.prefill_chunk_size is not None, "prefill_chunk_size"),
                 ("static" in (options.cache_implementation or ""), "a static cache"),
-                (kwargs.get("cache", kwargs.get("past_key_values")) is not None, "a cache that is passed in"),
+                (cache is not None, "a cache that is passed in"),
             ):
                 if wrong:
                     raise ValueError(f"{what} does not go with PEFT's virtual tokens; leave it out")
