@@ -866,9 +866,9 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             kwargs.update(flash_arguments)
         elif gaps and (self.config.visible_keys or attention_mask.shape[1]) < attention_mask.shape[1]:
             raise ValueError(
-                f"attention_mask has padding between tokens, which a window of {self.config.visible_keys} keys would count "
-                f"in {attention_mask.shape[1]}: pad no rows behind a prefix or prompt of PEFT (generate row by row), or pad "
-                "on the right to train"
+                f"attention_mask has {attention_mask.shape[1]} columns with padding between tokens, and a sliding window of "
+                f"{self.config.visible_keys} keys would count the padding: behind a prefix or prompt of PEFT, generate "
+                "row by row, and pad on the right in training"
             )
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, mask_positions, cache)
         if self.training and kwargs.get("routing_seed") is None:

@@ -201,7 +201,7 @@ class TestMethodOfVirtualTokens:
         found = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **OPTIONS, **tasks(method, 1))
         assert torch.equal(found[:, 7:], greedy(model, row, **tasks(method, 1)))
         ids, mask = left_padded()
-        with pytest.raises(ValueError, match="a window of 6 keys would count"):
+        with pytest.raises(ValueError, match="a sliding window of 6 keys would count the padding"):
             model.generate(input_ids=ids, attention_mask=mask, **OPTIONS, **tasks(method, 3))
 
     def test_a_step_of_ones_own_is_refused_by_its_mask(self, base, method):
