@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -165,10 +165,6 @@ class _ScoreFunctionWeights(torch.autograd.Function):
     def backward(ctx, grad_weights):
         return _EstimatedGradient.apply(grad_weights, *ctx.saved_tensors, ctx.credit), None, None, None, None
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        _refuse_other_derivatives()
-
 
 class _EstimatedGradient(torch.autograd.Function):
     """dL/d(logits) (T, E) of dL/d(weights) (T, K). An estimate has no derivative of its own, so there is no backward."""
@@ -186,18 +182,10 @@ class _EstimatedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        _refuse_other_derivatives()
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        _refuse_other_derivatives()
-
-
-def _refuse_other_derivatives() -> NoReturn:
-    raise RuntimeError(
-        "a router that samples has a first derivative in backward mode only: its gradient is an estimate, which has no "
-        "derivative of its own; call model.eval() first, where the router has its exact derivatives of every order"
-    )
+        raise RuntimeError(
+            "second derivatives through a router that samples: its gradient is an estimate, which has no derivative of its "
+            "own; call model.eval() first, where the router has its exact derivatives of every order"
+        )
 
 
 def _weights(
