@@ -168,9 +168,9 @@ class _Scales(dict[str, float]):
 
     def __getitem__(self, adapter_name: str) -> float:
         raise ValueError(
-            f"the factors of adapter {adapter_name!r} on fused experts are not those of one linear layer, and PEFT's "
-            "hotswap_adapter, LoRA-FA and reduce_intruder_dimension would mix experts; to change adapters, use "
-            "grinmoe.adapters.load_adapter(model, folder, adapter_name=...) and set_adapter"
+            f"the factors of adapter {adapter_name!r} on fused experts are not those of one linear layer: PEFT's "
+            "hotswap_adapter and LoRA-FA would mix experts; to change adapters, use grinmoe.adapters.load_adapter(model, "
+            "folder, adapter_name=...) and set_adapter"
         )
 
 
