@@ -288,6 +288,20 @@ class _Recorded(nn.Module):
         return copied
 
 
+def trains_tokens(module: nn.Module) -> bool:
+    """Whether PEFT's trainable tokens wrap this layer."""
+    return hasattr(module, "token_adapter") or hasattr(module, "trainable_tokens_delta")
+
+
+def refuse_trained_tokens(*layers: nn.Module) -> None:
+    """PEFT's trainable tokens compute a linear layer without its bias."""
+    if not all(isinstance(layer, nn.Linear) for layer in layers) and any(map(trains_tokens, layers)):
+        raise ValueError(
+            "trainable tokens of PEFT on a linear layer with a bias, which they would drop: name embed_tokens, or train the "
+            "whole layer (modules_to_save=['lm_head'])"
+        )
+
+
 class GrinMoeAttention(_Recorded):
     """Grouped-query attention with biases, RoPE and a sliding window of `visible_keys` keys."""
 
@@ -315,6 +329,8 @@ class GrinMoeAttention(_Recorded):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, S, H) to the block's output (B, S, H) and, in eager, the probabilities (B, heads, S, keys)."""
+        if self.config.attention_bias:
+            refuse_trained_tokens(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
@@ -1053,18 +1069,9 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
 
     def _check_head(self) -> None:
         """PEFT's trainable tokens compute the head without its bias, and one that is tied as if it were not."""
-
-        def trains_tokens(module: nn.Module) -> bool:
-            return hasattr(module, "token_adapter") or hasattr(module, "trainable_tokens_delta")
-
-        if not trains_tokens(self.lm_head):
-            return
         if self.config.lm_head_bias:
-            raise ValueError(
-                "trainable tokens of PEFT on lm_head, whose bias (lm_head_bias=True) they would drop; train the whole head "
-                "(modules_to_save=['lm_head'])"
-            )
-        if self.config.tie_word_embeddings and not trains_tokens(self.model.embed_tokens):
+            refuse_trained_tokens(self.lm_head)
+        elif self.config.tie_word_embeddings and trains_tokens(self.lm_head) > trains_tokens(self.model.embed_tokens):
             raise ValueError("trainable tokens of PEFT on lm_head, which is tied to embed_tokens: name embed_tokens")
 
     def _start_router_losses(

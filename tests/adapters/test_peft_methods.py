@@ -296,9 +296,9 @@ class TestTrainableTokens:
     @pytest.mark.parametrize(
         "tokens, head, message",
         [
-            ({"lm_head": [1, 2]}, {}, "whose bias .* they would drop"),
-            ({"embed_tokens": [1, 2], "lm_head": [1, 2]}, {}, "whose bias"),
-            ([1, 2], {"tie_word_embeddings": True, "lm_head_bias": True}, "whose bias"),
+            ({"lm_head": [1, 2]}, {}, "with a bias, which they would drop"),
+            ({"embed_tokens": [1, 2], "lm_head": [1, 2]}, {}, "with a bias, which they would drop"),
+            ([1, 2], {"tie_word_embeddings": True, "lm_head_bias": True}, "with a bias, which they would drop"),
             ({"lm_head": [1]}, {"tie_word_embeddings": True, "lm_head_bias": False}, "name embed_tokens"),
         ],
     )
@@ -309,9 +309,10 @@ class TestTrainableTokens:
         with pytest.raises(ValueError, match=message):
             model(IDS)
 
-    def test_as_a_method_of_their_own_on_the_head_are_refused(self, base):
-        config = peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[1], target_modules=["lm_head"])
-        with pytest.raises(ValueError, match="whose bias"):
+    @pytest.mark.parametrize("module", ["lm_head", "o_proj"])
+    def test_as_a_method_of_their_own_on_linear_layers_are_refused(self, base, module):
+        config = peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[1], target_modules=[module])
+        with pytest.raises(ValueError, match="with a bias, which they would drop"):
             get_peft_model(base(), config)(IDS)
 
 
