@@ -16,6 +16,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..modeling_grinmoe import group_by_expert
+from ..quantization_grinmoe import in_forward_mode
 from .autograd import autograd_function, is_transformed, takes_operator
 
 # Names that a config may give to x * sigmoid(x).
@@ -52,9 +53,11 @@ def cpu_experts_forward(
         keep = module.keep_mask(hidden_states.new_empty((top_k_index.numel(), module.down_proj.shape[2])))
     differentiable = (hidden_states, weights, gate_up_proj, down_proj)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    if takes_operator(hidden_states):
+    if in_forward_mode():
+        output = experts_reference(*differentiable, top_k_index, keep)
+    elif takes_operator(hidden_states):
         output, _ = _experts(*differentiable, top_k_index, keep, trains or keep is not None)
-    elif trains or keep is not None or is_transformed(*differentiable):
+    elif trains or keep is not None or is_transformed():
         output, _ = _function(*differentiable, top_k_index, keep)
     else:
         output = _inference(*differentiable, top_k_index)
@@ -220,7 +223,8 @@ def _(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep, trains
     return torch.empty_like(hidden_states), pre_activation
 
 
-def experts_gradients(
+@torch.library.custom_op("grinmoe::cpu_experts_backward", mutates_args=())
+def _experts_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
@@ -273,9 +277,6 @@ def experts_gradients(
     return grad_hidden, groups.by_choice(grad_row_weight).view_as(weights), grad_gate_up, grad_down
 
 
-_experts_backward = torch.library.custom_op("grinmoe::cpu_experts_backward", experts_gradients, mutates_args=())
-
-
 @_experts_backward.register_fake
 def _(
     grad_output,
@@ -314,7 +315,7 @@ _experts.register_autograd(_backward, setup_context=_save)
 
 
 def experts_reference(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep) -> torch.Tensor:
-    """The same sum by differentiable operations, for derivatives beyond the first."""
+    """The same sum by differentiable operations, for forward mode and derivatives beyond the first."""
     order, sizes = group_by_expert(top_k_index, gate_up_proj.shape[0])
     rows = hidden_states[order // top_k_index.shape[1]]
     *groups, elsewhere = rows.split([*sizes, rows.shape[0] - sum(sizes)])
@@ -330,7 +331,8 @@ def experts_reference(hidden_states, weights, gate_up_proj, down_proj, top_k_ind
 
 
 def _gradients(grad_output, inputs, kept, needed):
-    return experts_gradients(grad_output.contiguous(), *inputs, *kept, *needed[2:4])
+    # The operator: `is_grads_batched` of torch.autograd.grad can loop over it.
+    return _experts_backward(grad_output.contiguous(), *inputs, *kept, *needed[2:4])
 
 
 _function = autograd_function(experts_and_kept, _gradients, experts_reference, trainable=4)

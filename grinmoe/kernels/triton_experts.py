@@ -17,6 +17,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import is_triton_available
 
+from ..quantization_grinmoe import in_forward_mode
 from .autograd import autograd_function, is_transformed, takes_operator
 from .cpu import SILU, experts_reference
 
@@ -57,7 +58,9 @@ def triton_experts_forward(
         keep = module.keep_mask(hidden_states.new_empty((top_k_index.numel(), module.down_proj.shape[2])))
     differentiable = (hidden_states, top_k_weights, gate_up_proj, down_proj)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    few = top_k_index.numel() <= MAX_CHOICES and not is_transformed(*differentiable)
+    if in_forward_mode():
+        return experts_reference(*differentiable, top_k_index, keep).to(dtype)
+    few = top_k_index.numel() <= MAX_CHOICES and not is_transformed()
     if few and not trains and keep is None:
         return few_tokens_experts(hidden_states, top_k_index, *differentiable[1:]).to(dtype)
     function = _experts if takes_operator(hidden_states) else _function
@@ -209,7 +212,8 @@ def _(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep):
     return output, pre_activation, numbers(choices), numbers(choices), numbers(experts)
 
 
-def experts_gradients(
+@torch.library.custom_op("grinmoe::triton_experts_backward", mutates_args=())
+def _experts_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
@@ -238,9 +242,6 @@ def experts_gradients(
     )
     nothing = grad_output.new_empty(0)
     return *gradients, *(nothing.clone() if g is None else g for g in (grad_gate_up, grad_down))
-
-
-_experts_backward = torch.library.custom_op("grinmoe::triton_experts_backward", experts_gradients, mutates_args=())
 
 
 @_experts_backward.register_fake
@@ -286,8 +287,7 @@ _experts.register_autograd(_backward, setup_context=_save)
 
 def _gradients(grad_output, inputs, kept, needed):
     *tensors, _, keep = inputs
-    arguments = (grad_output, *tensors, keep, *kept, *needed[2:4])
-    return experts_gradients(*arguments)
+    return _experts_backward(grad_output, *tensors, keep, *kept, *needed[2:4])
 
 
 _function = autograd_function(experts_and_kept, _gradients, experts_reference, trainable=4)

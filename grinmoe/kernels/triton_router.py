@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from ..quantization_grinmoe import in_forward_mode
 from ..routing_grinmoe import (
     ESTIMATORS,
     ROUTERS,
@@ -202,7 +203,7 @@ def fused_route(
         exponential, uniform = noise.exponential.float().contiguous(), noise.uniform.float().contiguous()
     elif training:
         number, on_device = _split_seed(seed, router_logits.device)
-    if is_transformed(router_logits):
+    if is_transformed() or in_forward_mode():
         if training and noise is None:
             seed = number if on_device is None else on_device
             num_tokens, num_experts = router_logits.shape
@@ -307,7 +308,7 @@ def fused_input_jitter(
         )
     check_triton(hidden_states.device)
     number, on_device = _split_seed(seed, hidden_states.device)
-    if is_transformed(hidden_states):
+    if is_transformed() or in_forward_mode():
         seed = number if on_device is None else on_device
         sizes = (*hidden_states.shape, jitter_eps, hidden_states.dtype, hidden_states.device)
         return hidden_states * counter_jitter(seed, stream, *sizes)

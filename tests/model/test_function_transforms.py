@@ -1,8 +1,10 @@
 """`torch.func` and higher derivatives: what Transformers' own Mixtral does under them, this model does too."""
 
+import itertools
+
 import pytest
 import torch
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
 from tests.tiny import tiny_model
 
@@ -113,3 +115,20 @@ def test_gradients_per_sample_in_training_have_draws_of_their_own(implementation
     found = vmap(lambda ids: grad(loss)(parameters, ids[None]), randomness="different")(same)
     first, second = found["model.layers.0.block_sparse_moe.experts.down_proj"]
     assert first.isfinite().all() and second.isfinite().all() and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grinmoe"])
+def test_hessians_in_every_order_of_modes_are_equal(implementation):
+    """torch's LayerNorm is itself wrong backward over forward, so the norm is RMSNorm."""
+    _, parameters, loss = of_parameters(implementation, norm_type="rms_norm")
+    name = "model.layers.1.post_attention_layernorm.weight"
+
+    def of_norm(weight):
+        return loss({**parameters, name: weight})
+
+    expected = torch.autograd.functional.hessian(of_norm, parameters[name])
+    for outer, inner in itertools.product((jacfwd, jacrev), repeat=2):
+        found = outer(inner(of_norm))(parameters[name])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    vectorized = torch.autograd.functional.jacobian(of_norm, parameters[name], vectorize=True)
+    torch.testing.assert_close(vectorized, grad(of_norm)(parameters[name]), rtol=1e-4, atol=1e-6)

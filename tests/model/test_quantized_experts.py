@@ -375,15 +375,30 @@ class TestTraining:
         assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-def test_int8_product_has_derivatives_of_every_kind():
+def test_int8_product_has_backward_derivatives_of_every_order():
     codes, scale = quantize_rows(torch.randn(6, 4))
     group = torch.randn(3, 4, dtype=torch.double, requires_grad=True)
 
     def product(group):
         return _Int8Linear.apply(group, codes, scale.double()).tanh()
 
-    assert torch.autograd.gradcheck(product, (group,), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(product, (group,))
+    assert torch.autograd.gradcheck(product, (group,)) and torch.autograd.gradgradcheck(product, (group,))
     alone = [torch.func.grad(lambda x: product(x).sum())(row[None]) for row in group.detach()]
     together = torch.func.vmap(torch.func.grad(lambda x: product(x[None]).sum()))(group.detach())
     torch.testing.assert_close(together, torch.cat(alone))
+
+
+@every_method
+def test_forward_mode_follows_quantised_experts(quantized_experts, method):
+    """bitsandbytes' own products lose the tangent without an error where nothing requires a gradient."""
+    experts = quantized_experts(method).requires_grad_(False)
+    choices, weights = ROUTINGS["spread"](experts.num_experts), torch.rand(40, 2)
+    hidden_states, direction = torch.randn(2, 40, experts.hidden_dim)
+
+    def total(hidden_states):
+        return experts(hidden_states, choices, weights).sum()
+
+    forward = torch.func.jvp(total, (hidden_states,), (direction,))[1]
+    leaf = hidden_states.clone().requires_grad_()
+    total(leaf).backward()
+    torch.testing.assert_close(forward, (leaf.grad * direction).sum(), rtol=1e-3, atol=1e-3)
