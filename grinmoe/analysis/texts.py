@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data import SUFFIXES, Columns, Message, check_columns, checked_messages, checked_text, checked_turns, read_rows
+from ..data import (
+    SUFFIXES,
+    Columns,
+    Message,
+    check_columns,
+    checked_messages,
+    checked_text,
+    checked_turns,
+    continued,
+    read_rows,
+)
 
 # Characters read at once; a piece ends at the last line's end among them.
 _PIECE = 16384
@@ -163,5 +173,5 @@ def _content_of(place: str, row: dict[str, Any]) -> Content | None:
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt + completion
     if isinstance(prompt, list) and isinstance(completion, list):
-        return prompt + completion
+        return continued(prompt, completion, f"{place}: 'completion'")
     raise ValueError(f"{place}: 'prompt' and 'completion' must be both texts or both messages")

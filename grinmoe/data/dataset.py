@@ -28,6 +28,7 @@ from .formats import (
     checked_text,
     checked_turns,
     common_length,
+    continued,
     format_of,
     is_local,
     masked_messages,
@@ -325,7 +326,8 @@ class _Encoder:
             return None
         if isinstance(prompt, list) and isinstance(completion, list):
             where = f"{place}: {columns.prompt!r} and {columns.completion!r}"
-            return self._conversation(prompt + completion, place, where, asked=len(prompt))
+            messages = continued(prompt, completion, f"{place}: {columns.completion!r}")
+            return self._conversation(messages, place, where, asked=len(prompt))
         if isinstance(prompt, list) or isinstance(completion, list):
             raise ValueError(
                 f"{place}: {columns.prompt!r} and {columns.completion!r} must be both texts or both messages"

@@ -434,6 +434,35 @@ def checked_turns(value: Any, column: str, place: str) -> str | list[Message] | 
     return checked_text(value, column, place)
 
 
+def continued(prompt: list[Message], answer: list[Message], where: str) -> list[Message]:
+    """
+    The conversation of a prompt and an answer to it.
+
+    An answer that begins with all of the prompt's messages is the whole conversation, as many data sets have it: the
+    prompt is taken once, with the weights of both copies.
+
+    Raises:
+        ValueError: the answer repeats the prompt in part, or begins with a question although one is open.
+    """
+    common = sum(1 for _ in takewhile(_is_same, zip(prompt, answer, strict=False)))
+    if common == len(prompt) < len(answer):
+        return [one | other for one, other in zip(prompt, answer, strict=False)] + answer[common:]
+    role = answer[0]["role"]
+    if common or role == "system" or role == prompt[-1]["role"] == "user":
+        raise ValueError(
+            f"{where} begins with {_shown(answer[0]['content'])} of role {role!r}, behind a prompt that ends with role "
+            f"{prompt[-1]['role']!r}; give the answer alone, or a whole conversation: all of the prompt's messages as they "
+            "are, and the answer behind them"
+        )
+    return prompt + answer
+
+
+def _is_same(pair: tuple[Message, Message]) -> bool:
+    """Whether two messages say the same and have no weights that contradict."""
+    one, other = pair
+    return one | other == other | one
+
+
 @dataclass(frozen=True)
 class Preference:
     """A pair: all three texts, or all three lists of messages."""
@@ -447,11 +476,12 @@ def checked_preference(row: dict[str, Any], columns: Columns, place: str) -> Pre
     """
     The pair of a row, None where a part of it is empty.
 
-    Where the answers are messages and the prompt is none or a text, the answers are taken as whole conversations: the
-    prompt is what both begin with.
+    Answers in messages may be whole conversations. The prompt is then what both begin with, and all of it where the prompt
+    is given as messages.
 
     Raises:
-        ValueError: texts and messages are mixed, the prompt is missing, or whole conversations have no common beginning.
+        ValueError: texts and messages are mixed, the prompt is missing, whole conversations have no common beginning, or one
+            answer repeats the prompt and the other does not.
     """
     chosen = checked_turns(row[columns.chosen], columns.chosen, place)
     rejected = checked_turns(row[columns.rejected], columns.rejected, place)
@@ -469,10 +499,7 @@ def checked_preference(row: dict[str, Any], columns: Columns, place: str) -> Pre
             return None
         if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
             return Preference(prompt, chosen, rejected)
-        masked_messages(prompt, [False] * len(prompt), f"{place}: {columns.prompt!r}")
-        for name, answer in ((columns.chosen, chosen), (columns.rejected, rejected)):
-            masked_messages(answer, [True] * len(answer), f"{place}: {name!r}", can_mask=False)
-        return Preference(without_weights(prompt), without_weights(chosen), without_weights(rejected))
+        return _pair_of_messages(prompt, {columns.chosen: chosen, columns.rejected: rejected}, columns, place)
     assert isinstance(rejected, list)
     whole = {columns.chosen: chosen, columns.rejected: rejected}
     chosen, rejected = without_weights(chosen), without_weights(rejected)
@@ -486,6 +513,27 @@ def checked_preference(row: dict[str, Any], columns: Columns, place: str) -> Pre
         has_loss = [place >= common for place in range(len(messages))]
         masked_messages(messages, has_loss, f"{place}: {name!r}", can_mask=False)
     return Preference(chosen[:common], chosen[common:], rejected[common:])
+
+
+def _pair_of_messages(
+    prompt: list[Message], answers: dict[str, list[Message]], columns: Columns, place: str
+) -> Preference:
+    """The pair of a prompt and two answers in messages, by their columns."""
+    asked, whole, repeating = len(prompt), dict[str, list[Message]](), []
+    for name, answer in answers.items():
+        whole[name] = continued(prompt, answer, f"{place}: {name!r}")
+        if len(whole[name]) == len(answer):
+            repeating.append(name)
+        has_loss = [i >= asked for i in range(len(whole[name]))]
+        masked_messages(whole[name], has_loss, f"{place}: {columns.prompt!r} and {name!r}", can_mask=False)
+    if len(repeating) == 1:
+        (other,) = answers.keys() - repeating
+        raise ValueError(
+            f"{place}: {repeating[0]!r} repeats the messages of {columns.prompt!r}, and {other!r} not; give both as answers "
+            "alone, or both as whole conversations"
+        )
+    chosen, rejected = (without_weights(messages[asked:]) for messages in whole.values())
+    return Preference(without_weights(prompt), chosen, rejected)
 
 
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:

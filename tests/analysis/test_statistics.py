@@ -273,6 +273,12 @@ def test_documents_of_a_task_set_do_not_share_a_row(chat_model, tmp_path):
     assert list(token_rows(file, tokenizer, 64, budget)) == [expected[0], expected[1][:1]]
 
 
+def test_completion_that_is_a_whole_conversation_has_the_prompt_once(tmp_path):
+    messages = chats()[0]["messages"]
+    file = write_rows(tmp_path / "tasks.jsonl", [{"prompt": messages[:1], "completion": messages}])
+    assert list(read_pieces(file)) == [(True, messages)]
+
+
 def test_batches_hold_all_rows_in_order_and_no_more_tokens_than_allowed(monkeypatch):
     monkeypatch.setattr(grinmoe.analysis.run, "_BATCH_TOKENS", 12)
     rows = [[1] * length for length in (3, 4, 5, 2, 20, 1)]

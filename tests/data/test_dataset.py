@@ -96,6 +96,42 @@ class TestTokens:
         assert target_text(row, tokenizer) == "Good bye.<|end|>"
         assert "Good day." in tokenizer.decode(row["input_ids"])
 
+    def test_completion_that_is_a_whole_conversation_has_the_prompt_once(self, load):
+        turns = chat("Hello?", "Good day.", "And now?", "Good bye.")
+        expected = list(load("sft", [{"prompt": turns[:3], "completion": turns[3:]}]).train)
+        assert list(load("sft", [{"prompt": turns[:3], "completion": turns}]).train) == expected
+        assert list(load("pretrain", [{"prompt": turns[:3], "completion": turns}]).train) == list(
+            load("pretrain", [{"messages": turns}]).train
+        )
+
+    @pytest.mark.parametrize(
+        "prompt, completion",
+        [
+            (chat("Hello?"), chat("Hello? ", "Good day.")),
+            (chat("Hello?", "Good"), chat("Hello?", "Good day.")),
+            (chat("Hello?", "Good day."), chat("Hello?", "Good day.")),
+            ([{"role": "system", "content": "Be brief."}, *chat("Hello?")], chat("Hello?", "Good day.")),
+            (chat("Hello?"), [{"role": "system", "content": "Be brief."}, *chat("Hello?", "Good day.")]),
+        ],
+        ids=["other spaces", "other answer", "no answer", "prompt has a system", "completion has a system"],
+    )
+    def test_completion_that_repeats_the_prompt_in_part_is_refused(self, load, prompt, completion):
+        with pytest.raises(ValueError, match="line 1: 'completion' begins with .*all of the prompt's messages"):
+            load("sft", [{"prompt": prompt, "completion": completion}])
+
+    def test_completion_may_begin_with_a_question_after_an_answer(self, load):
+        turns = chat("Hello?", "Good day.", "And now?", "Good bye.")
+        assert len(load("sft", [{"prompt": turns[:2], "completion": turns[2:]}]).train) == 1
+
+    def test_weights_of_a_repeated_prompt_are_checked_in_both_copies(self, load):
+        weighted = [*chat("Hello?"), said("Good day.", weight=1), *chat("And now?")]
+        plain = [{key: turn[key] for key in ("role", "content")} for turn in weighted]
+        for prompt, copy in ((plain, weighted), (weighted, plain)):
+            with pytest.raises(ValueError, match="line 1: .*message 2, of role 'assistant', has weight 1"):
+                load("sft", [{"prompt": prompt, "completion": [*copy, said("Good bye.")]}])
+            with pytest.raises(ValueError, match="line 1: .*message 2, of role 'assistant', has weight 1"):
+                load("dpo", [{"prompt": prompt, "chosen": [*copy, said("a")], "rejected": [*copy, said("b")]}])
+
     def test_text_ends_with_one_end_of_text(self, load, tokenizer):
         rows = load("sft", [{"text": "Some words"}, {"text": "Some words<|endoftext|>"}]).train
         assert rows[0] == rows[1]
@@ -150,6 +186,38 @@ class TestPairs:
         if how.endswith("text"):
             row["prompt"] = "Hello?"
         assert list(load("dpo", [row]).train) == [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
+
+    @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]], ids=["no system", "system"])
+    def test_prompt_in_messages_before_whole_conversations_is_taken_once(self, load, system):
+        """As UltraFeedback has it, with the prompt as messages."""
+        prompt, chosen, rejected = [*system, *chat("Hello?")], [said("Good day.")], [said("Go away.")]
+        row = {"prompt": prompt, "chosen": prompt + chosen, "rejected": prompt + rejected}
+        assert list(load("dpo", [row]).train) == [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
+
+    @pytest.mark.parametrize(
+        "row, message",
+        [
+            (
+                {"chosen": [*chat("Hello?"), said("a")], "rejected": [said("b")]},
+                "'chosen' repeats .*and 'rejected' not",
+            ),
+            (
+                {"chosen": [said("a")], "rejected": [*chat("Hello?"), said("b")]},
+                "'rejected' repeats .*and 'chosen' not",
+            ),
+            ({"chosen": chat("Other?", "a"), "rejected": chat("Other?", "b")}, "'chosen' begins with .*role 'user'"),
+            ({"chosen": chat("Hello?"), "rejected": chat("Hello?")}, "'chosen' begins with .*role 'user'"),
+            (
+                {"chosen": [said("a")], "rejected": [{"role": "system", "content": "S"}, *chat("Hello?", "b")]},
+                "'rejected' begins with .*role 'system'",
+            ),
+        ],
+        ids=["rejected alone", "chosen alone", "another question", "no answer", "another system"],
+    )
+    def test_answers_that_disagree_about_the_prompt_are_refused(self, load, row, message):
+        good = {"prompt": chat("Hello?"), "chosen": [said("a")], "rejected": [said("b")]}
+        with pytest.raises(ValueError, match=f"line 2: .*{message}"):
+            load("dpo", [good, {"prompt": chat("Hello?"), **row}])
 
     def test_trl_tokenises_them_to_the_tokens_that_were_counted(self, load, tiny_model, tokenizer, tmp_path):
         trl = pytest.importorskip("trl")
