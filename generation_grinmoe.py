@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -120,6 +121,8 @@ class GrinMoeGenerationMixin(GenerationMixin):
         if rotary.first_long_length is None or cache is None:
             return False
         cached = int(cache.get_seq_length())
+        if total <= cached or (attention_mask is not None and attention_mask.shape[1] > total):
+            return False  # input_ids are a chunk of the text, which is not to be computed again; forward then refuses
         # The largest position decides for the batch. Unless they are given, positions count tokens, not padding.
         if position_ids is not None:
             longest = int(position_ids.max()) + 1
@@ -155,7 +158,10 @@ class GrinMoeGenerationMixin(GenerationMixin):
         if speculates and self.model.rotary_emb.first_long_length is not None:
             prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             prompt_length = max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1)
-            self._refuse_to_reach_long_lengths("speculative decoding", prompt_length, options)
+            new_tokens = options.max_new_tokens
+            if new_tokens is None:  # 20 are the library's default
+                new_tokens = 20 if options.max_length is None else max(0, options.max_length - prompt_length)
+            self._refuse_to_reach_long_lengths("speculative decoding", prompt_length, new_tokens)
         # PEFT puts its own function there for prompt tuning, prefix tuning and their kin, whose virtual tokens are in the
         # cache and not in input_ids. Where Transformers tells new tokens by the cache's length, some would be lost.
         if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
@@ -170,31 +176,37 @@ class GrinMoeGenerationMixin(GenerationMixin):
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As in Transformers; the paged cache keeps `visible_keys` keys of each request."""
+        """As in Transformers; the paged cache keeps `visible_keys` keys of each request.
+
+        The manager's `add_request` raises ValueError where a request could reach the length at which LongRoPE or dynamic
+        RoPE changes frequencies. That holds for a whole batch and for what is cached, which a paged cache that is shared by
+        requests of all lengths cannot follow.
+        """
         manager = super().init_continuous_batching(*args, **kwargs)
         manager.model = _WithVisibleKeys(self)
+        add_request = type(manager).add_request
+
+        @functools.wraps(add_request)
+        def add_checked(input_ids, request_id=None, max_new_tokens=None, *args, **kwargs):
+            new_tokens = manager.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
+            self._refuse_to_reach_long_lengths("continuous batching", len(input_ids), new_tokens)
+            return add_request(manager, input_ids, request_id, max_new_tokens, *args, **kwargs)
+
+        if self.model.rotary_emb.first_long_length is not None:
+            manager.add_request = add_checked
         return manager
 
     def generate_batch(self, inputs, generation_config=None, **kwargs):
-        """As in Transformers (continuous batching), for texts within LongRoPE's short range.
-
-        Raises:
-            ValueError: LongRoPE or dynamic RoPE, and a request could reach the length where frequencies change. That holds
-                for a whole batch and what is cached, which a paged cache shared by requests of all lengths cannot follow.
-        """
+        """As in Transformers (continuous batching); raises as `init_continuous_batching` says, before anything runs."""
         if self.model.rotary_emb.first_long_length is not None and inputs:
-            options = copy.deepcopy(generation_config or self.generation_config)
-            options.update(**kwargs)
-            self._refuse_to_reach_long_lengths("generate_batch", max(map(len, inputs)), options)
+            new_tokens = kwargs.get("max_new_tokens") or (generation_config or self.generation_config).max_new_tokens
+            self._refuse_to_reach_long_lengths("continuous batching", max(map(len, inputs)), new_tokens)
         return super().generate_batch(inputs, generation_config, **kwargs)
 
-    def _refuse_to_reach_long_lengths(self, what: str, prompt_length: int, options: GenerationConfig) -> None:
+    def _refuse_to_reach_long_lengths(self, what: str, prompt_length: int, new_tokens: int | None) -> None:
+        """`new_tokens` None is no limit, which continuous batching has by default."""
         first_long_length = self.model.rotary_emb.first_long_length
-        new_tokens = options.max_new_tokens
-        if new_tokens is None:
-            # 20 new tokens are the library's default.
-            new_tokens = 20 if options.max_length is None else max(0, options.max_length - prompt_length)
-        longest = prompt_length + new_tokens
+        longest = math.inf if new_tokens is None else prompt_length + new_tokens
         # The last new token is never fed back.
         if longest - 1 >= first_long_length:
             raise ValueError(

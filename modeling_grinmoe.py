@@ -113,24 +113,25 @@ def flash_borders(mask_positions: torch.Tensor) -> dict[str, torch.Tensor | int]
     return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
 
 
-def has_gaps(attention_mask: torch.Tensor | None, new_tokens: int, cache: Cache | None) -> bool:
-    """Whether a row of a (B, past + S) mask has padding between tokens. PEFT's prompts put it before left-padded rows.
+def padding_gaps(attention_mask: torch.Tensor | None, new_tokens: int, cache: Cache | None) -> torch.Tensor | None:
+    """Which rows of a (B, past + S) mask have padding between tokens, (B, 1) bool; None without such a mask.
+
+    PEFT's prompts put it before left-padded rows.
 
     Raises:
         ValueError: the mask has another length than cached and new tokens. The library would cut it off or hide tokens.
     """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2 or attention_mask.is_meta:
-        return False
-    if torch.compiler.is_compiling():  # nothing may depend on the values
-        return False
-    length = new_tokens + (cache.get_seq_length() if isinstance(cache, Cache) else 0)
-    if attention_mask.shape[1] != length and not (isinstance(cache, Cache) and cache.is_compileable):
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns, but there are {length} tokens, those in the cache "
-            "included; give a column for each"
-        )
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    if not (isinstance(cache, Cache) and cache.is_compileable) and not torch.compiler.is_compiling():
+        length = new_tokens + (cache.get_seq_length() if isinstance(cache, Cache) else 0)
+        if attention_mask.shape[1] != length:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, but there are {length} tokens, those in the cache "
+                "included; give a column for each"
+            )
     begins = nn.functional.pad(attention_mask.bool().int(), (1, 0)).diff() > 0
-    return bool((begins.sum(-1) > 1).any())
+    return begins.sum(-1, keepdim=True) > 1
 
 
 def _refuse_packing(attention_mask: torch.Tensor | None, position_ids: torch.Tensor) -> None:
@@ -211,13 +212,16 @@ class GrinMoeRotaryEmbedding(nn.Module):
         """Whether the long factors and the long mscale hold, for a batch whose longest row has `length` tokens."""
         return length >= self.first_long_length, length > self.original_length
 
-    def changes_regime(self, length: int, new_tokens: int) -> bool:
-        """Whether the last `new_tokens` of `length` change the frequencies of what came before them."""
-        if self.first_long_length is None or length == new_tokens:
+    def changes_regime(self, length, new_tokens: int):
+        """Whether the last `new_tokens` of `length`, a number or a tensor, change the frequencies of those before them."""
+        if self.first_long_length is None:
             return False
+        has_past = length > new_tokens
         if self.rope_type == "dynamic":  # with every token there
-            return length >= self.first_long_length
-        return self.longrope_regime(length - new_tokens) != self.longrope_regime(length)
+            return has_past & (length >= self.first_long_length)
+        regimes = zip(self.longrope_regime(length - new_tokens), self.longrope_regime(length))
+        (was_long, is_long), (was_scaled, is_scaled) = regimes
+        return has_past & ((was_long != is_long) | (was_scaled != is_scaled))
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -564,6 +568,11 @@ class GrinMoeSparseMoeBlock(nn.Module):
         self.gate = GrinMoeRouter(config, layer_idx)
         self.experts = GrinMoeExperts(config)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "experts":
+            PackedExperts.check_wrapper(value)
+        super().__setattr__(name, value)
+
     def forward(
         self, hidden_states: torch.Tensor, noise: RoutingNoise | None = None, routing_seed: int | None = None
     ) -> torch.Tensor:
@@ -578,8 +587,8 @@ class GrinMoeSparseMoeBlock(nn.Module):
         if self.training:
             if routing_seed is not None:
                 generator = routing_generator(routing_seed, self.layer_idx, hidden_states.device)
-                if self.expert_dropout > 0:  # PEFT's wrappers of the experts know no seed_dropout
-                    self.experts.seed_dropout(routing_seed, self.layer_idx, hidden_states.device)
+                if self.expert_dropout > 0:
+                    self._own_experts().seed_dropout(routing_seed, self.layer_idx, hidden_states.device)
             hidden_states = self._jittered(hidden_states, noise, generator, routing_seed)
         _, routing_weights, selected_experts, expert_gradient_scale, _ = self.gate(
             hidden_states, noise, generator, routing_seed
@@ -591,6 +600,16 @@ class GrinMoeSparseMoeBlock(nn.Module):
                 hidden_states, selected_experts, routing_weights, expert_gradient_scale
             )
         return output.reshape(shape)
+
+    def _own_experts(self) -> GrinMoeExperts:
+        """The experts inside of what wraps them (PEFT's layers); other libraries' experts have no dropout."""
+        for module in self.experts.modules():
+            if isinstance(module, GrinMoeExperts):
+                return module
+        raise ValueError(
+            f"expert_dropout={self.expert_dropout}, and the experts are {type(self.experts).__name__}, which drop nothing; set "
+            "it to 0"
+        )
 
     def _jittered(
         self,
@@ -858,7 +877,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         """
         cache = take_cache(past_key_values, kwargs)
         inputs_embeds = self._embedded(input_ids, inputs_embeds, cache)
-        samples, gaps = None, has_gaps(attention_mask, inputs_embeds.shape[1], cache)
+        samples, gaps = None, padding_gaps(attention_mask, inputs_embeds.shape[1], cache)
         if position_ids is not None and cache is None:
             rows = position_ids.expand(inputs_embeds.shape[0], -1)
             has_borders = kwargs.get("cu_seq_lens_q") is not None
@@ -871,21 +890,27 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
-            if gaps:  # padding at one end moves a row as a whole, but between tokens it would move them apart
-                counts = attention_mask.long().cumsum(-1)
-                position_ids = (counts - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+            if (
+                gaps is not None
+            ):  # padding at one end moves a row as a whole, but between tokens it would move them apart
+                counts = attention_mask.long().cumsum(-1)[:, past_length : past_length + inputs_embeds.shape[1]]
+                position_ids = torch.where(gaps, (counts - 1).clamp(min=0), position_ids)
         self._refuse_regime_change(position_ids, cache)
         mask_positions = position_ids
         if samples is not None:
             attention_mask = None
             mask_positions, flash_arguments = samples
             kwargs.update(flash_arguments)
-        elif gaps and (self.config.visible_keys or attention_mask.shape[1]) < attention_mask.shape[1]:
-            raise ValueError(
+        elif gaps is not None and (self.config.visible_keys or attention_mask.shape[1]) < attention_mask.shape[1]:
+            refused = (
                 f"attention_mask has {attention_mask.shape[1]} columns with padding between tokens, and a sliding window of "
                 f"{self.config.visible_keys} keys would count the padding: behind a prefix or prompt of PEFT, generate "
                 "row by row, and pad on the right in training"
             )
+            if torch.compiler.is_compiling():
+                torch._assert_async(~gaps.any(), refused)
+            elif gaps.any():
+                raise ValueError(refused)
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, mask_positions, cache)
         if self.training and kwargs.get("routing_seed") is None:
             if not torch.is_grad_enabled() and kwargs.get("routing_noise") is None:
@@ -953,15 +978,24 @@ class GrinMoeModel(GrinMoePreTrainedModel):
 
     def _refuse_regime_change(self, position_ids: torch.Tensor, cache: Cache | None) -> None:
         """The cache is void where RoPE's frequencies change with the length; `generate` then rebuilds it."""
-        if self.rotary_emb.first_long_length is None or torch.compiler.is_compiling():
+        rotary = self.rotary_emb
+        # Not for the paged cache of continuous batching, where each request has been checked.
+        if rotary.first_long_length is None or not isinstance(cache, Cache):
             return
-        if not isinstance(cache, Cache):  # none, or the paged cache of generate_batch, which has its own limit
+        new_tokens, cached = position_ids.shape[-1], cache.get_seq_length()
+        if torch.compiler.is_compiling():
+            if isinstance(cached, torch.Tensor) or cached > 0:
+                changes = rotary.changes_regime(position_ids.max() + 1, new_tokens)
+                changes = changes & (cached > 0) if isinstance(cached, torch.Tensor) else changes
+                torch._assert_async(
+                    ~changes, f"{rotary.label} changes the frequencies of what is cached; drop the cache"
+                )
             return
         length = int(position_ids.max()) + 1
-        if cache.get_seq_length() > 0 and self.rotary_emb.changes_regime(length, position_ids.shape[-1]):
+        if cached > 0 and rotary.changes_regime(length, new_tokens):
             raise ValueError(
-                f"at {length} tokens {self.rotary_emb.label} changes the frequencies of all positions (first at "
-                f"{self.rotary_emb.first_long_length}), and the cache holds the old ones; "
+                f"at {length} tokens {rotary.label} changes the frequencies of all positions (first at "
+                f"{rotary.first_long_length}), and the cache holds the old ones; "
                 "drop the cache and pass the whole sequence at once (generate does that by itself, for input_ids "
                 "and without prefill_chunk_size)"
             )
@@ -1149,7 +1183,9 @@ class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoe
         if labels is None or num_items_in_batch is None:
             return output
         # The library's loss is the mean of these rows, and the Trainer adds up those of a step: each has its share of it.
-        share = (labels != -100).sum() / num_items_in_batch
+        # (A regression counts every number, also one of -100.)
+        counted = labels.numel() if labels.is_floating_point() else (labels != -100).sum()
+        share = counted / num_items_in_batch
         if isinstance(output, tuple):
             return output[0] * share, *output[1:]
         output.loss = output.loss * share

@@ -102,3 +102,10 @@ def test_apply_gate_borrowed_by_another_module_computes_swiglu(tiny_config, trai
     gate_up = torch.randn(5, 48)
     expected = GrinMoeExperts(tiny_config()).eval()._apply_gate(gate_up)
     assert torch.equal(LinearExperts().train(training)._apply_gate(gate_up), expected)
+
+
+def test_experts_of_another_library_refuse_the_dropout_that_they_lack(tiny_model):
+    model = tiny_model(expert_dropout=0.1).train()
+    model.model.layers[1].block_sparse_moe.experts = torch.nn.Identity()
+    with pytest.raises(ValueError, match="the experts are Identity, which drop nothing"):
+        model(torch.arange(8)[None])

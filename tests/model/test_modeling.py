@@ -8,7 +8,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AttentionInterface, CompileConfig, DynamicCache, GenerationConfig
+from transformers import AttentionInterface, CompileConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.modeling_flash_attention_utils import _process_flash_attention_kwargs
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -89,6 +89,12 @@ class TestCompilation:
             relative, floor = (0.05, 1e-4) if loose else (1e-4, 1e-7)
             assert (eager - compiled).abs().max() <= relative * eager.abs().max() + floor
 
+    def test_padding_between_tokens_means_the_same(self, tiny_model):
+        model = tiny_model(sliding_window=None).eval()
+        inputs = {"input_ids": torch.arange(8)[None], "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])}
+        compiled = torch.compile(model, backend="eager")(**inputs, use_cache=False).logits
+        torch.testing.assert_close(compiled, model(**inputs, use_cache=False).logits)
+
     def test_what_cannot_be_compiled_says_so(self, tiny_model):
         model = tiny_model()
         model.set_experts_implementation("eager")
@@ -120,7 +126,50 @@ class TestContinuousBatching:
             self.generate(model, prompts, 11)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 16,
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+}
+
+
 class TestLongRope:
+    @pytest.fixture
+    def model(self, tiny_model):
+        model = tiny_model(initializer_range=0.2, sliding_window=None, rope_parameters=LONGROPE, eos_token_id=None)
+        return model.eval()
+
+    @pytest.mark.parametrize("chunk", [4, 5])
+    def test_prefill_in_chunks_generates_the_same(self, model, chunk):
+        ids = torch.randint(0, 90, (1, 12), generator=torch.Generator().manual_seed(1))
+        whole, chunked = (
+            model.generate(ids, max_new_tokens=8, do_sample=False, **options)
+            for options in ({}, {"prefill_chunk_size": chunk})
+        )
+        assert torch.equal(whole, chunked)
+
+    @pytest.mark.parametrize("max_new_tokens", [6, None])
+    def test_manager_of_continuous_batching_refuses_what_could_reach_the_long_factors(self, model, max_new_tokens):
+        options = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max_new_tokens)
+        manager = model.init_continuous_batching(generation_config=options)
+        with pytest.raises(ValueError, match="continuous batching with LongRoPE serves up to 16 tokens"):
+            manager.add_requests([[1, 2, 3], list(range(14))])
+        with pytest.raises(ValueError, match="continuous batching with LongRoPE serves up to 16 tokens"):
+            model.generate_batch([list(range(14))], generation_config=options)
+
+    def test_compiled_steps_over_the_switch_are_refused(self, model):
+        ids = torch.randint(0, 90, (1, 17), generator=torch.Generator().manual_seed(1))
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        step = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            for index in range(15):
+                step(input_ids=ids[:, index, None], past_key_values=cache, position_ids=torch.tensor([[index]]))
+            with pytest.raises(RuntimeError, match="LongRoPE changes the frequencies of what is cached"):
+                step(input_ids=ids[:, 15, None], past_key_values=cache, position_ids=torch.tensor([[15]]))
+
     def test_a_void_cache_is_refused(self, goldens, golden_models):
         model = golden_models["golden-c"]
         ids = goldens["golden-c"]["generate.sequences"][:1]

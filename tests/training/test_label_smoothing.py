@@ -104,7 +104,7 @@ def test_own_loss_may_add_the_balance_loss_itself(tmp_path):
 PROBLEMS = {
     "single_label_classification": lambda index: index % 3,
     "multi_label_classification": lambda index: [float(index % 2), 1.0, float(index % 3 == 0)],
-    "regression": lambda index: [0.1 * index, 1.0, -1.0],
+    "regression": lambda index: [0.1 * index, 1.0, -100.0 if index == 2 else -1.0],
 }
 
 

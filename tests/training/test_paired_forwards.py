@@ -382,6 +382,13 @@ def test_attach_refuses_what_cannot_be_paired(dpo, options, message):
         SameDrawsForReference().attach(trainer)
 
 
+@pytest.mark.parametrize("other", [{"router_estimator": "topk"}, {"input_jitter_noise": 0.0}], ids=str)
+def test_attach_refuses_a_reference_that_draws_by_other_rules(dpo, other):
+    trainer = dpo(ref_model=small_model(**other)[0])
+    with pytest.raises(ValueError, match="policy and reference draw by different rules"):
+        SameDrawsForReference().attach(trainer)
+
+
 def test_attach_refuses_dropout_of_the_reference_alone(dpo):
     reference, _ = small_model(hidden_dropout=0.1)
     trainer = dpo(ref_model=reference, arguments={"disable_dropout": False})
