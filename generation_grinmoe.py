@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.utils import logging
 

@@ -607,8 +607,8 @@ class GrinMoeSparseMoeBlock(nn.Module):
             if isinstance(module, GrinMoeExperts):
                 return module
         raise ValueError(
-            f"expert_dropout={self.expert_dropout}, and the experts are {type(self.experts).__name__}, which drop nothing; set "
-            "it to 0"
+            f"expert_dropout={self.expert_dropout}, and the experts are {type(self.experts).__name__}, which drop nothing; "
+            "set it to 0"
         )
 
     def _jittered(

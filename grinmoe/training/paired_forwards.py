@@ -60,8 +60,8 @@ class SameDrawsForReference(TrainerCallback):
                 check_paired_forwards(decoder.config, trainer.args)
                 if (other := _different_draws(decoder.config)) != (own := _different_draws(config)):
                     raise ValueError(
-                        f"policy and reference draw by different rules ({own or 'nothing'}; {other or 'nothing'}); give both "
-                        "models the same router_estimator, input_jitter_noise and router_capacity_factor"
+                        f"policy and reference draw by different rules ({own or 'nothing'}; {other or 'nothing'}); give "
+                        "both models the same router_estimator, input_jitter_noise and router_capacity_factor"
                     )
             _disable_dropout(trainer, decoders)
             trainer.remove_callback(SameDrawsForReference)  # one that was given to the trainer but not attached
