@@ -36,9 +36,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+)
 
-from .configuration_grinmoe import AUTO_MAP, GrinMoeConfig
+from .configuration_grinmoe import _FIELDS, AUTO_MAP, GrinMoeConfig
 from .quantization_grinmoe import check_agreement, check_method, experts_are_quantized, packed_layout
 
 # On-disk name -> (fused parameter, position of its rows in there).
@@ -731,33 +738,44 @@ class OfficialCheckpointMixin:
     @classmethod
     def _check_folder(cls, name: str | os.PathLike, kwargs: dict[str, Any], check_tensors: bool) -> bool:
         """Raise CheckpointError unless a folder's shards are whole and, if asked, those of its config. False: no folder."""
-        folder, config = Path(name, kwargs.get("subfolder") or ""), kwargs.get("config")
+        folder = Path(name, kwargs.get("subfolder") or "")
         if not folder.is_dir():
             return False
-        if config is None and not any((folder / name).is_file() for name in _KEYSTONES):
-            # The library would go on with the default config, that of the released model.
-            interrupted = next(folder.glob(f"{WORKSPACE}*"), None)
-            remedy = (
-                f"a save was interrupted, and its files are in {interrupted}" if interrupted else "give a checkpoint"
-            )
-            raise CheckpointFileError(f"{folder} holds no {CONFIG_NAME}; {remedy}")
+        config = cls._read_config(name, kwargs)
         tensors = read_tensors(folder, kwargs.get("variant"))
-        if config is None or isinstance(config, str | os.PathLike):
-            config = cls.config_class.from_pretrained(config or folder)
         _check_config(config, kwargs.get("quantization_config"))
         if tensors and check_tensors:
             check_weights(tensors, config, folder, head_keys=("score.",))
         return True
 
     @classmethod
+    def _read_config(cls, name: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConfig:
+        """The config that the library goes on with: that of `kwargs`, or the checkpoint's, with the fields in `kwargs`."""
+        if isinstance(kwargs.get("config"), PreTrainedConfig):
+            return kwargs["config"]
+        source, where = kwargs.get("config") or name, {key: kwargs[key] for key in _DOWNLOAD_OPTIONS & kwargs.keys()}
+        content, _ = cls.config_class.get_config_dict(source, **where)
+        if not content:
+            # The library would go on with the default config, that of the released model.
+            folder = Path(source, kwargs.get("subfolder") or "")
+            interrupted = next(folder.glob(f"{WORKSPACE}*"), None)
+            remedy = (
+                f"a save was interrupted, and its files are in {interrupted}" if interrupted else "give a checkpoint"
+            )
+            raise CheckpointFileError(f"{folder} holds no {CONFIG_NAME}; {remedy}")
+        return cls.config_class.from_dict(content, **{key: kwargs[key] for key in _FIELDS if key in kwargs})
+
+    @classmethod
     def _check_remote_files(cls, repo_id: str, kwargs: dict[str, Any]) -> None:
         """Fetch the small files that say whether the large ones are worth it. What is not there is left to the library."""
         where = {key: kwargs[key] for key in _DOWNLOAD_OPTIONS & kwargs.keys()}
-        config = kwargs.get("config")
-        with contextlib.suppress(OSError):
-            if not isinstance(config, PreTrainedConfig):
-                config = cls.config_class.from_pretrained(config or repo_id, **where)
-                _check_config(config, kwargs.get("quantization_config"))
+        try:
+            _check_config(cls._read_config(repo_id, kwargs), kwargs.get("quantization_config"))
+        except CheckpointFileError:
+            if kwargs.get("adapter_kwargs") is None and find_adapter_config_file(repo_id, **where) is None:
+                raise
+        except OSError:
+            pass
         index = None
         with contextlib.suppress(OSError):
             index = cached_file(repo_id, _with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant")), **where)
@@ -775,7 +793,7 @@ class OfficialCheckpointMixin:
             except HFValidationError:
                 return  # the path of something that is not there
             if isinstance(file, str):
-                cls._check_folder(Path(file).parent, {**kwargs, "subfolder": None}, check_tensors)
+                cls._check_folder(file.removesuffix(name), kwargs, check_tensors)
                 return
 
     def save_pretrained(

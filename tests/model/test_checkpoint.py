@@ -613,6 +613,52 @@ class TestAmbiguousCheckpoint:
         ) == ["shard-00000-model-00001-of-00001.safetensors"]
 
 
+class TestConfigOfTheCall:
+    """The weights are held against the config that the library goes on with: fields given as keywords belong to it."""
+
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            ({"num_hidden_layers": 1}, "num_hidden_layers=1"),
+            ({"num_hidden_layers": 5}, "lacks .* weights of the network"),
+            ({"attention_bias": False}, "attention_bias=False"),
+            ({"norm_type": "rms_norm"}, "no weight of this config"),
+            ({"lm_head_bias": False}, "lm_head_bias=False"),
+            ({"num_local_experts": 2}, "num_local_experts=2"),
+            ({"num_experts": 2}, "num_local_experts=2"),
+            ({"num_local_experts": 32}, "config.json makes it"),
+            ({"head_dim": 4}, "config.json makes it"),
+            ({"intermediate_size": 12}, "config.json makes it"),
+            ({"vocab_size": 50}, "config.json makes it"),
+            ({"tie_word_embeddings": True}, "holds another lm_head.weight"),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("auto_class", [GrinMoeForCausalLM, AutoModelForCausalLM])
+    def test_a_field_that_the_weights_do_not_have_is_refused(self, snapshot, auto_class, fields, message):
+        with pytest.raises(CheckpointError, match=message):
+            auto_class.from_pretrained(snapshot, **fields)
+
+    def test_a_field_that_changes_no_weight_is_taken(self, snapshot):
+        model = GrinMoeForCausalLM.from_pretrained(snapshot, rope_theta=5e5, sliding_window=7)
+        assert (model.config.rope_theta, model.config.sliding_window) == (5e5, 7)
+
+    @pytest.mark.parametrize("as_file", [False, True])
+    def test_a_config_by_its_path_is_read_where_the_library_reads_it(self, snapshot, tmp_path, as_file):
+        """In the subfolder, without which the library goes on with the default config, of 42 billion weights."""
+        shutil.copytree(snapshot, tmp_path / "root" / "s")
+        config = tmp_path / "other"
+        (config / "s").mkdir(parents=True)
+        shutil.copy(snapshot / "config.json", config)
+        arguments = {"subfolder": "s", "config": str(config / "config.json" if as_file else config)}
+        if not as_file:
+            with pytest.raises(CheckpointFileError, match="other.s holds no config.json"):
+                GrinMoeForCausalLM.from_pretrained(tmp_path / "root", **arguments)
+            shutil.copy(snapshot / "config.json", config / "s")
+            set_config(config, num_hidden_layers=2)  # which the library does not read
+        assert GrinMoeForCausalLM.from_pretrained(tmp_path / "root", **arguments).config.num_hidden_layers == 3
+
+
 class TestBadDownload:
     """The same for a Hub id: the library's loader takes some of these without a word."""
 
@@ -651,6 +697,19 @@ class TestBadDownload:
         folder, arguments, options = cached
         self.change_config(folder, **fields)
         with pytest.raises(CheckpointError, match=message):
+            GrinMoeForCausalLM.from_pretrained(*arguments, **options)
+
+    @pytest.mark.parametrize("as_config", [False, True])
+    def test_no_config_is_refused_before_the_weights_are_fetched(self, cached, as_config, monkeypatch):
+        """The library would go on with the default config, of 42 billion weights."""
+        folder, arguments, options = cached
+        (folder / "config.json").unlink()
+        marker = folder.parents[1] / ".no_exist" / folder.name / "config.json"  # how the Hub's client remembers it
+        marker.parent.mkdir(parents=True)
+        marker.touch()
+        arguments, options = ((folder,), {**options, "config": arguments[0]}) if as_config else (arguments, options)
+        monkeypatch.setattr(GrinMoeForCausalLM, "__init__", None)  # nothing is built
+        with pytest.raises(CheckpointFileError, match="someone/grin holds no config.json"):
             GrinMoeForCausalLM.from_pretrained(*arguments, **options)
 
     def test_a_truncated_shard(self, cached):
