@@ -19,7 +19,6 @@ from .formats import (
     FORMATS,
     Columns,
     Message,
-    PlacedRow,
     Preference,
     check_columns,
     check_row_loss,
@@ -30,13 +29,12 @@ from .formats import (
     common_length,
     continued,
     format_of,
-    is_local,
     masked_messages,
-    read_rows,
     without_fields,
     without_weights,
 )
 from .packing import NO_LOSS, Samples, arrow_table, packed, wrapped
+from .sources import PlacedRow, is_local, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,19 +1,17 @@
-"""Rows of training data: read from files or the Hub, told apart by their columns, and checked one by one.
+"""Rows of training data: told apart by their columns, and checked one by one.
 
 Every error names the place: the file and its line, or the data set and its row.
 """
 
 from __future__ import annotations
 
-import json
-from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, takewhile
-from pathlib import Path
+from itertools import takewhile
 from typing import Any
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+from .sources import shown
+
 FORMATS = ("messages", "prompt-completion", "text", "preference")
 
 # What the fields of a row mean here. A field that changes what other tools learn from the row is honoured or refused. A
@@ -61,7 +59,6 @@ _ROW_SWITCHES = ("label", "train")
 _OTHER_FORMATS = (("conversations",), ("conversation",), ("segments",), ("instruction", "output"))
 
 Message = dict[str, Any]
-PlacedRow = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -87,115 +84,6 @@ class Columns:
     def read_by(self, data_format: str) -> tuple[str, ...]:
         """All columns that are read from a row of this format."""
         return (*self.of_format(data_format), *((self.prompt,) if data_format == "preference" else ()))
-
-
-def is_local(source: str) -> bool:
-    """Whether `source` means files: it exists here, or it is written like a path and not like `name` or `owner/name`."""
-    path = Path(source).expanduser()
-    looks_like_a_path = path.suffix in SUFFIXES or source.startswith((".", "~", "/")) or source.count("/") > 1
-    return path.exists() or looks_like_a_path
-
-
-def read_rows(source: str, split: str, config: str | None = None, revision: str | None = None) -> Iterator[PlacedRow]:
-    """
-    Rows of a file, of all files of a folder in the order of their paths, or of one split of a Hub data set.
-
-    Yields:
-        The row's place, for messages, and the row.
-
-    Raises:
-        ValueError: no such file, an unknown suffix, nothing in it, or a file that cannot be read.
-    """
-    if not is_local(source):
-        return _read_hub(source, split, config, revision)
-    if config is not None or revision is not None:
-        raise ValueError(f"data_config and data_revision are for data sets of the Hub; {source!r} is on this machine")
-    return _read_files(_files(Path(source).expanduser()))
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise ValueError(
-            f"{path} does not exist; give a {', '.join(SUFFIXES)} file, a folder of them, or a Hub data set"
-        )
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"{path} has the suffix {path.suffix!r}; training data are {', '.join(SUFFIXES)} files")
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    if not files:
-        raise ValueError(f"the folder {path} holds no {', '.join(SUFFIXES)} file")
-    return files
-
-
-def _read_files(files: list[Path]) -> Iterator[PlacedRow]:
-    for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"{file} is empty")
-        for place, row in _read_parquet(file) if file.suffix == ".parquet" else _read_json(file):
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: a row is an object with named columns, not {_shown(row)}")
-            yield place, row
-
-
-def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
-    """JSON Lines, whatever the suffix, or one array of objects."""
-    with file.open("rb") as lines:
-        first_line = lines.readline()
-        begin = len(BOM_UTF8) if first_line.startswith(BOM_UTF8) else 0
-        lines.seek(begin)
-        if first_line[begin:].lstrip().startswith(b"["):
-            array = _parsed(_decoded(lines.read(), str(file)), file, 1)
-            yield from ((f"{file}, row {number}", row) for number, row in enumerate(array, start=1))
-            return
-        for number, line in enumerate(lines, start=1):
-            place = f"{file}, line {number}"
-            if text := _decoded(line, place).rstrip():  # a syntax error at its end is on this line
-                yield place, _parsed(text, file, number)
-
-
-def _decoded(data: bytes, place: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{place}: not UTF-8 text (byte {data[error.start]:#04x} at {error.start}); convert the file to UTF-8"
-        ) from error
-
-
-def _parsed(text: str, file: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(
-            f"{file}, line {line}: not JSON ({error.msg} at column {error.colno}); one object a line, or one array"
-        ) from error
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
-
-
-def _read_hub(name: str, split: str, config: str | None, revision: str | None) -> Iterator[PlacedRow]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision)
-    except Exception as error:  # load_dataset raises what its loaders, the Hub's client and the network raise
-        raise ValueError(
-            f"the data set {name!r} (data_config {config!r}, split {split!r}, revision {revision!r}) cannot be loaded from "
-            f"the Hub; check these names, the network and the token, or give a local path. datasets says: {error}"
-        ) from error
-    return ((f"{name} [{split}], row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def is_absent(value: Any) -> bool:
@@ -269,7 +157,7 @@ def check_columns(place: str, row: dict[str, Any], columns: Columns, data_format
         for name in row:
             if name in unread and not is_absent(row[name]):
                 raise ValueError(
-                    f"{place}: the column {name!r} is {_shown(row[name])}, and {reason}. Remove the column, or name it in "
+                    f"{place}: the column {name!r} is {shown(row[name])}, and {reason}. Remove the column, or name it in "
                     "ignore_fields to train without it"
                 )
 
@@ -285,7 +173,7 @@ def check_row_loss(place: str, row: dict[str, Any], columns: Columns, data_forma
     for name in _ROW_WEIGHTS:
         if not is_absent(unread.get(name)) and unread[name] != 1:
             raise ValueError(
-                f"{place}: the column {name!r} is {_shown(unread[name])}, and all rows count alike. Repeat or remove the "
+                f"{place}: the column {name!r} is {shown(unread[name])}, and all rows count alike. Repeat or remove the "
                 "row, or name the column in ignore_fields to train on it once"
             )
     for name in _ROW_SWITCHES if data_format in ("messages", "prompt-completion") else ():
@@ -305,7 +193,7 @@ def checked_text(value: Any, column: str, place: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {column!r} is a string, not {_shown(value)}")
+        raise ValueError(f"{place}: {column!r} is a string, not {shown(value)}")
     return value if value.strip() else None
 
 
@@ -323,7 +211,7 @@ def checked_messages(value: Any, column: str, place: str) -> list[Message] | Non
     if value is None:
         return None
     if not isinstance(value, list):
-        raise ValueError(f'{place}: {column!r} is a list of {{"role": ..., "content": ...}}, not {_shown(value)}')
+        raise ValueError(f'{place}: {column!r} is a list of {{"role": ..., "content": ...}}, not {shown(value)}')
     if not value:
         raise ValueError(f"{place}: {column!r} is an empty list; a conversation has at least one message")
     return [
@@ -333,7 +221,7 @@ def checked_messages(value: Any, column: str, place: str) -> list[Message] | Non
 
 def _checked_message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
-        raise ValueError(f'{where} is {_shown(message)}; it must be {{"role": ..., "content": ...}}')
+        raise ValueError(f'{where} is {shown(message)}; it must be {{"role": ..., "content": ...}}')
     for key, field in message.items():
         known = key in ("role", "content", *_LOSS_SWITCHES) or key in _MESSAGE_METADATA
         # ShareGPT's spelling is told by the role that is missing.
@@ -352,7 +240,7 @@ def _checked_message(message: Any, where: str) -> Message:
         content = joined_parts(content, where)
     for key, text in (("role", message.get("role")), ("content", content)):
         if not isinstance(text, str):
-            had = f"has the {key} {_shown(text)}" if text is not None else f"has no {key}"
+            had = f"has the {key} {shown(text)}" if text is not None else f"has no {key}"
             raise ValueError(f"{where} {had}; it needs a string (its keys are {', '.join(map(str, message))})")
     role = "system" if message["role"] == "developer" else message["role"]
     weight = _weight(message, where)
@@ -450,7 +338,7 @@ def continued(prompt: list[Message], answer: list[Message], where: str) -> list[
     role = answer[0]["role"]
     if common or role == "system" or role == prompt[-1]["role"] == "user":
         raise ValueError(
-            f"{where} begins with {_shown(answer[0]['content'])} of role {role!r}, behind a prompt that ends with role "
+            f"{where} begins with {shown(answer[0]['content'])} of role {role!r}, behind a prompt that ends with role "
             f"{prompt[-1]['role']!r}; give the answer alone, or a whole conversation: all of the prompt's messages as they "
             "are, and the answer behind them"
         )
@@ -539,8 +427,3 @@ def _pair_of_messages(
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """How many elements two sequences begin with alike."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{text[:60]}..." if len(text) > 60 else text
