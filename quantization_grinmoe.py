@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import ConversionOps
@@ -38,6 +39,10 @@ logger = logging.get_logger(__name__)
 MISSING = (
     "4-bit and 8-bit weights need bitsandbytes, which is not installed, or too old for this Transformers: "
     "pip install 'grinmoe[quant]', or without the package: pip install -U bitsandbytes accelerate"
+)
+CODES_ARE_FROZEN = (
+    "quantised experts are integer codes, and what PEFT's own LoRA adds to them would be lost; use "
+    "grinmoe.adapters.load_adapter(model, folder), or get_peft_model with grinmoe.adapters.lora_config(model)"
 )
 FUSED = ("gate_up_proj", "down_proj")
 # Values that share a scale (absmax), and scales that share a nested one: bitsandbytes' own sizes.
@@ -110,7 +115,10 @@ class PackedExperts(nn.Module):
 
         Raises:
             RuntimeError: under torch.compile; the loop needs the group sizes on the host.
+            ValueError: something parametrises the codes.
         """
+        if is_parametrized(self):
+            raise ValueError(CODES_ARE_FROZEN)
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "quantised experts loop over group sizes on the host and cannot be compiled; run the model without "
@@ -124,6 +132,13 @@ class PackedExperts(nn.Module):
             )
         compute_dtype = self._compute_dtype(hidden_states)
         return self.loop(hidden_states.to(compute_dtype), top_k_index, top_k_weights).to(hidden_states.dtype)
+
+    @staticmethod
+    def check_wrapper(wrapper: Any) -> None:
+        """Raise ValueError for a layer of PEFT around packed experts, unless it says that it leaves their codes alone."""
+        base = wrapper.get_base_layer() if hasattr(wrapper, "get_base_layer") else None
+        if isinstance(base, PackedExperts) and not getattr(wrapper, "leaves_codes_alone", False):
+            raise ValueError(CODES_ARE_FROZEN)
 
     def linears(self, name: str) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         """For each expert, (n, in) to (n, out). One without tokens is not dequantised. Computed, and returned, in the dtype

@@ -189,6 +189,8 @@ class ExpertLora(ParamWrapper):
             index) tools of PEFT that would mix experts.
     """
 
+    leaves_codes_alone = True  # which `PackedExperts.check_wrapper` asks for
+
     # Set by PEFT's constructor.
     num_experts: int
     in_features: int

@@ -28,7 +28,7 @@ from torch import nn
 
 from ..files import read_json_object
 from ..modeling_grinmoe import GrinMoeExperts
-from ..quantization_grinmoe import FUSED
+from ..quantization_grinmoe import FUSED, PackedExperts
 from .expert_lora import ExpertLora, GrinMoeLoraConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -68,7 +68,8 @@ def lora_config(
 
     Raises:
         ValueError: nothing is adapted, an expert that the model does not have, r below 1, shared_a without experts, a
-            model whose experts are not of this package, or an option that PEFT would not apply to them or to the head.
+            model whose experts are not of this package, an option that PEFT would not apply to them or to the head, or
+            `modules_to_save` that holds quantised experts.
     """
     if experts == "none":
         if shared_a:
@@ -79,6 +80,13 @@ def lora_config(
         raise ValueError(
             f"{type(model).__name__} has no GrinMoeExperts of this package; import grinmoe before the model is loaded"
         )
+    for entry in options.get("modules_to_save") or ():
+        for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+            if name.endswith(entry) and any(isinstance(part, PackedExperts) for part in module.modules()):
+                raise ValueError(
+                    f"modules_to_save={options['modules_to_save']}: {entry!r} holds quantised experts, whose codes cannot "
+                    "be trained; adapt them by LoRA (experts='all'), or load the base in full precision"
+                )
     config: Any = model.config if isinstance(model, nn.Module) else model
     if not isinstance(experts, str):
         outside = [expert for expert in experts if not 0 <= expert < config.num_local_experts]

@@ -25,7 +25,7 @@ from peft.optimizers import create_lorafa_optimizer
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification
 from grinmoe.adapters.expert_lora import ExpertLora
@@ -437,6 +437,69 @@ class TestUse:
         loss, gradients = step(quantised)
         assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
         assert sum(gradient.abs().max() > 0 for gradient in gradients.values()) == len(gradients) == 8
+
+
+class TestQuantisedExpertsUnderPlainPeft:
+    """It would add its delta to their integer codes: in 8 bits the cast makes it zero, without an error."""
+
+    @pytest.fixture
+    def folders(self, adapted, tiny_model, tmp_path):
+        """A base, and an adapter made for it."""
+        pytest.importorskip("bitsandbytes")
+        sizes = {"hidden_size": 64, "intermediate_size": 64}
+        tiny_model(**sizes).save_pretrained(tmp_path / "base")
+        adapter = adapted(model=sizes)
+        adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        adapter.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "base", tmp_path / "adapter"
+
+    @pytest.fixture(params=[8, 4])
+    def bits(self, request):
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_8bit=request.param == 8, load_in_4bit=request.param == 4)
+
+    @pytest.mark.parametrize(
+        "load",
+        [
+            lambda base, adapter: get_peft_model(base, LoraConfig(target_modules=["q_proj"], target_parameters=FUSED)),
+            lambda base, adapter: get_peft_model(base, LoraConfig(target_parameters=["experts.down_proj"])),
+            PeftModel.from_pretrained,
+            lambda base, adapter: base.load_adapter(adapter),
+        ],
+        ids=["new", "of one weight", "PeftModel", "load_adapter"],
+    )
+    def test_it_is_refused_when_it_wraps_them(self, folders, bits, load):
+        model = GrinMoeForCausalLM.from_pretrained(folders[0], quantization_config=bits)
+        before = model(IDS).logits
+        with pytest.raises(ValueError, match=r"grinmoe.adapters.load_adapter.*lora_config"):
+            load(model, folders[1])
+        assert torch.equal(model(IDS).logits, before)
+
+    @pytest.mark.parametrize("auto", [AutoModelForCausalLM, peft.AutoPeftModelForCausalLM])
+    def test_the_folder_of_an_adapter_is_refused_too(self, folders, bits, auto):
+        with pytest.raises(ValueError, match=r"grinmoe.adapters.load_adapter.*lora_config"):
+            auto.from_pretrained(folders[1], quantization_config=bits)
+
+    def test_ours_computes_what_it_does_on_the_dequantised_base(self, folders, bits):
+        base, adapter = folders
+        bits.llm_int8_skip_modules = ["self_attn"]  # whose 8-bit linears round activations
+        model = load_adapter(GrinMoeForCausalLM.from_pretrained(base, quantization_config=bits), adapter)
+        dense = GrinMoeForCausalLM.from_pretrained(base)
+        for layer, quantised in zip(dense.model.layers, model.get_base_model().model.layers, strict=True):
+            experts = quantised.block_sparse_moe.experts.get_base_layer()
+            layer.block_sparse_moe.experts = experts.dense(torch.float32)
+        without, expected = dense(IDS).logits, PeftModel.from_pretrained(dense, adapter)(IDS).logits
+        assert (expected - without).abs().max() > 0.1
+        for one in (model, use_expert_lora(model)):
+            assert (one(IDS).logits - expected).abs().max() < 1e-5
+
+    def test_experts_are_not_trained_whole(self, folders, bits):
+        model = GrinMoeForCausalLM.from_pretrained(folders[0], quantization_config=bits)
+        for entry in ("experts", "block_sparse_moe", "layers.0.block_sparse_moe"):
+            with pytest.raises(ValueError, match=f"modules_to_save=.*'{entry}' holds quantised experts"):
+                lora_config(model, experts="none", modules_to_save=[entry])
+        get_peft_model(model, lora_config(model, modules_to_save=["lm_head"]))
 
 
 class TestToolsOfPeft:

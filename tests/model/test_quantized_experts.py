@@ -155,6 +155,13 @@ class TestExperts:
         error = (experts.dense(torch.float32).down_proj - weight).abs()
         assert (error <= scale * 0.5001).all() and (error[1, 5] == 0).all()
 
+    def test_codes_under_a_parametrisation_are_refused(self, quantized_experts):
+        """What it adds is cast to integers."""
+        experts = quantized_experts("int8")
+        torch.nn.utils.parametrize.register_parametrization(experts, "down_proj", torch.nn.Identity())
+        with pytest.raises(ValueError, match=r"grinmoe.adapters.load_adapter.*lora_config"):
+            experts(torch.ones(3, 64), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
+
     def test_weights_of_another_shape_are_refused(self, quantized_experts):
         with pytest.raises(
             ValueError, match=r"gate_up_proj has shape \(3, 256, 64\), the config makes it \(4, 256, 64\)"
