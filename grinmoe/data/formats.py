@@ -57,6 +57,8 @@ _ROW_WEIGHTS = ("weight", "sample_weight", "example_weight", "loss_weight", "los
 _ROW_SWITCHES = ("label", "train")
 # Formats of other tools (ShareGPT, Axolotl's segments, Alpaca). A row with one of these and a format of ours is ambiguous.
 _OTHER_FORMATS = (("conversations",), ("conversation",), ("segments",), ("instruction", "output"))
+# Columns that hold the prompt in many sets of pairs. Where a row has no prompt, it is in one of them and not in the answers.
+_QUESTIONS = ("question", "query", "problem", "post")
 
 Message = dict[str, Any]
 
@@ -365,11 +367,11 @@ def checked_preference(row: dict[str, Any], columns: Columns, place: str) -> Pre
     The pair of a row, None where a part of it is empty.
 
     Answers in messages may be whole conversations. The prompt is then what both begin with, and all of it where the prompt
-    is given as messages.
+    is given as messages. Texts without a prompt column are whole, too.
 
     Raises:
-        ValueError: texts and messages are mixed, the prompt is missing, whole conversations have no common beginning, or one
-            answer repeats the prompt and the other does not.
+        ValueError: texts and messages are mixed, whole conversations or texts have no common beginning, one answer repeats
+            the prompt in messages and the other does not, or both repeat the prompt as text.
     """
     chosen = checked_turns(row[columns.chosen], columns.chosen, place)
     rejected = checked_turns(row[columns.rejected], columns.rejected, place)
@@ -380,15 +382,13 @@ def checked_preference(row: dict[str, Any], columns: Columns, place: str) -> Pre
         raise ValueError(
             f"{place}: {columns.prompt!r}, {columns.chosen!r} and {columns.rejected!r} must be all texts or all messages"
         )
-    if isinstance(chosen, str) or isinstance(prompt, list):
+    if isinstance(chosen, str) and isinstance(rejected, str):
         if columns.prompt not in row:
-            raise ValueError(f"{place}: texts need a {columns.prompt!r}; name its column with prompt_column")
-        if prompt is None:
-            return None
-        if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
-            return Preference(prompt, chosen, rejected)
+            return _pair_of_whole_texts(row, chosen, rejected, columns, place)
+        return None if prompt is None else _pair_of_texts(str(prompt), chosen, rejected, columns, place)
+    assert isinstance(chosen, list) and isinstance(rejected, list)
+    if isinstance(prompt, list):
         return _pair_of_messages(prompt, {columns.chosen: chosen, columns.rejected: rejected}, columns, place)
-    assert isinstance(rejected, list)
     whole = {columns.chosen: chosen, columns.rejected: rejected}
     chosen, rejected = without_weights(chosen), without_weights(rejected)
     common = common_length(chosen[:-1], rejected[:-1])
@@ -422,6 +422,45 @@ def _pair_of_messages(
         )
     chosen, rejected = (without_weights(messages[asked:]) for messages in whole.values())
     return Preference(without_weights(prompt), chosen, rejected)
+
+
+def whole_texts_prompt(chosen: str, rejected: str) -> str:
+    """What two whole texts begin with: cut before their first difference and a space, where TRL's `extract_prompt` cuts."""
+    common = common_length(chosen, rejected)
+    shorter = min(len(chosen), len(rejected))
+    if common == shorter:
+        common = shorter - 1  # something is left of both
+    elif chosen[:common].endswith(" "):
+        common -= 1
+    return chosen[:common]
+
+
+def _pair_of_whole_texts(row: dict[str, Any], chosen: str, rejected: str, columns: Columns, place: str) -> Preference:
+    """The pair of two texts that begin with their prompt, as Anthropic/hh-rlhf has them."""
+    asking = next((name for name in _QUESTIONS if isinstance(row.get(name), str) and row[name].strip()), None)
+    if asking is not None:
+        raise ValueError(
+            f"{place}: the row has a {asking!r} and no {columns.prompt!r}; name the prompt's column with prompt_column, or "
+            f"name {asking!r} in ignore_fields where the texts begin with the prompt"
+        )
+    prompt = whole_texts_prompt(chosen, rejected)
+    if not prompt.strip():
+        raise ValueError(
+            f"{place}: the row has no {columns.prompt!r}, and its texts do not begin alike, so the prompt is not in them "
+            f"({shown(chosen)}, {shown(rejected)}); name the prompt's column with prompt_column"
+        )
+    return Preference(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+
+
+def _pair_of_texts(prompt: str, chosen: str, rejected: str, columns: Columns, place: str) -> Preference:
+    """The pair of three texts."""
+    if chosen.startswith(prompt) and rejected.startswith(prompt):
+        raise ValueError(
+            f"{place}: {columns.chosen!r} and {columns.rejected!r} both begin with the {columns.prompt!r} {shown(prompt)}, "
+            f"which would be read twice; cut it off them, or name {columns.prompt!r} in ignore_fields: without it, the common "
+            "beginning of the texts is the prompt"
+        )
+    return Preference(prompt, chosen, rejected)
 
 
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:

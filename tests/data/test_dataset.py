@@ -259,6 +259,39 @@ class TestPairs:
         with pytest.raises(ValueError, match="all labels are masked"):
             load("dpo", [row], max_length=length)
 
+    @pytest.mark.parametrize(
+        "chosen, rejected, prompt",
+        [
+            ("\n\nHuman: Hi\n\nAssistant: Yes.", "\n\nHuman: Hi\n\nAssistant: No.", "\n\nHuman: Hi\n\nAssistant:"),
+            ("Q: What? A: Yesterday", "Q: What? A: Yes, sir", "Q: What? A: Yes"),
+            ("Q: What? A: Yes", "Q: What? A: Yes, sir", "Q: What? A: Ye"),
+        ],
+        ids=["space", "within a word", "one goes on"],
+    )
+    def test_texts_without_a_prompt_column_are_cut_where_trl_cuts_them(self, load, chosen, rejected, prompt):
+        """As Anthropic/hh-rlhf has them."""
+        trl = pytest.importorskip("trl")
+        row = {"chosen": chosen, "rejected": rejected}
+        (pair,) = load("dpo", [row]).train
+        assert pair["prompt"] == prompt and pair["prompt"] + pair["chosen"] == chosen
+        assert pair == trl.extract_prompt(row)
+
+    def test_texts_that_repeat_their_prompt_are_read_without_its_column(self, load):
+        row = {"prompt": "Sky: ", "chosen": "Sky: blue", "rejected": "Sky: green"}
+        (pair,) = load("dpo", [row], ignore_fields="prompt").train
+        assert pair == {"prompt": "Sky:", "chosen": " blue", "rejected": " green"}
+
+    def test_texts_with_one_question_are_held_out_together(self, load):
+        rows = [
+            {
+                "chosen": f"\n\nHuman: Q{i // 2}\n\nAssistant: {i} a",
+                "rejected": f"\n\nHuman: Q{i // 2}\n\nAssistant: {i} b",
+            }
+            for i in range(40)
+        ]
+        data = load("dpo", rows, eval_share=0.3)
+        assert len(data.evaluation) % 2 == len(data.train) % 2 == 0
+
     def test_texts_stay_texts(self, load):
         row = {"prompt": "The sky is", "chosen": " blue", "rejected": " green"}
         assert list(load("dpo", [row]).train) == [row]
@@ -266,7 +299,10 @@ class TestPairs:
     @pytest.mark.parametrize(
         "row, message",
         [
-            ({"chosen": "a", "rejected": "b"}, "texts need a 'prompt'"),
+            ({"chosen": "a", "rejected": "b"}, "texts do not begin alike.*prompt_column"),
+            ({"chosen": "\n\na", "rejected": "\n\nb"}, "texts do not begin alike"),
+            ({"question": "q", "chosen": "The a", "rejected": "The b"}, "'question'.*prompt_column"),
+            ({"prompt": "Sky: ", "chosen": "Sky: a", "rejected": "Sky: b"}, "both begin with .*ignore_fields"),
             ({"prompt": "p", "chosen": "a", "rejected": chat("b")}, "all texts or all messages"),
             ({"prompt": chat("p"), "chosen": "a", "rejected": "b"}, "all texts or all messages"),
             ({"chosen": chat("a", "b"), "rejected": chat("c", "d")}, "do not begin with the same message"),
