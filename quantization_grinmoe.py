@@ -474,8 +474,13 @@ def check_method(quantization_config: QuantizationConfigMixin | dict[str, Any] |
         # Without a method, Transformers takes these for bitsandbytes'.
         unnamed = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & quantization_config.keys() else None
         method = quantization_config.get("quant_method", unnamed)
-    else:
+    elif isinstance(quantization_config, QuantizationConfigMixin):
         method = quantization_config.quant_method
+    else:
+        raise ValueError(
+            f"quantization_config={quantization_config!r}; give transformers.BitsAndBytesConfig(load_in_4bit=True) or "
+            "(load_in_8bit=True)"
+        )
     method = getattr(method, "value", method)
     if method != "bitsandbytes":
         raise ValueError(
@@ -506,6 +511,31 @@ def packed_layout(config, quantization_config: BitsAndBytesConfig | dict[str, An
         if not is_skipped(experts, quantization_config.llm_int8_skip_modules or ()):
             layout = _packing(quantization_config).layout(config, quantization_config)
             tensors |= {f"{experts}.{key}": value for key, value in layout.items()}
+    return tensors
+
+
+def packed_linears(
+    linears: dict[str, tuple[int, ...]], quantization_config: BitsAndBytesConfig | dict[str, Any]
+) -> Layout:
+    """The same for linears, which bitsandbytes packs; of (out, in) by their names. `quant_state` is a text of any length."""
+    if isinstance(quantization_config, dict):
+        quantization_config = BitsAndBytesConfig.from_dict(quantization_config)
+    nested = quantization_config.bnb_4bit_use_double_quant
+    tensors: Layout = {}
+    for name, shape in linears.items():
+        if is_skipped(name, quantization_config.llm_int8_skip_modules or ()):
+            continue
+        if quantization_config.load_in_8bit:
+            tensors |= {f"{name}.weight": (shape, torch.int8), f"{name}.SCB": (shape[:1], torch.float32)}
+            continue
+        blocks = math.ceil(math.prod(shape) / BLOCK)
+        parts: Layout = {"": ((math.prod(shape) // 2, 1), torch.uint8), ".quant_map": ((16,), torch.float32)}
+        parts[".absmax"] = ((blocks,), torch.uint8 if nested else torch.float32)
+        parts[f".quant_state.bitsandbytes__{quantization_config.bnb_4bit_quant_type}"] = ((), torch.uint8)
+        if nested:
+            parts[".nested_absmax"] = ((math.ceil(blocks / NESTED_BLOCK),), torch.float32)
+            parts[".nested_quant_map"] = ((256,), torch.float32)
+        tensors |= {f"{name}.weight{part}": value for part, value in parts.items()}
     return tensors
 
 
@@ -674,7 +704,9 @@ class _ExpertsToo(HfQuantizer):
                 model.set_submodule(name, module.dense(dtype))
         linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
-        model = super()._dequantize(model, dtype=dtype)
+        bitsandbytes = import_bitsandbytes().nn
+        if any(isinstance(m, (bitsandbytes.Linear4bit, bitsandbytes.Linear8bitLt)) for m in model.modules()):
+            model = super()._dequantize(model, dtype=dtype)  # which fails without any
         for name, module in model.named_modules():
             if name in linears and module.bias is not None:
                 # bitsandbytes' linears leave it in the dtype that they last computed in.

@@ -321,6 +321,19 @@ class TestSaving:
         assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
 
     @two_methods
+    def test_dequantised_where_experts_alone_are_quantised(self, dense_folder, tmp_path, method):
+        """The library's own step fails where it finds no linear of bitsandbytes."""
+        model = load(dense_folder, quantization_config=asked(method, llm_int8_skip_modules=["self_attn"]))
+        held, before = experts_of(model).dense(torch.float32).down_proj, logits_of(model)
+        model = model.dequantize()
+        assert type(experts_of(model)) is GrinMoeExperts and torch.equal(experts_of(model).down_proj, held)
+        assert relative(logits_of(model), before) < 1e-6
+        assert not (model.is_quantized or model.is_loaded_in_4bit or model.is_loaded_in_8bit)
+        model.save_pretrained(tmp_path)
+        assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+        assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+
+    @two_methods
     def test_dequantised_after_use_it_computes_in_16_bits(self, dense_folder, method):
         """bitsandbytes' 4-bit linears leave float32 biases in a bfloat16 model that has computed once."""
         model = load(dense_folder, method, dtype=torch.bfloat16)
