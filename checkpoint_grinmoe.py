@@ -46,7 +46,7 @@ from transformers.utils import (
 )
 
 from .configuration_grinmoe import _FIELDS, AUTO_MAP, GrinMoeConfig
-from .quantization_grinmoe import check_agreement, check_method, experts_are_quantized, packed_layout
+from .quantization_grinmoe import check_agreement, check_method, experts_are_quantized, packed_layout, packed_linears
 
 # On-disk name -> (fused parameter, position of its rows in there).
 ON_DISK = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
@@ -54,9 +54,8 @@ ON_DISK = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_pr
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # Names that safetensors has for dtypes.
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32"}
-# A weight that bitsandbytes packs, and what it stores beside it.
-_PACKED_LINEAR = re.compile(r"(.*\.[qkvo]_proj\.)(weight(\..+|_format)?|SCB)")
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32", torch.float64: "F64"}
+_DTYPE_NAMES |= {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class FuseExperts(MergeModulelist):
@@ -299,11 +298,19 @@ class StoredTensor:
         file: the shard.
         shape: of the tensor.
         dtype: as safetensors names it ("BF16").
+        value: the tensor itself, where a state dict and no file has it.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    value: torch.Tensor | None = None
+
+    def read(self, key: str) -> torch.Tensor:
+        if self.value is not None:
+            return self.value
+        with safe_open(self.file, framework="pt") as shard:
+            return shard.get_tensor(key)
 
 
 def read_index(file: Path) -> dict[str, str]:
@@ -435,8 +442,11 @@ def check_weights(
     official = official_shapes(config)
     expected = official | fused_shapes(config)
     dtypes: dict[str, str] = {}
+    packed: Mapping[str, Any] = {}
     if quantization_config is not None:
         packed = packed_layout(config, quantization_config)
+        linears = {key.removesuffix(".weight"): shape for key, shape in official.items() if "_proj.weight" in key}
+        packed |= packed_linears(linears, quantization_config)
         # Skipped experts are in there in full precision, under their fused names.
         official = {key: shape for key, shape in expected.items() if key not in official or fused_name(key) == key}
         official |= {key: shape for key, (shape, _) in packed.items()}
@@ -445,9 +455,10 @@ def check_weights(
     keys: dict[str, str] = {}
     for key, tensor in tensors.items():
         name = key if key.startswith(("model.", "lm_head.", *head_keys)) else f"model.{key}"
-        linear = None if quantization_config is None else _PACKED_LINEAR.fullmatch(name)
-        if name not in expected and not (linear and f"{linear[1]}weight" in expected):
-            if key.startswith(head_keys):
+        if name not in expected:
+            if (
+                key.startswith(head_keys) or name.removesuffix("_format") in packed
+            ):  # bitsandbytes' note, which is constant
                 continue
             raise CheckpointError(
                 f"{folder} holds {key}, which is no weight of this config (num_hidden_layers={config.num_hidden_layers}, "
@@ -459,9 +470,7 @@ def check_weights(
                 f"{folder} holds {key} and {keys[name]}, two copies of one weight; remove the stale one"
             )
         keys[name] = key
-        if linear:
-            continue  # bitsandbytes' own form
-        if tensor.shape != expected[name]:
+        if tensor.shape != expected[name] and ".quant_state." not in name:  # a text, whose length varies
             raise CheckpointError(
                 f"{folder} holds {key} with shape {tensor.shape}, config.json makes it {expected[name]}; use the config "
                 "that the weights were saved with, or pass ignore_mismatched_sizes=True to initialise it anew"
@@ -471,6 +480,13 @@ def check_weights(
                 f"{folder} holds {key} as {tensor.dtype}, where {dtypes.get(name, 'F32, F16 or BF16')} belongs; convert "
                 "it, or use the config.json that the weights were saved with, with its quantization_config"
             )
+    bare = [key for name, key in keys.items() if name != key]
+    whole = [key for key in keys.values() if key.startswith("model.")]
+    if bare and whole:
+        raise CheckpointError(
+            f'{folder} holds {bare[0]} without the prefix "model." and {whole[0]} with it; Transformers sorts experts by '
+            "their whole keys, so that they would change places; give all keys the prefix, or none"
+        )
     if both := {fused_name(name) for name in keys if fused_name(name) != name} & keys.keys():
         raise CheckpointError(
             f"{folder} holds {min(both)} and the matrices of single experts that it is made of; remove the stale ones"
@@ -479,7 +495,8 @@ def check_weights(
     if message := describe_missing(missing, head_prefixes=("lm_head.", *head_keys)):
         raise CheckpointError(f"{folder}: {message}")
     head, embedding = keys.get("lm_head.weight"), keys.get("model.embed_tokens.weight")
-    if config.tie_word_embeddings and head and embedding and not _are_equal(tensors, head, embedding):
+    tied = [tensors[key].read(key) for key in (head, embedding) if key and config.tie_word_embeddings]
+    if len(tied) == 2 and not torch.equal(*tied):
         raise CheckpointError(
             f"{folder} holds another {head} than {embedding}, and config.json ties them (tie_word_embeddings=True); set it "
             "to False to use both, or remove the head"
@@ -500,14 +517,6 @@ def _check_config(config: PreTrainedConfig, asked: Any = None) -> None:
     check_method(stored)
     if asked is not None and stored is not None:
         check_agreement(asked, stored)
-
-
-def _are_equal(tensors: Mapping[str, StoredTensor], *keys: str) -> bool:
-    values = []
-    for key in keys:
-        with safe_open(tensors[key].file, framework="pt") as shard:
-            values.append(shard.get_tensor(key))
-    return torch.equal(*values)
 
 
 def gather_sharded_weights(model: Any) -> dict[str, Any] | None:
@@ -703,6 +712,9 @@ class OfficialCheckpointMixin:
         is_checked = True
         if kwargs.get("gguf_file") is None:
             check_method(kwargs.get("quantization_config"))
+            if fields := [key for key in kwargs if key.startswith(("load_in_", "bnb_4bit_", "llm_int8_"))]:
+                asked = ", ".join(f"{key}={kwargs[key]!r}" for key in fields)
+                raise ValueError(f"{asked}: give quantization_config=BitsAndBytesConfig({asked}) instead")
             if isinstance(kwargs.get("config"), PreTrainedConfig):
                 _check_config(kwargs["config"], kwargs.get("quantization_config"))
             if name is not None:
@@ -710,6 +722,8 @@ class OfficialCheckpointMixin:
                 is_checked = cls._check_folder(_base_of_adapter(name), kwargs, check_tensors)
                 if not is_checked:
                     cls._check_remote_files(str(_base_of_adapter(name)), kwargs)
+            elif kwargs.get("state_dict") is not None and kwargs.get("config") is not None and check_tensors:
+                cls._check_state_dict(kwargs["state_dict"], cls._read_config("", kwargs))
         try:
             with experts_are_quantized():
                 model, loading_info = super().from_pretrained(
@@ -747,6 +761,14 @@ class OfficialCheckpointMixin:
         if tensors and check_tensors:
             check_weights(tensors, config, folder, head_keys=("score.",))
         return True
+
+    @staticmethod
+    def _check_state_dict(state_dict: Mapping[str, torch.Tensor], config: PreTrainedConfig) -> None:
+        tensors = {}
+        for key, value in state_dict.items():
+            dtype = _DTYPE_NAMES.get(value.dtype, str(value.dtype))
+            tensors[key] = StoredTensor(Path("state_dict"), tuple(value.shape), dtype, value)
+        check_weights(tensors, config, "state_dict", head_keys=("score.",))
 
     @classmethod
     def _read_config(cls, name: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConfig:

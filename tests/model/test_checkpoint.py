@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
@@ -25,6 +25,7 @@ from grinmoe.checkpoint_grinmoe import (
 )
 from grinmoe.conversion.shards import WeightSource
 from grinmoe.loading import base_of_model
+from tests.tiny import tiny_model as make_tiny_model
 
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
@@ -657,6 +658,172 @@ class TestConfigOfTheCall:
             shutil.copy(snapshot / "config.json", config / "s")
             set_config(config, num_hidden_layers=2)  # which the library does not read
         assert GrinMoeForCausalLM.from_pretrained(tmp_path / "root", **arguments).config.num_hidden_layers == 3
+
+
+class TestStateDict:
+    """`from_pretrained(None, config=..., state_dict=...)` is checked as the same weights in a folder are."""
+
+    SPOILED = {
+        "layers dropped": (lambda s: None, {"num_hidden_layers": 2}, "num_hidden_layers=2"),
+        "integers": (
+            lambda s: s.update({"lm_head.bias": torch.ones(320, dtype=torch.int32)}),
+            {},
+            "lm_head.bias as I32",
+        ),
+        "two copies": (lambda s: s.update({"norm.weight": torch.ones(64)}), {}, "two copies of one weight"),
+        "fused and single": (lambda s: s.update({FUSED: torch.zeros(GOLDEN_FUSED)}), {}, "matrices of single experts"),
+        "tied to another head": (lambda s: None, {"tie_word_embeddings": True}, "holds another lm_head.weight"),
+        "shape": (lambda s: s.update({EXPERT: torch.zeros(3, 5)}), {}, r"shape \(3, 5\)"),
+        "half a prefix": (lambda s: s.update({EXPERT.removeprefix("model."): s.pop(EXPERT)}), {}, "without .*prefix"),
+    }
+
+    @pytest.mark.parametrize("kind", SPOILED)
+    def test_what_a_folder_may_not_hold_is_refused(self, snapshot, kind):
+        spoil, fields, message = self.SPOILED[kind]
+        config = GrinMoeForCausalLM.config_class.from_pretrained(snapshot, **fields)
+        weights = weights_of(snapshot)
+        spoil(weights)
+        with pytest.raises(CheckpointError, match=message):
+            GrinMoeForCausalLM.from_pretrained(None, config=config, state_dict=weights)
+
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_a_whole_one_loads(self, tiny_model, fused, tied):
+        model = tiny_model(tie_word_embeddings=tied)
+        weights = model.state_dict() if fused else official_state_dict(model.state_dict())
+        again = GrinMoeForCausalLM.from_pretrained(None, config=model.config, state_dict=weights)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+class TestPrefix:
+    """Keys of a headless model may lack `model.`: all of them, because Transformers sorts experts by their whole keys."""
+
+    @pytest.mark.parametrize(
+        "is_bare", [lambda key: ".experts.3." in key, lambda key: "norm" in key], ids=["experts", "norms"]
+    )
+    def test_a_mixture_is_refused(self, snapshot, is_bare):
+        weights = weights_of(snapshot)
+        for file in snapshot.glob("model*"):
+            file.unlink()
+        mixed = {key.removeprefix("model.") if is_bare(key) else key: tensor for key, tensor in weights.items()}
+        save_file(mixed, snapshot / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match='without the prefix "model." and .* with it'):
+            GrinMoeForCausalLM.from_pretrained(snapshot)
+
+    @pytest.mark.parametrize("model_class", [GrinMoeForCausalLM, GrinMoeModel])
+    def test_no_prefix_at_all_loads(self, goldens, snapshot, model_class):
+        weights = weights_of(snapshot)
+        for file in snapshot.glob("model*"):
+            file.unlink()
+        bare = {key.removeprefix("model."): tensor for key, tensor in weights.items()}
+        save_file(bare, snapshot / "model.safetensors", {"format": "pt"})
+        model = model_class.from_pretrained(snapshot)
+        expected = model_class.from_pretrained(goldens["golden-b"].folder)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+class TestQuantizedLinears:
+    """bitsandbytes' linears of a quantised checkpoint: their parts are held against the config as well."""
+
+    LINEAR = "model.layers.0.self_attn.q_proj"
+
+    @pytest.fixture(scope="class")
+    def folders(self, tmp_path_factory):
+        pytest.importorskip("bitsandbytes")
+        folder = tmp_path_factory.mktemp("quantised")
+        make_tiny_model(hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(folder / "dense")
+        forms = {"4": {"load_in_4bit": True}, "8": {"load_in_8bit": True}}
+        forms["4 nested"] = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "nf4"}
+        forms |= {f"{bits} skip": {**forms[bits], "llm_int8_skip_modules": ["self_attn"]} for bits in "48"}
+        for name, options in forms.items():
+            asked = BitsAndBytesConfig(**options)
+            GrinMoeForCausalLM.from_pretrained(folder / "dense", quantization_config=asked).save_pretrained(
+                folder / name
+            )
+        return folder
+
+    @pytest.fixture
+    def spoiled(self, folders, tmp_path):
+        def spoil(name, change):
+            shutil.copytree(folders / name, tmp_path / "copy")
+            change_shard(tmp_path / "copy" / "model.safetensors", change)
+            return tmp_path / "copy"
+
+        return spoil
+
+    @pytest.mark.parametrize("name", ["4", "8", "4 nested", "4 skip", "8 skip"])
+    @pytest.mark.parametrize("as_state_dict", [False, True])
+    def test_a_whole_one_loads(self, folders, name, as_state_dict):
+        model = GrinMoeForCausalLM.from_pretrained(folders / name)
+        if as_state_dict:
+            weights = load_file(folders / name / "model.safetensors")
+            config = GrinMoeForCausalLM.config_class.from_pretrained(folders / name)
+            again = GrinMoeForCausalLM.from_pretrained(None, config=config, state_dict=weights)
+            ids = torch.arange(1, 9)[None]
+            assert torch.equal(again(ids).logits, model(ids).logits)
+
+    @pytest.mark.parametrize(
+        "name, part, change, message",
+        [
+            ("4", "weight.absmax", lambda t: t[:4].clone(), r"absmax with shape \(4,\)"),
+            ("4", "weight", lambda t: t[:8].clone(), r"weight with shape \(8, 1\)"),
+            ("4", "weight", lambda t: t.float(), "weight as F32, where U8 belongs"),
+            ("4", "weight", lambda t: torch.zeros(64, 64), r"weight with shape \(64, 64\)"),
+            ("4", "weight.absmax", None, r"lacks 1 .*absmax"),
+            ("4", "weight.quant_state.bitsandbytes__fp4", None, r"lacks 1 .*bitsandbytes__fp4"),
+            ("4 nested", "weight.nested_absmax", None, r"lacks 1 .*nested_absmax"),
+            ("4 nested", "weight.absmax", lambda t: t.float(), "absmax as F32, where U8 belongs"),
+            ("8", "weight", lambda t: t.float(), "weight as F32, where I8 belongs"),
+            ("8", "weight", lambda t: t[:8].clone(), r"weight with shape \(8, 64\)"),
+            ("8", "SCB", lambda t: t[:4].clone(), r"SCB with shape \(4,\)"),
+            ("8", "SCB", None, "lacks 1 .*SCB"),
+            ("4 skip", "weight", lambda t: t.to(torch.uint8), "weight as U8, where F32"),
+            ("8 skip", "weight", lambda t: t.to(torch.int8), "weight as I8, where F32"),
+        ],
+    )
+    def test_a_part_that_does_not_fit_is_refused(self, spoiled, name, part, change, message):
+        key = f"{self.LINEAR}.{part}"
+        folder = spoiled(
+            name, lambda tensors: tensors.update({key: change(tensors[key])}) if change else tensors.pop(key)
+        )
+        with pytest.raises(CheckpointError, match=message):
+            GrinMoeForCausalLM.from_pretrained(folder)
+
+    def test_a_part_that_the_form_does_not_have_is_refused(self, spoiled):
+        folder = spoiled("4", lambda tensors: tensors.update({f"{self.LINEAR}.weight.foo": torch.ones(1)}))
+        with pytest.raises(CheckpointError, match="weight.foo, which is no weight of this config"):
+            GrinMoeForCausalLM.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        "name, skipped", [("4", ["q_proj"]), ("8", ["self_attn"]), ("4 skip", None), ("8 skip", None)]
+    )
+    def test_a_config_that_skips_other_linears_is_refused(self, spoiled, name, skipped):
+        folder = spoiled(name, lambda tensors: None)
+        content = json.loads((folder / "config.json").read_text())["quantization_config"]
+        set_config(folder, quantization_config={**content, "llm_int8_skip_modules": skipped})
+        with pytest.raises(CheckpointError, match=r"[qkvo]_proj"):
+            GrinMoeForCausalLM.from_pretrained(folder)
+
+    def test_a_config_of_another_4_bit_type_is_refused(self, spoiled):
+        folder = spoiled("4", lambda tensors: None)
+        content = json.loads((folder / "config.json").read_text())["quantization_config"]
+        set_config(folder, quantization_config={**content, "bnb_4bit_quant_type": "nf4"})
+        with pytest.raises(CheckpointError, match="bitsandbytes__fp4, which is no weight of this config"):
+            GrinMoeForCausalLM.from_pretrained(folder)
+
+
+class TestQuantizationArguments:
+    @pytest.mark.parametrize("auto_class", [GrinMoeForCausalLM, AutoModelForCausalLM])
+    @pytest.mark.parametrize("given", ["nf4", True, 4], ids=str)
+    def test_what_is_no_config_is_refused_by_name(self, snapshot, auto_class, given):
+        with pytest.raises(ValueError, match=rf"quantization_config={given!r}.*BitsAndBytesConfig"):
+            auto_class.from_pretrained(snapshot, quantization_config=given)
+
+    @pytest.mark.parametrize("auto_class", [GrinMoeForCausalLM, AutoModelForCausalLM])
+    @pytest.mark.parametrize("field", ["load_in_8bit", "load_in_4bit", "bnb_4bit_use_double_quant"])
+    def test_its_fields_as_keywords_are_refused_with_the_way(self, snapshot, auto_class, field):
+        with pytest.raises(ValueError, match=rf"{field}=True.*quantization_config=BitsAndBytesConfig\({field}=True"):
+            auto_class.from_pretrained(snapshot, **{field: True})
 
 
 class TestBadDownload:
