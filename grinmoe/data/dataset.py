@@ -70,12 +70,14 @@ class DataOptions:
     data_config: str | None = _option(None, "configuration (subset) of a Hub data set")
     data_revision: str | None = _option(None, "branch, tag or commit of a Hub data set")
     data_format: str = _option("auto", f"auto (by the columns), {', '.join(FORMATS)}")
-    messages_column: str = _option("messages", "column with a list of messages (role, content)")
-    prompt_column: str = _option("prompt", "column with the prompt, a text or messages")
-    completion_column: str = _option("completion", "column with the completion, a text or messages")
-    text_column: str = _option("text", "column with plain text")
-    chosen_column: str = _option("chosen", "column with the better answer, a text or messages")
-    rejected_column: str = _option("rejected", "column with the worse answer, a text or messages")
+    messages_column: str | None = _option(None, "column with a list of messages (role, content) (default: messages)")
+    prompt_column: str | None = _option(None, "column with the prompt, a text or messages (default: prompt)")
+    completion_column: str | None = _option(
+        None, "column with the completion, a text or messages (default: completion)"
+    )
+    text_column: str | None = _option(None, "column with plain text (default: text)")
+    chosen_column: str | None = _option(None, "column with the better answer, a text or messages (default: chosen)")
+    rejected_column: str | None = _option(None, "column with the worse answer, a text or messages (default: rejected)")
     ignore_fields: str | None = _option(
         None, "columns and fields of messages to leave out, separated by commas, where a row would be refused for them"
     )
@@ -113,7 +115,17 @@ class DataOptions:
     @property
     def columns(self) -> Columns:
         """The columns' names."""
-        return Columns(**{one.name: getattr(self, f"{one.name}_column") for one in dataclasses.fields(Columns)})
+        return Columns(**self._named)
+
+    @property
+    def named_columns(self) -> frozenset[str]:
+        """The columns that an option names, by its usual name or another."""
+        return frozenset(self._named.values())
+
+    @property
+    def _named(self) -> dict[str, str]:
+        given = {one.name: getattr(self, f"{one.name}_column") for one in dataclasses.fields(Columns)}
+        return {name: column for name, column in given.items() if column is not None}
 
 
 @dataclass
@@ -248,7 +260,9 @@ class _Rows:
         ignored = {name.strip() for name in (options.ignore_fields or "").split(",")} - {""}
         for place, row in islice(rows, options.max_rows):
             row = without_fields(row, ignored) if ignored else row
-            self.data_format = format_of(place, row, columns, options.data_format, self.formats, self.data_format)
+            self.data_format = format_of(
+                place, row, columns, options.data_format, self.formats, self.data_format, options.named_columns
+            )
             check_columns(place, row, columns, self.data_format)
             check_row_loss(place, row, columns, self.data_format)
             wants_held_out = self.part == "evaluation"

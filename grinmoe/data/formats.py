@@ -5,7 +5,7 @@ Every error names the place: the file and its line, or the data set and its row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -18,11 +18,13 @@ FORMATS = ("messages", "prompt-completion", "text", "preference")
 # field that is null or empty counts as absent: a Parquet file gives every row every field.
 #
 # Fields of a message: `role` and `content` are the text. These four say whether the message has a loss (OpenAI, Mistral and
-# Together write weight, Axolotl train or training, ms-swift loss). The metadata is ignored. Every other field is refused.
+# Together write weight, Axolotl train or training, ms-swift loss). The metadata is ignored, a speaker's name among it, which
+# chat templates have no place for. Every other field is refused.
 _LOSS_SWITCHES = ("weight", "train", "training", "loss")
 _MESSAGE_METADATA = frozenset(
-    "id uuid message_id turn_id parent_id index turn timestamp created created_at date time lang language model source url "
-    "rank toxic redacted".split()
+    "id uuid message_id turn_id turn_identifier parent_id openai_id index turn timestamp created created_at updated_at date "
+    "time lang language model model_name source url rank toxic redacted hash hashed_ip header country state user_id "
+    "name".split()
 )
 # Values that ask for what happens anyway.
 _NEUTRAL = {"prefix": False}
@@ -52,9 +54,10 @@ _REFUSED_COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "the loss takes no margin and computes the reference itself",
     ),
 )
-# Columns that say how much a row counts, and columns that are false where it must not be learned (KTO's label).
+# Columns that say how much a row counts, and columns that are false where it must not be learned, with the types that say
+# so: KTO's label is a boolean, and a number in it is the id of a class.
 _ROW_WEIGHTS = ("weight", "sample_weight", "example_weight", "loss_weight", "loss_scale")
-_ROW_SWITCHES = ("label", "train")
+_ROW_SWITCHES: dict[str, tuple[type, ...]] = {"label": (bool,), "train": (bool, int, float)}
 # Formats of other tools (ShareGPT, Axolotl's segments, Alpaca). A row with one of these and a format of ours is ambiguous.
 _OTHER_FORMATS = (("conversations",), ("conversation",), ("segments",), ("instruction", "output"))
 # Columns that hold the prompt in many sets of pairs. Where a row has no prompt, it is in one of them and not in the answers.
@@ -109,12 +112,19 @@ def without_fields(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def format_of(
-    place: str, row: dict[str, Any], columns: Columns, data_format: str, allowed: Sequence[str], found: str = ""
+    place: str,
+    row: dict[str, Any],
+    columns: Columns,
+    data_format: str,
+    allowed: Sequence[str],
+    found: str = "",
+    named: Collection[str] = (),
 ) -> str:
     """
     The format of a row: `data_format`, or for `"auto"` the one of `allowed` whose columns the row has and not as null.
 
     Args:
+        named: the columns that an option names.
         found: the format of earlier rows, if there were any.
 
     Raises:
@@ -124,14 +134,15 @@ def format_of(
     present = [choice for choice in allowed if all(column in row for column in columns.of_format(choice))]
     filled = [one for one in present if all(row[column] is not None for column in columns.of_format(one))]
     if data_format == "auto":
-        # Who names a format's columns means that one.
-        renamed = [one for one in filled if columns.of_format(one) != Columns().of_format(one)]
-        filled = renamed or filled
-        others = [] if renamed or "preference" in allowed else [one for one in _OTHER_FORMATS if _has(row, one)]
+        # An option that names a column means its format.
+        meant = [one for one in filled if set(columns.of_format(one)) & set(named)]
+        filled = meant or filled
+        others = [] if meant or "preference" in allowed else [one for one in _OTHER_FORMATS if _has(row, one)]
         if len(filled) + len(others) > 1:
             names = ", ".join([*filled, *(" and ".join(one) for one in others)])
             raise ValueError(
-                f"{place}: the row has the columns of several formats ({names}); say which to train on with data_format"
+                f"{place}: the row has the columns of several formats ({names}); say which to train on with data_format, "
+                "or with the option of its column"
             )
     if not set(choices) & set(filled or present):
         wanted = "; or ".join(f"{' and '.join(columns.of_format(choice))} ({choice})" for choice in choices)
@@ -178,8 +189,9 @@ def check_row_loss(place: str, row: dict[str, Any], columns: Columns, data_forma
                 f"{place}: the column {name!r} is {shown(unread[name])}, and all rows count alike. Repeat or remove the "
                 "row, or name the column in ignore_fields to train on it once"
             )
-    for name in _ROW_SWITCHES if data_format in ("messages", "prompt-completion") else ():
-        if isinstance(unread.get(name), int | float) and unread[name] == 0:
+    switches = _ROW_SWITCHES if data_format in ("messages", "prompt-completion") else {}
+    for name, kinds in switches.items():
+        if isinstance(unread.get(name), kinds) and unread[name] == 0:
             raise ValueError(
                 f"{place}: the column {name!r} is {unread[name]!r}, so the row must not be learned. Remove the row, or name "
                 "the column in ignore_fields to train on it"
@@ -224,9 +236,14 @@ def checked_messages(value: Any, column: str, place: str) -> list[Message] | Non
 def _checked_message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f'{where} is {shown(message)}; it must be {{"role": ..., "content": ...}}')
+    if {"from", "value"} <= set(message) and not {"role", "content"} <= set(message):
+        raise ValueError(
+            f"{where} is of ShareGPT's form, with from and value; write them as role and content, with the roles user, "
+            "assistant and system for human, gpt and system"
+        )
     for key, field in message.items():
         known = key in ("role", "content", *_LOSS_SWITCHES) or key in _MESSAGE_METADATA
-        # ShareGPT's spelling is told by the role that is missing.
+        # Where the role or the content is missing, the error below says so.
         if (
             not known
             and {"role", "content"} <= set(message)
@@ -457,8 +474,8 @@ def _pair_of_texts(prompt: str, chosen: str, rejected: str, columns: Columns, pl
     if chosen.startswith(prompt) and rejected.startswith(prompt):
         raise ValueError(
             f"{place}: {columns.chosen!r} and {columns.rejected!r} both begin with the {columns.prompt!r} {shown(prompt)}, "
-            f"which would be read twice; cut it off them, or name {columns.prompt!r} in ignore_fields: without it, the common "
-            "beginning of the texts is the prompt"
+            f"which would be read twice; cut it off them, or name {columns.prompt!r} in ignore_fields: without it, the "
+            "common beginning of the texts is the prompt"
         )
     return Preference(prompt, chosen, rejected)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from grinmoe.data.dataset import DataOptions, load_data
+from grinmoe.data.formats import Columns
 from grinmoe.data.packing import NO_LOSS
 from grinmoe.demo.chat_corpus import load_corpus, texts
 from grinmoe.tokenization import build_tokenizer
@@ -482,7 +483,10 @@ class TestRows:
                 [{"role": "user", "content": ["x"]}],
                 r"message 1 of 'messages' has the content \['x'\]; it needs a string",
             ),
-            ([{"from": "human", "value": "x"}], "message 1 of 'messages' has no role.*its keys are from, value"),
+            (
+                [{"from": "human", "value": "x"}],
+                "message 1 of 'messages' is of ShareGPT's form.*from and value.*role and content",
+            ),
             (
                 [*chat("a"), {"role": "robot", "content": "x"}],
                 "line 3: .*template refuses.*role robot.*knows system, user",
@@ -619,7 +623,6 @@ class TestFields:
             (said("x", reasoning_content="hm"), "has reasoning_content"),
             (said("x", thinking="hm"), "has thinking"),
             (said("x", refusal="No."), "has refusal"),
-            (said("x", name="Ann"), "has name"),
             (said("x", function_call={"name": "f"}), "has function_call"),
             (said("x", images=["a.png"]), "has images"),
             (said("x", anything_else=False), "has anything_else"),
@@ -671,6 +674,8 @@ class TestFields:
             {**chats(1)[0], "weight": 0.5},
             {**chats(1)[0], "weight": 0},
             {**chats(1)[0], "label": False},
+            {**chats(1)[0], "train": False},
+            {**chats(1)[0], "train": 0},
             {**chats(1)[0], "images": ["a.png"]},
             {**chats(1)[0], "labels": [1, 2]},
             {**chats(1)[0], "input_ids": [1, 2]},
@@ -703,6 +708,23 @@ class TestFields:
         extra = {"tools": "[]", "functions": "null", "images": [{"path": None, "bytes": None}], "documents": [None]}
         assert list(load("sft", [{**row, **extra}]).train) == list(load("sft", chats(1)).train)
 
+    def test_messages_metadata_of_known_data_sets_is_ignored(self, load):
+        """WildChat's and OpenAI's fields, and a speaker's name, which the chat template has no place for."""
+        wild = {
+            "country": "Germany", "state": "Hesse", "hashed_ip": "0f", "header": {"accept-language": "de"},
+            "turn_identifier": 7, "language": "German", "toxic": False, "redacted": False, "timestamp": "2023",
+            "openai_id": "x", "id": 1, "uuid": "u", "model": "m", "name": "Ann",
+        }  # fmt: skip
+        messages = [{**message, **wild} for message in chats(1)[0]["messages"]]
+        assert list(load("sft", [{"messages": messages}]).train) == list(load("sft", chats(1)).train)
+
+    @pytest.mark.parametrize("label", [0, 1, 7, 0.0, "no"])
+    def test_label_that_is_a_class_changes_nothing(self, load, label):
+        rows = [{**row, "label": label} for row in chats(2)]
+        assert list(load("sft", rows).train) == list(load("sft", chats(2)).train)
+        row = {"prompt": "Sky", "completion": " blue"}
+        assert list(load("sft", [{**row, "label": label}]).train) == list(load("sft", [row]).train)
+
     def test_content_without_parts_is_refused(self, load):
         with pytest.raises(
             ValueError, match=r"line 1: message 2 of 'messages' has the content \[\]; it needs a string"
@@ -733,6 +755,14 @@ class TestFields:
         data_format = message.split(",")[0]
         only = {name: row[name] for name in (data_format,)}
         assert list(load("sft", [row], data_format=data_format).train) == list(load("sft", [only]).train)
+
+    def test_row_of_two_formats_is_of_the_one_whose_column_is_named_even_by_its_usual_name(self, load):
+        row = {"text": "a text", "instruction": "b", "output": "c"}
+        assert list(load("sft", [row], text_column="text").train) == list(load("sft", [{"text": "a text"}]).train)
+        row = {**chats(1)[0], "text": "a text"}
+        assert list(load("sft", [row], messages_column="messages").train) == list(load("sft", chats(1)).train)
+        with pytest.raises(ValueError, match="line 1: .*messages, text.*data_format"):
+            load("sft", [row], messages_column="messages", text_column="text")
 
     def test_row_of_two_formats_of_which_one_is_null_is_of_the_other(self, load):
         """As the files of a folder or a Parquet file with several kinds of rows have it."""
@@ -831,6 +861,10 @@ class TestOptions:
     def test_what_does_not_go_together_is_refused(self, load, task, options, message):
         with pytest.raises(ValueError, match=message):
             load(task, chats(1), **options)
+
+    def test_columns_that_are_not_named_have_their_usual_names(self):
+        assert DataOptions("rows.jsonl").columns == Columns()
+        assert DataOptions("rows.jsonl", text_column="body").columns == Columns(text="body")
 
     def test_they_can_be_flags(self):
         from transformers import HfArgumentParser
