@@ -217,63 +217,50 @@ def stale_weights(present: Iterable[str], entering: Collection[str]) -> list[str
 
 
 def load_per_expert_weights(
-    module: Any,
-    state_dict: dict[str, torch.Tensor],
-    prefix: str,
-    local_metadata: dict,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
+    module, state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs
 ) -> None:
     """`load_state_dict` pre-hook: take per-expert (w1, w3, w2) keys, also when they are spread over several calls.
 
     The Trainer resumes and reloads its best model by plain `load_state_dict(strict=False)`, shard by shard, on the keys
     that `save_pretrained` wrote. Without this the trained experts would be dropped there without an error.
     """
-    matrices_per_expert = {"gate_up_proj": 2, "down_proj": 1}
-    rows_per_matrix = {"gate_up_proj": module.intermediate_dim, "down_proj": module.hidden_dim}
-    fused: dict[str, torch.Tensor] = {}
-    loaded = dict.fromkeys(matrices_per_expert, 0)
-    for name in matrices_per_expert:
-        matrices = (f"{prefix}{expert}.{one}.weight" for expert in range(module.num_experts) for one in ON_DISK)
-        if prefix + name in state_dict and any(
-            fused_name(key) == prefix + name and key in state_dict for key in matrices
-        ):
+    for name, rows in {"gate_up_proj": module.intermediate_dim, "down_proj": module.hidden_dim}.items():
+        matrices = [(one, position) for one, (fused, position) in ON_DISK.items() if fused == name]
+        places = {
+            f"{prefix}{expert}.{one}.weight": (expert, slice(position * rows, (position + 1) * rows))
+            for expert in range(module.num_experts)
+            for one, position in matrices
+        }
+        found = {key: state_dict.pop(key) for key in places if key in state_dict}
+        if not found:
+            continue
+        if prefix + name in state_dict:
             error_msgs.append(f"{prefix}{name} is there twice, fused and by single experts; keep one of them")
-            return
-    for expert in range(module.num_experts):
-        for on_disk, (name, position) in ON_DISK.items():
-            key = f"{prefix}{expert}.{on_disk}.weight"
-            if key not in state_dict:
-                continue
-            weight = state_dict.pop(key)
-            if name not in fused:
-                parameter = getattr(module, name).detach()
-                # A meta parameter has no memory to fill; load_state_dict(assign=True) puts this tensor in its place.
-                fused[name] = torch.zeros_like(parameter, device=weight.device) if parameter.is_meta else parameter
-            rows = rows_per_matrix[name]
-            target = fused[name][expert, position * rows : (position + 1) * rows]
+            continue
+        fused = parameter = getattr(module, name).detach()
+        if parameter.is_meta:
+            # It has no memory to fill; load_state_dict(assign=True) puts this tensor in its place.
+            fused = torch.zeros_like(parameter, device=next(iter(found.values())).device)
+        loaded = 0
+        for key, weight in found.items():
+            target = fused[places[key]]
             if not target.is_floating_point():
                 error_msgs.append(
                     f"{key} is full precision, and these experts are quantised; load it by from_pretrained(..., "
                     "quantization_config=...)"
                 )
-                continue
-            if weight.shape != target.shape:
+            elif weight.shape != target.shape:
                 error_msgs.append(
                     f"size mismatch for {key}: the checkpoint has {tuple(weight.shape)}, the model {tuple(target.shape)}"
                 )
-                continue
-            target.copy_(weight)
-            loaded[name] += 1
-    for name, tensor in fused.items():
-        expected = module.num_experts * matrices_per_expert[name]
-        if loaded[name] == expected:
-            state_dict[prefix + name] = tensor
-        elif getattr(module, name).is_meta:
+            else:
+                target.copy_(weight)
+                loaded += 1
+        if loaded == len(places):
+            state_dict[prefix + name] = fused
+        elif parameter.is_meta:
             error_msgs.append(
-                f"{prefix}{name}: {loaded[name]} of {expected} expert matrices cannot fill a parameter on the meta device; "
+                f"{prefix}{name}: {loaded} of {len(places)} expert matrices cannot fill a parameter on the meta device; "
                 "give all of them at once, or materialise the model first (model.to_empty)"
             )
         # Otherwise they are in place, and load_state_dict(strict=True) reports the parameter as missing.
@@ -305,6 +292,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     value: torch.Tensor | None = None
+
+    @classmethod
+    def of_value(cls, value: torch.Tensor) -> StoredTensor:
+        dtype = _DTYPE_NAMES.get(value.dtype, str(value.dtype))
+        return cls(Path("state_dict"), tuple(value.shape), dtype, value)
 
     def read(self, key: str) -> torch.Tensor:
         if self.value is not None:
@@ -456,9 +448,7 @@ def check_weights(
     for key, tensor in tensors.items():
         name = key if key.startswith(("model.", "lm_head.", *head_keys)) else f"model.{key}"
         if name not in expected:
-            if (
-                key.startswith(head_keys) or name.removesuffix("_format") in packed
-            ):  # bitsandbytes' note, which is constant
+            if key.startswith(head_keys) or name.removesuffix("_format") in packed:  # a constant of bitsandbytes'
                 continue
             raise CheckpointError(
                 f"{folder} holds {key}, which is no weight of this config (num_hidden_layers={config.num_hidden_layers}, "
@@ -723,7 +713,8 @@ class OfficialCheckpointMixin:
                 if not is_checked:
                     cls._check_remote_files(str(_base_of_adapter(name)), kwargs)
             elif kwargs.get("state_dict") is not None and kwargs.get("config") is not None and check_tensors:
-                cls._check_state_dict(kwargs["state_dict"], cls._read_config("", kwargs))
+                tensors = {key: StoredTensor.of_value(value) for key, value in kwargs["state_dict"].items()}
+                check_weights(tensors, cls._read_config("", kwargs), "state_dict", head_keys=("score.",))
         try:
             with experts_are_quantized():
                 model, loading_info = super().from_pretrained(
@@ -762,14 +753,6 @@ class OfficialCheckpointMixin:
             check_weights(tensors, config, folder, head_keys=("score.",))
         return True
 
-    @staticmethod
-    def _check_state_dict(state_dict: Mapping[str, torch.Tensor], config: PreTrainedConfig) -> None:
-        tensors = {}
-        for key, value in state_dict.items():
-            dtype = _DTYPE_NAMES.get(value.dtype, str(value.dtype))
-            tensors[key] = StoredTensor(Path("state_dict"), tuple(value.shape), dtype, value)
-        check_weights(tensors, config, "state_dict", head_keys=("score.",))
-
     @classmethod
     def _read_config(cls, name: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConfig:
         """The config that the library goes on with: that of `kwargs`, or the checkpoint's, with the fields in `kwargs`."""
@@ -780,10 +763,8 @@ class OfficialCheckpointMixin:
         if not content:
             # The library would go on with the default config, that of the released model.
             folder = Path(source, kwargs.get("subfolder") or "")
-            interrupted = next(folder.glob(f"{WORKSPACE}*"), None)
-            remedy = (
-                f"a save was interrupted, and its files are in {interrupted}" if interrupted else "give a checkpoint"
-            )
+            left = next(folder.glob(f"{WORKSPACE}*"), None)
+            remedy = f"a save was interrupted, and its files are in {left}" if left else "give a checkpoint"
             raise CheckpointFileError(f"{folder} holds no {CONFIG_NAME}; {remedy}")
         return cls.config_class.from_dict(content, **{key: kwargs[key] for key in _FIELDS if key in kwargs})
 
@@ -798,11 +779,11 @@ class OfficialCheckpointMixin:
                 raise
         except OSError:
             pass
-        index = None
-        with contextlib.suppress(OSError):
+        try:
             index = cached_file(repo_id, _with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant")), **where)
-        if index is not None:
-            read_index(Path(index))
+        except OSError:
+            return
+        read_index(Path(index))
 
     @classmethod
     def _check_download(cls, repo_id: str, kwargs: dict[str, Any], check_tensors: bool) -> None:
@@ -928,9 +909,8 @@ def _upload(
     if revision is not None and not revision.startswith("refs/pr/"):
         try:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        except (
-            HfHubHTTPError
-        ) as error:  # without the right to make branches, a pull request can be against one that is there
+        except HfHubHTTPError as error:
+            # Without the right to make branches, a pull request can be against one that is there.
             if not (create_pr and error.response.status_code == 403):
                 raise
     present = api.list_repo_files(repo_id, revision=revision)
