@@ -84,7 +84,7 @@ class PackedExperts(nn.Module):
             elif packed:
                 setattr(self, key, nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
         self.requires_grad_(False)
-        self.register_load_state_dict_pre_hook(_refuse_other_dtypes)
+        self.register_load_state_dict_pre_hook(_refuse_other_forms)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -401,16 +401,39 @@ def dense_shape(config, name: str) -> tuple[int, int, int]:
     return (num_experts, 2 * width, hidden) if name == "gate_up_proj" else (num_experts, hidden, width)
 
 
-def _refuse_other_dtypes(module, state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs) -> None:
-    """`load_state_dict` pre-hook: torch would cast a float weight to integers, where the shapes are the same."""
-    for name in FUSED:
-        weight = state_dict.get(prefix + name)
-        if weight is not None and weight.dtype != getattr(module, name).dtype:
-            error_msgs.append(
-                f"{prefix}{name} is {weight.dtype} there, and quantised ({getattr(module, name).dtype}) here; load full "
-                "precision by from_pretrained(..., quantization_config=...)"
-            )
-            del state_dict[prefix + name]
+def _refuse_other_forms(module, state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs) -> None:
+    """`load_state_dict` pre-hook: torch would cast other dtypes, and where it is not strict take codes without scales."""
+    layout = {key: dtype for key, (_, dtype) in module.layout(module.config, module.quantization_config).items()}
+    given = {key: state_dict[prefix + key] for key in layout if prefix + key in state_dict}
+    same = {key: tensor.dtype for key, tensor in given.items()} == layout
+    if same and "quant_map" in layout and not given["quant_map"].is_meta:
+        kind = module.quantization_config.bnb_4bit_quant_type
+        meaning = import_bitsandbytes().functional.get_4bit_type(kind, device=given["quant_map"].device)
+        same = torch.equal(given["quant_map"], meaning)
+    if given and not same:
+        error_msgs.append(
+            f"{prefix}: quantised experts have {', '.join(map(str, layout.items()))}, which are not there; load full "
+            "precision by from_pretrained(..., quantization_config=...)"
+        )
+        for key in given:
+            del state_dict[prefix + key]
+
+
+def _take_4bit_linear(module, state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs) -> None:
+    """`load_state_dict` pre-hook: bitsandbytes' own linears take the codes alone, and keep the scales that they had."""
+    key = f"{prefix}weight"
+    state = {name: state_dict.pop(name).clone() for name in list(state_dict) if name.startswith(f"{key}.")}
+    if key not in state_dict or state_dict[key].shape != module.weight.shape:
+        return  # torch reports it
+    if state:
+        codes = state_dict[key].clone()
+        state_dict[key] = type(module.weight).from_prequantized(
+            codes, state, device=module.weight.device, module=module
+        )
+        module.weight = state_dict[key]
+    else:
+        error_msgs.append(f"{key} has no scales (absmax) there; give all that state_dict gave")
+        del state_dict[key]
 
 
 def _packing(quantization_config: BitsAndBytesConfig) -> type[PackedExperts]:
@@ -477,10 +500,7 @@ def check_method(quantization_config: QuantizationConfigMixin | dict[str, Any] |
     elif isinstance(quantization_config, QuantizationConfigMixin):
         method = quantization_config.quant_method
     else:
-        raise ValueError(
-            f"quantization_config={quantization_config!r}; give transformers.BitsAndBytesConfig(load_in_4bit=True) or "
-            "(load_in_8bit=True)"
-        )
+        raise ValueError(f"quantization_config={quantization_config!r}; give BitsAndBytesConfig(load_in_4bit=True)")
     method = getattr(method, "value", method)
     if method != "bitsandbytes":
         raise ValueError(
@@ -501,29 +521,25 @@ def check_agreement(asked: BitsAndBytesConfig | dict[str, Any], stored: BitsAndB
             )
 
 
-def packed_layout(config, quantization_config: BitsAndBytesConfig | dict[str, Any]) -> Layout:
-    """Shape and dtype, by key, of the tensors that the experts have in a quantised checkpoint; but for those it skips."""
+def packed_layout(
+    config, quantization_config: BitsAndBytesConfig | dict[str, Any], linears: dict[str, tuple[int, ...]] | None = None
+) -> Layout:
+    """
+    Shape and dtype, by key, of the tensors that packed experts have in a quantised checkpoint; but for those it skips.
+
+    And of bitsandbytes' `linears`, (out, in) by name, if they are given; `quant_state` is a text of any length.
+    """
     if isinstance(quantization_config, dict):
         quantization_config = BitsAndBytesConfig.from_dict(quantization_config)
+    nested, skipped = quantization_config.bnb_4bit_use_double_quant, quantization_config.llm_int8_skip_modules or ()
     tensors: Layout = {}
     for layer in range(config.num_hidden_layers):
         experts = f"model.layers.{layer}.block_sparse_moe.experts"
-        if not is_skipped(experts, quantization_config.llm_int8_skip_modules or ()):
+        if not is_skipped(experts, skipped):
             layout = _packing(quantization_config).layout(config, quantization_config)
             tensors |= {f"{experts}.{key}": value for key, value in layout.items()}
-    return tensors
-
-
-def packed_linears(
-    linears: dict[str, tuple[int, ...]], quantization_config: BitsAndBytesConfig | dict[str, Any]
-) -> Layout:
-    """The same for linears, which bitsandbytes packs; of (out, in) by their names. `quant_state` is a text of any length."""
-    if isinstance(quantization_config, dict):
-        quantization_config = BitsAndBytesConfig.from_dict(quantization_config)
-    nested = quantization_config.bnb_4bit_use_double_quant
-    tensors: Layout = {}
-    for name, shape in linears.items():
-        if is_skipped(name, quantization_config.llm_int8_skip_modules or ()):
+    for name, shape in (linears or {}).items():
+        if is_skipped(name, skipped):
             continue
         if quantization_config.load_in_8bit:
             tensors |= {f"{name}.weight": (shape, torch.int8), f"{name}.SCB": (shape[:1], torch.float32)}
@@ -650,6 +666,7 @@ class _ExpertsToo(HfQuantizer):
             # bfloat16, gives no gradients from then on, and fails for sizes that are no multiple of 64. This turns it off.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+                module.register_load_state_dict_pre_hook(_take_4bit_linear)
         replace_experts(model, self.quantization_config, self.modules_to_not_convert, packed=self.pre_quantized)
 
     def _skip_offloaded(self, model, device_map: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ METHODS = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }
+IDS = torch.arange(3, 15)[None]
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 every_method = pytest.mark.parametrize("method", METHODS)
 two_methods = pytest.mark.parametrize("method", ["nf4 double", "int8"])
@@ -246,6 +247,48 @@ class TestStateDict:
             with pytest.raises(RuntimeError, match="quantised.*quantization_config="):
                 experts.load_state_dict(state_dict, strict=strict)
         assert all(torch.equal(tensor, before[key]) for key, tensor in experts.state_dict().items())
+
+    @pytest.mark.parametrize("lost", ["gate_up_proj", "scales"])
+    @two_methods
+    def test_codes_and_scales_are_taken_together(self, quantized_experts, method, lost):
+        experts = quantized_experts(method)
+        before = {key: tensor.clone() for key, tensor in experts.state_dict().items()}
+        kept = FUSED if lost == "scales" else before.keys() - {lost}
+        others = {key: before[key] + 1 for key in kept}
+        with pytest.raises(RuntimeError, match="gate_up_proj.*which are not there"):
+            experts.load_state_dict(others, strict=False)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in experts.state_dict().items())
+        experts.load_state_dict({}, strict=False)
+
+    @pytest.mark.parametrize("other", ["fp4", "nf4 double", "int8"])
+    def test_codes_of_another_kind_are_refused(self, quantized_experts, other):
+        experts = quantized_experts("nf4")
+        before = {key: tensor.clone() for key, tensor in experts.state_dict().items()}
+        with pytest.raises(RuntimeError, match="quantised"):
+            experts.load_state_dict(quantized_experts(other).state_dict(), strict=False)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in experts.state_dict().items())
+
+    @pytest.mark.parametrize("strict", [True, False])
+    @every_method
+    def test_a_model_takes_the_state_dict_of_another(self, quantized_model, method, strict):
+        source, target = quantized_model(method), quantized_model(method, seed=1)
+        if method != "int8":
+            target(IDS)  # bitsandbytes' own 8-bit linears take none after a forward, and say so
+        state_dict = source.state_dict()
+        target.load_state_dict(state_dict, strict=strict)
+        expected = source(IDS).logits
+        assert torch.equal(target(IDS).logits, expected)
+        for tensor in target.state_dict().values():
+            tensor.zero_()
+        assert torch.equal(source(IDS).logits, expected), "they share no memory"
+
+    def test_linears_do_not_take_4_bit_codes_without_scales(self, quantized_model):
+        source, target = quantized_model("nf4"), quantized_model("nf4", seed=1)
+        before = target(IDS).logits
+        key = "model.layers.0.self_attn.q_proj.weight"
+        with pytest.raises(RuntimeError, match=f"{key} .* scales"):
+            target.load_state_dict({key: source.state_dict()[key]}, strict=False)
+        assert torch.equal(target(IDS).logits, before)
 
 
 class TestModel:
