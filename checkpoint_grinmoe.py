@@ -20,33 +20,27 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    try_to_load_from_cache,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.file_download import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-    find_adapter_config_file,
-)
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .configuration_grinmoe import _FIELDS, AUTO_MAP, GrinMoeConfig
-from .quantization_grinmoe import check_agreement, check_method, experts_are_quantized, packed_layout, packed_linears
+from .quantization_grinmoe import (
+    FUSED,
+    check_agreement,
+    check_method,
+    dense_shape,
+    experts_are_quantized,
+    packed_layout,
+)
 
 # On-disk name -> (fused parameter, position of its rows in there).
 ON_DISK = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
@@ -142,46 +136,37 @@ def can_alias(state_dict: dict[str, torch.Tensor]) -> bool:
 
 def official_shapes(config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of an official checkpoint, by its key."""
-    hidden, width, head = config.hidden_size, config.intermediate_size, config.head_size
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    hidden, width = config.hidden_size, config.intermediate_size
+    queries, keys = (
+        (heads * config.head_size, hidden) for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    linears = {"q": queries, "k": keys, "v": keys, "o": queries[::-1]}
+    norm = ("weight",) if config.norm_type == "rms_norm" else ("weight", "bias")
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
         base = f"model.layers.{layer}"
-        for name, count in heads.items():
-            shapes[f"{base}.self_attn.{name}_proj.weight"] = (count * head, hidden)
+        for name, shape in linears.items():
+            shapes[f"{base}.self_attn.{name}_proj.weight"] = shape
             if config.attention_bias:
-                shapes[f"{base}.self_attn.{name}_proj.bias"] = (count * head,)
-        shapes[f"{base}.self_attn.o_proj.weight"] = (hidden, config.num_attention_heads * head)
-        if config.attention_bias:
-            shapes[f"{base}.self_attn.o_proj.bias"] = (hidden,)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= _norm_shapes(f"{base}.{norm}", config)
+                shapes[f"{base}.self_attn.{name}_proj.bias"] = shape[:1]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{base}.{name}.{part}": (hidden,) for part in norm}
         shapes[f"{base}.block_sparse_moe.gate.weight"] = (config.num_local_experts, hidden)
         for expert in range(config.num_local_experts):
             experts = f"{base}.block_sparse_moe.experts.{expert}"
             shapes |= {f"{experts}.w1.weight": (width, hidden), f"{experts}.w3.weight": (width, hidden)}
             shapes[f"{experts}.w2.weight"] = (hidden, width)
-    shapes |= _norm_shapes("model.norm", config)
+    shapes |= {f"model.norm.{part}": (hidden,) for part in norm}
     shapes["lm_head.weight"] = (config.vocab_size, hidden)
     if config.lm_head_bias:
         shapes["lm_head.bias"] = (config.vocab_size,)
     return shapes
 
 
-def _norm_shapes(name: str, config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:
-    parts = ("weight",) if config.norm_type == "rms_norm" else ("weight", "bias")
-    return {f"{name}.{part}": (config.hidden_size,) for part in parts}
-
-
 def fused_shapes(config: GrinMoeConfig) -> dict[str, tuple[int, ...]]:
     """Our own names of the experts' weights, which load as well (save_pretrained(save_original_format=False))."""
-    num_experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in range(config.num_hidden_layers):
-        experts = f"model.layers.{layer}.block_sparse_moe.experts"
-        shapes[f"{experts}.gate_up_proj"] = (num_experts, 2 * width, hidden)
-        shapes[f"{experts}.down_proj"] = (num_experts, hidden, width)
-    return shapes
+    layers = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(config.num_hidden_layers)]
+    return {f"{experts}.{name}": dense_shape(config, name) for experts in layers for name in FUSED}
 
 
 def fused_name(key: str) -> str:
@@ -433,17 +418,15 @@ def check_weights(
     quantization_config = getattr(config, "quantization_config", None)
     official = official_shapes(config)
     expected = official | fused_shapes(config)
-    dtypes: dict[str, str] = {}
     packed: Mapping[str, Any] = {}
     if quantization_config is not None:
-        packed = packed_layout(config, quantization_config)
         linears = {key.removesuffix(".weight"): shape for key, shape in official.items() if "_proj.weight" in key}
-        packed |= packed_linears(linears, quantization_config)
+        packed = packed_layout(config, quantization_config, linears)
         # Skipped experts are in there in full precision, under their fused names.
         official = {key: shape for key, shape in expected.items() if key not in official or fused_name(key) == key}
         official |= {key: shape for key, (shape, _) in packed.items()}
         expected = official
-        dtypes = {key: _DTYPE_NAMES[dtype] for key, (_, dtype) in packed.items()}
+    dtypes = {key: _DTYPE_NAMES[dtype] for key, (_, dtype) in packed.items()}
     keys: dict[str, str] = {}
     for key, tensor in tensors.items():
         name = key if key.startswith(("model.", "lm_head.", *head_keys)) else f"model.{key}"
