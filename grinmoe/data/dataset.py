@@ -300,10 +300,10 @@ def _question_of(row: dict[str, Any], columns: Columns) -> str:
     """What the row asks, as JSON: one question with two answers stays in one part."""
     names = (columns.prompt, columns.messages, columns.chosen, columns.text)
     value = next((row[name] for name in names if row.get(name) is not None), None)
-    pair = (row.get(columns.chosen), row.get(columns.rejected))
-    if row.get(columns.prompt) is None and isinstance(pair[0], str) and isinstance(pair[1], str):
+    chosen, rejected = row.get(columns.chosen), row.get(columns.rejected)
+    if row.get(columns.prompt) is None and isinstance(chosen, str) and isinstance(rejected, str):
         # Up to the line of the answers, since their own beginnings may be alike, too.
-        prompt = whole_texts_prompt(*pair)
+        prompt = whole_texts_prompt(chosen, rejected)
         value = prompt.rpartition("\n")[0] or prompt
     if isinstance(value, list):
         # Without the turns' metadata, which differs where the question is the same.

@@ -6,6 +6,7 @@ Every error names the place: the file and its line, or the data set and its row.
 from __future__ import annotations
 
 import json
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from itertools import chain
@@ -13,6 +14,18 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+
+# Files that describe a data set: `datasets` and the Hub write them beside its rows.
+_METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2", ".zip")
+# Words in a file's path that name its split, as `datasets` reads them.
+_SPLITS = {
+    "train": "train training",
+    "validation": "validation valid val dev",
+    "test": "test testing eval evaluation heldout holdout held-out held_out hold-out hold_out",
+}
+_SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words.split()}
+_SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_OF)})(?![a-z])", re.IGNORECASE)
 
 PlacedRow = tuple[str, dict[str, Any]]
 
@@ -42,18 +55,62 @@ def read_rows(source: str, split: str, config: str | None = None, revision: str 
 
 
 def _files(path: Path) -> list[Path]:
+    """A file, or those of a folder whose rows are data."""
     if not path.exists():
         raise ValueError(
             f"{path} does not exist; give a {', '.join(SUFFIXES)} file, a folder of them, or a Hub data set"
         )
     if path.is_file():
+        _check_readable(path)
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{path} has the suffix {path.suffix!r}; training data are {', '.join(SUFFIXES)} files")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    shown_files = [
+        file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path)) and file.is_file()
+    ]
+    for file in shown_files:
+        _check_readable(file)
+    files = [file for file in shown_files if file.suffix in SUFFIXES and not _is_metadata(file)]
     if not files:
         raise ValueError(f"the folder {path} holds no {', '.join(SUFFIXES)} file")
+    _check_one_split(path, files)
     return files
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _is_metadata(file: Path) -> bool:
+    return file.name in _METADATA_FILES or file.stem.upper() == "README"
+
+
+def _check_readable(file: Path) -> None:
+    """Refuse data in a form that is not read, which a folder would leave out silently."""
+    if file.suffix == ".arrow":
+        raise ValueError(
+            f"{file} is an Arrow file, as save_to_disk of datasets writes it, which is not read; write the data as Parquet: "
+            "datasets.load_from_disk(folder).to_parquet('rows.parquet'), for each split of a DatasetDict by itself"
+        )
+    if file.suffix in _COMPRESSIONS and Path(file.stem).suffix in SUFFIXES:
+        raise ValueError(f"{file} is compressed, and compressed files are not read; unpack it")
+
+
+def _check_one_split(path: Path, files: list[Path]) -> None:
+    """Refuse a folder whose files belong to several splits by their names: a test split would be trained on."""
+    first: dict[str, str] = {}
+    for file in files:
+        relative = file.relative_to(path).as_posix()
+        words = _SPLIT_WORD.findall(relative)
+        # A file whose name says nothing is taken for one to train on.
+        first.setdefault(_SPLIT_OF[words[-1].lower()] if words else "train", relative)
+    if len(first) > 1:
+        named = ", ".join(f"{relative} ({split})" for split, relative in first.items())
+        raise ValueError(
+            f"the folder {path} holds several splits by the names of its files ({named}), and all files of a folder are "
+            "read as one. Give the file of one split, or a folder with its files alone, as train_data, and that of another as "
+            "eval_data"
+        )
 
 
 def _read_files(files: list[Path]) -> Iterator[PlacedRow]:
@@ -69,10 +126,11 @@ def _read_files(files: list[Path]) -> Iterator[PlacedRow]:
 def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
     """JSON Lines, whatever the suffix, or one array of objects."""
     with file.open("rb") as lines:
-        first_line = lines.readline()
-        begin = len(BOM_UTF8) if first_line.startswith(BOM_UTF8) else 0
+        begin = len(BOM_UTF8) if lines.read(len(BOM_UTF8)) == BOM_UTF8 else 0
         lines.seek(begin)
-        if first_line[begin:].lstrip().startswith(b"["):
+        first_line = next((line.lstrip() for line in lines if line.strip()), b"")
+        lines.seek(begin)
+        if first_line.startswith(b"["):
             array = _parsed(_decoded(lines.read(), str(file)), file, 1)
             yield from ((f"{file}, row {number}", row) for number, row in enumerate(array, start=1))
             return

@@ -439,6 +439,75 @@ class TestFiles:
         with pytest.raises(ValueError, match="empty holds no .json"):
             load("sft", chats(1), train_data=str(tmp_path / "empty"))
 
+    def test_array_behind_blank_lines_is_read(self, load):
+        rows = "\ufeff\n  \n" + json.dumps(chats(2), indent=1)
+        assert list(load("sft", rows, "rows.json").train) == list(load("sft", chats(2)).train)
+        with pytest.raises(ValueError, match="rows.json, line 4: not JSON"):
+            load("sft", '\n\n[{"text": "a b c"},\n{"text": a}]', "rows.json")
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """Factory: a folder of files by their contents."""
+
+        def folder(**files) -> Path:
+            for name, rows in files.items():
+                file = tmp_path / "folder" / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                written(file, rows)
+            return tmp_path / "folder"
+
+        return folder
+
+    @pytest.mark.parametrize(
+        "name",
+        (
+            "dataset_infos.json dataset_info.json state.json a/dataset_dict.json README.json .ipynb_checkpoints/rows.jsonl "
+            "._rows.jsonl"
+        ).split(),
+    )
+    def test_metadata_and_hidden_files_of_a_folder_are_not_read(self, load, folder, name):
+        path = folder(**{"rows.jsonl": chats(2), name: [{"default": {"splits": {}}}]})
+        assert list(load("sft", [], train_data=str(path)).train) == list(load("sft", chats(2)).train)
+
+    def test_folder_of_save_to_disk_is_refused_with_the_remedy(self, load, tmp_path):
+        from datasets import Dataset, DatasetDict
+
+        Dataset.from_list(chats(2)).save_to_disk(tmp_path / "one")
+        DatasetDict({"train": Dataset.from_list(chats(2))}).save_to_disk(tmp_path / "several")
+        for path in (tmp_path / "one", tmp_path / "several", next((tmp_path / "one").glob("*.arrow"))):
+            with pytest.raises(ValueError, match="save_to_disk.*load_from_disk.*to_parquet"):
+                load("sft", [], train_data=str(path))
+
+    def test_compressed_files_of_a_folder_are_refused(self, load, folder):
+        with pytest.raises(ValueError, match="more.jsonl.gz is compressed.*unpack"):
+            load("sft", [], train_data=str(folder(**{"rows.jsonl": chats(2), "more.jsonl.gz": b"x"})))
+
+    @pytest.mark.parametrize(
+        "one, other",
+        [
+            ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+            ("train.jsonl", "validation.jsonl"),
+            ("train/0.jsonl", "dev/0.jsonl"),
+            ("train_sft.jsonl", "eval_sft.jsonl"),
+            ("Training.jsonl", "val0.jsonl"),
+            ("chats.jsonl", "held-out.jsonl"),
+            ("validation.jsonl", "test.jsonl"),
+        ],
+    )
+    def test_folder_of_several_splits_is_refused_and_one_split_of_it_read(self, load, folder, one, other):
+        path = folder(**{one: chats(3), other: chats(2)})
+        first, second = sorted((one, other))
+        with pytest.raises(ValueError, match=f"folder holds several splits.*{first}.*{second}.*eval_data"):
+            load("sft", [], train_data=str(path))
+        assert len(load("sft", [], train_data=str(path / one), eval_data=str(path / other)).evaluation) == 2
+
+    @pytest.mark.parametrize(
+        "names", [("train-0.jsonl", "train-1.jsonl", "more.jsonl"), ("latest.jsonl", "contest.jsonl")]
+    )
+    def test_folder_of_one_split_is_read_whole(self, load, folder, names):
+        path = folder(**dict.fromkeys(names, chats(2)))
+        assert len(load("sft", [], train_data=str(path)).train) == 2 * len(names)
+
     def test_a_data_set_of_the_hub_is_loaded_by_its_names(self, load, monkeypatch):
         import datasets
 
