@@ -62,6 +62,10 @@ _ROW_SWITCHES: dict[str, tuple[type, ...]] = {"label": (bool,), "train": (bool, 
 _OTHER_FORMATS = (("conversations",), ("conversation",), ("segments",), ("instruction", "output"))
 # Columns that hold the prompt in many sets of pairs. Where a row has no prompt, it is in one of them and not in the answers.
 _QUESTIONS = ("question", "query", "problem", "post")
+_OF_SHAREGPT = (
+    "is of ShareGPT's form, with from and value; write them as role and content, with the roles user, assistant and system "
+    "for human, gpt and system"
+)
 
 Message = dict[str, Any]
 
@@ -147,9 +151,11 @@ def format_of(
     if not set(choices) & set(filled or present):
         wanted = "; or ".join(f"{' and '.join(columns.of_format(choice))} ({choice})" for choice in choices)
         there = [str(column) for column in row if row[column] is not None]
+        other = [name for name, value in row.items() if isinstance(value, list) and value and _is_sharegpt(value[0])]
         raise ValueError(
             f"{place}: its columns are {', '.join(there) or 'none'}; needed: {wanted}. Name the columns with "
             "messages_column, prompt_column, completion_column, text_column, chosen_column or rejected_column"
+            + "".join(f". {name!r} {_OF_SHAREGPT}" for name in other)
         )
     return next(choice for choice in choices if choice in (filled or present))
 
@@ -236,11 +242,8 @@ def checked_messages(value: Any, column: str, place: str) -> list[Message] | Non
 def _checked_message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f'{where} is {shown(message)}; it must be {{"role": ..., "content": ...}}')
-    if {"from", "value"} <= set(message) and not {"role", "content"} <= set(message):
-        raise ValueError(
-            f"{where} is of ShareGPT's form, with from and value; write them as role and content, with the roles user, "
-            "assistant and system for human, gpt and system"
-        )
+    if _is_sharegpt(message):
+        raise ValueError(f"{where} {_OF_SHAREGPT}")
     for key, field in message.items():
         known = key in ("role", "content", *_LOSS_SWITCHES) or key in _MESSAGE_METADATA
         # Where the role or the content is missing, the error below says so.
@@ -264,6 +267,10 @@ def _checked_message(message: Any, where: str) -> Message:
     role = "system" if message["role"] == "developer" else message["role"]
     weight = _weight(message, where)
     return {"role": role, "content": content} | ({} if weight is None else {"weight": weight})
+
+
+def _is_sharegpt(message: Any) -> bool:
+    return isinstance(message, dict) and {"from", "value"} <= set(message) and not {"role", "content"} <= set(message)
 
 
 def joined_parts(parts: list[dict[str, Any]], where: str) -> str:
@@ -470,8 +477,8 @@ def _pair_of_whole_texts(row: dict[str, Any], chosen: str, rejected: str, column
 
 
 def _pair_of_texts(prompt: str, chosen: str, rejected: str, columns: Columns, place: str) -> Preference:
-    """The pair of three texts."""
-    if chosen.startswith(prompt) and rejected.startswith(prompt):
+    """The pair of three texts. Answers to one or two words may well begin with them."""
+    if len(prompt.split()) > 2 and chosen.startswith(prompt) and rejected.startswith(prompt):
         raise ValueError(
             f"{place}: {columns.chosen!r} and {columns.rejected!r} both begin with the {columns.prompt!r} {shown(prompt)}, "
             f"which would be read twice; cut it off them, or name {columns.prompt!r} in ignore_fields: without it, the "

@@ -108,8 +108,8 @@ def _check_one_split(path: Path, files: list[Path]) -> None:
         named = ", ".join(f"{relative} ({split})" for split, relative in first.items())
         raise ValueError(
             f"the folder {path} holds several splits by the names of its files ({named}), and all files of a folder are "
-            "read as one. Give the file of one split, or a folder with its files alone, as train_data, and that of another as "
-            "eval_data"
+            "read as one. Give the file of one split, or a folder with its files alone, as train_data, and that of another "
+            "as eval_data"
         )
 
 

@@ -278,9 +278,13 @@ class TestPairs:
         assert pair == trl.extract_prompt(row)
 
     def test_texts_that_repeat_their_prompt_are_read_without_its_column(self, load):
-        row = {"prompt": "Sky: ", "chosen": "Sky: blue", "rejected": "Sky: green"}
+        row = {"prompt": "The sky is ", "chosen": "The sky is blue", "rejected": "The sky is green"}
         (pair,) = load("dpo", [row], ignore_fields="prompt").train
-        assert pair == {"prompt": "Sky:", "chosen": " blue", "rejected": " green"}
+        assert pair == {"prompt": "The sky is", "chosen": " blue", "rejected": " green"}
+
+    def test_answers_may_begin_with_a_greeting_that_is_the_prompt(self, load):
+        row = {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi."}
+        assert list(load("dpo", [row]).train) == [row]
 
     def test_texts_with_one_question_are_held_out_together(self, load):
         rows = [
@@ -303,7 +307,10 @@ class TestPairs:
             ({"chosen": "a", "rejected": "b"}, "texts do not begin alike.*prompt_column"),
             ({"chosen": "\n\na", "rejected": "\n\nb"}, "texts do not begin alike"),
             ({"question": "q", "chosen": "The a", "rejected": "The b"}, "'question'.*prompt_column"),
-            ({"prompt": "Sky: ", "chosen": "Sky: a", "rejected": "Sky: b"}, "both begin with .*ignore_fields"),
+            (
+                {"prompt": "The sky is", "chosen": "The sky is a", "rejected": "The sky is b"},
+                "both begin with .*ignore_fields",
+            ),
             ({"prompt": "p", "chosen": "a", "rejected": chat("b")}, "all texts or all messages"),
             ({"prompt": chat("p"), "chosen": "a", "rejected": "b"}, "all texts or all messages"),
             ({"chosen": chat("a", "b"), "rejected": chat("c", "d")}, "do not begin with the same message"),
@@ -578,6 +585,13 @@ class TestRows:
             load("sft", [{"text": "x"}], data_format="text", text_column="body")
         with pytest.raises(ValueError, match="line 3: its columns are text; needed: messages"):
             load("sft", [*chats(2), {"text": "another format"}])
+
+    def test_rows_of_sharegpt_are_refused_with_what_they_must_become(self, load):
+        rows = [{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]
+        with pytest.raises(
+            ValueError, match="line 1: its columns are conv.*'conversations' is of ShareGPT's form.*role"
+        ):
+            load("sft", rows)
 
     def test_a_text_must_be_a_string(self, load):
         with pytest.raises(ValueError, match="line 1: 'text' is a string, not 5"):
