@@ -34,6 +34,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cli.serving.utils import CBGenerateManager, CBWorkerDeadError, GenerateManager
+from transformers.generation import GenerationMode
 
 from .requests import refusal
 from .text_stream import TextUntil, text_until
@@ -201,7 +202,15 @@ def start_batching(model: Any, config: ContinuousBatchingConfig) -> tuple[Any, i
     # A processor exists only for what is set, and not to its neutral value; each request then brings its own.
     options.update(do_sample=True, temperature=0.5, top_k=1, top_p=0.5, num_return_sequences=1, use_cache=False)
     own = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
-    others = [type(step).__name__ for step in model._get_logits_processor(options) if not isinstance(step, own)]
+    probe = copy.deepcopy(options)
+    # `generate` sets it before it makes the processors; some of them are made only where it is set.
+    probe._eos_token_tensor = torch.zeros(1, dtype=torch.long)
+    steps = model._get_logits_processor(probe, input_ids_seq_length=1)
+    others = [type(step).__name__ for step in steps if not isinstance(step, own)]
+    # The assisted ones give the same texts.
+    known = GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION
+    if (mode := model.generation_config.get_generation_mode()) not in known:
+        others.append(mode.value)
     if others:
         raise ValueError(
             f"the checkpoint's generation_config.json asks for {', '.join(others)}, which continuous batching leaves out; "

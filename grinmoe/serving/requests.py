@@ -60,6 +60,18 @@ NoFields = Annotated[dict[str, Any], Field(max_length=0)] | None
 NoItems = Annotated[list[Any], Field(max_length=0)] | None
 
 
+# What a field's neutral value, the only one that is accepted, sets in the `GenerationConfig` of its request, since the
+# checkpoint's generation_config.json may ask for something else.
+NEUTRAL_SETTINGS: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": 0},
+    "min_p": {"min_p": 0.0},
+    "repetition_penalty": {"repetition_penalty": 1.0},
+    "repeat_penalty": {"repetition_penalty": 1.0},
+}
+# OpenAI's penalties add nothing to the logits at 0. Transformers' handlers would make a repetition_penalty of 1 of them.
+ADDS_NOTHING = ("frequency_penalty", "presence_penalty")
+
+
 class _Strict(BaseModel):
     """Wrong types are errors and not converted, and so are fields that are not listed."""
 
@@ -160,6 +172,7 @@ class _Common(_Strict):
     top_k: Literal[-1, 0] | None = None
     min_p: Zero = None
     repetition_penalty: One = None
+    repeat_penalty: One = None
     stop_token_ids: NoItems = None
     ignore_eos: Literal[False] | None = None
     skip_special_tokens: Literal[True] | None = None

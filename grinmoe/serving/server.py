@@ -33,7 +33,17 @@ from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 from .batching import SEED, Batches, OneAtATime, ServedModel
 from .completions import Answers, Prompt, event_of
 from .http import MAX_BODY, EndWithClient
-from .requests import ChatRequest, CompletionRequest, LoadRequest, check_body, error_body, error_response, refusal
+from .requests import (
+    ADDS_NOTHING,
+    NEUTRAL_SETTINGS,
+    ChatRequest,
+    CompletionRequest,
+    LoadRequest,
+    check_body,
+    error_body,
+    error_response,
+    refusal,
+)
 
 # The routes of Transformers that are served. The others are for other kinds of models, or change which model is loaded.
 SERVED_ROUTES = {"/v1/chat/completions", "/v1/completions", "/health"}
@@ -162,8 +172,10 @@ class _Checked:
 
     def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
         # The library would seed at once, in the middle of what others draw.
-        unseeded = {name: value for name, value in body.items() if name != "seed"}
-        config = super()._build_generation_config(unseeded, model_generation_config, use_cb=use_cb)  # type: ignore[misc]
+        known = {name: value for name, value in body.items() if name not in ("seed", *ADDS_NOTHING)}
+        config = super()._build_generation_config(known, model_generation_config, use_cb=use_cb)  # type: ignore[misc]
+        for name in NEUTRAL_SETTINGS.keys() & body.keys():
+            config.update(**NEUTRAL_SETTINGS[name])
         setattr(config, SEED, body.get("seed"))
         # Before 5.24 Transformers does not know the first name. Its default is for models of any length.
         named = body.get("max_completion_tokens") or body.get("max_tokens")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import openai
 import pytest
@@ -284,6 +287,64 @@ class TestFields:
             assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - include) + [True] * include
         *chunks, last = ask(client, "Hi", max_tokens=4, **{**options, "stream_options": {"include_usage": True}})
         assert last.usage == whole.usage and chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+class TestNeutralSampling:
+    """The value that turns a sampling field off turns off what the checkpoint's generation_config.json asks for."""
+
+    @pytest.fixture(scope="class", params=[True, False], ids=["batch", "one at a time"])
+    def likeliest(self, request, served_folder, tmp_path_factory):
+        """A checkpoint that samples from one candidate."""
+        with self.serving(served_folder, tmp_path_factory, request.param, do_sample=True, top_k=1) as client:
+            yield client
+
+    @pytest.fixture(scope="class")
+    def penalized(self, served_folder, tmp_path_factory):
+        """A checkpoint with settings that continuous batching refuses when the server starts."""
+        settings = {"do_sample": True, "min_p": 0.999999, "repetition_penalty": 5.0}
+        with self.serving(served_folder, tmp_path_factory, False, top_k=0, **settings) as client:
+            yield client
+
+    @staticmethod
+    @contextmanager
+    def serving(folder, tmp_path_factory, continuous_batching, **settings):
+        folder = shutil.copytree(folder, tmp_path_factory.mktemp("neutral") / "tiny-chat")
+        config = folder / "generation_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+        with in_this_process(folder, continuous_batching) as (client, _, _):
+            yield client
+
+    @staticmethod
+    def drawn(client, **fields) -> set[str]:
+        return {answered(client, chat("What?"), temperature=1.5, extra_body=fields) for _ in range(4)}
+
+    @pytest.mark.parametrize("top_k", [-1, 0])
+    def test_top_k_off_draws_from_all_tokens(self, likeliest, top_k):
+        assert len(self.drawn(likeliest)) == 1
+        assert len(self.drawn(likeliest, top_k=top_k)) > 1
+        assert (
+            len({texts(complete(likeliest, "It", temperature=1.5, extra_body={"top_k": top_k}))[0] for _ in range(4)})
+            > 1
+        )
+
+    def test_min_p_off_draws_from_all_tokens(self, penalized):
+        assert len(self.drawn(penalized, repetition_penalty=1)) == 1
+        assert len(self.drawn(penalized, repetition_penalty=1, min_p=0)) > 1
+
+    @pytest.mark.parametrize("name", ["repetition_penalty", "repeat_penalty"])
+    def test_repetition_penalty_off_repeats_as_without_one(self, client, penalized, name):
+        question, options = chat("What is a red stone?"), {"max_tokens": 12}
+        plain = answered(client, question, **options)
+        assert answered(penalized, question, **options) != plain
+        assert answered(penalized, question, extra_body={name: 1.0}, **options) == plain
+
+    def test_additive_penalties_of_zero_keep_the_checkpoints_penalty(self, penalized):
+        expected = answered(penalized, chat("What is a red stone?"), max_tokens=12)
+        found = answered(
+            penalized, chat("What is a red stone?"), max_tokens=12, frequency_penalty=0, presence_penalty=0
+        )
+        assert found == expected
+        assert texts(complete(penalized, "It", frequency_penalty=0)) == texts(complete(penalized, "It"))
 
 
 def test_the_limit_of_prompts_is_documented():

@@ -253,10 +253,22 @@ def test_a_tokenizer_without_a_chat_template_is_for_completions(served_folder, t
     inside.CompletionRequests(served, None, None)._validate_request({"prompt": "Hello"})
 
 
-def test_a_checkpoint_s_setting_that_a_batch_would_leave_out_is_named(served_folder):
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"min_p": 0.1}, "MinPLogitsWarper"),
+        ({"min_new_tokens": 5}, "MinNewTokensLengthLogitsProcessor"),
+        ({"min_length": 5}, "MinLengthLogitsProcessor"),
+        ({"exponential_decay_length_penalty": (5, 1.1)}, "ExponentialDecayLengthPenalty"),
+        ({"num_beams": 2}, "beam_search"),
+        ({"penalty_alpha": 0.5, "top_k": 4}, "contrastive_search"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_s_setting_that_a_batch_would_leave_out_is_named(served_folder, settings, named):
     model = GrinMoeForCausalLM.from_pretrained(served_folder)
-    model.generation_config.min_p = 0.1
-    with pytest.raises(ValueError, match="asks for MinPLogitsWarper.*choose --no-continuous-batching"):
+    model.generation_config.update(**settings)
+    with pytest.raises(ValueError, match=f"asks for {named}.*choose --no-continuous-batching"):
         generation.start_batching(model, generation.ContinuousBatchingConfig(num_blocks=1, max_batch_tokens=64))
 
 
