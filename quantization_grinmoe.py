@@ -61,14 +61,9 @@ class PackedExperts(nn.Module):
     pass. This is a loop of its own: `experts_implementation` has no effect, because the others read whole dense weights.
 
     The model's classes of packed experts have two bases: one of the forms below, and a class of dense experts, whose `loop`
-    the form uses and whose `packed_forms` lists them.
-
-    Attributes:
-        dense_form: the class of dense experts that `dense` makes.
+    the form uses and whose `packed_forms` lists them. `dense` makes one of `dense_form`.
 
     Args:
-        config: a `GrinMoeConfig`.
-        quantization_config: a `BitsAndBytesConfig`.
         packed: whether the Parameters have their packed shapes from the start, to load a quantised checkpoint; else they
             are dense until `pack` has been called.
     """
@@ -156,24 +151,12 @@ class PackedExperts(nn.Module):
     def _compute_dtype(self, group: torch.Tensor) -> torch.dtype:
         device = group.device.type
         if torch.is_autocast_enabled(device):
-            # Nothing inside of an autograd function is cast by itself.
-            return torch.get_autocast_dtype(device)
+            return torch.get_autocast_dtype(device)  # nothing inside of an autograd function is cast by itself
         return self.compute_dtype or group.dtype
 
     def pack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Quantise a fused weight, one expert after the other.
-
-        Args:
-            name: "gate_up_proj" or "down_proj".
-            weight: (E, out, in) float.
-
-        Returns:
-            By their names, the tensors that take its place in this module (see `install`).
-
-        Raises:
-            ValueError: a weight of another shape.
-        """
+        """Quantise a fused weight (E, out, in), one expert after the other, to the tensors that take its place here, by
+        their names (see `install`). Raises ValueError for a weight of another shape."""
         expected = dense_shape(self.config, name)
         if tuple(weight.shape) != expected:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}, the config makes it {expected}")
@@ -236,9 +219,8 @@ class Packed4bitExperts(PackedExperts):
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        compute_dtype = self.quantization_config.bnb_4bit_compute_dtype
-        # float32 is what BitsAndBytesConfig has when nothing was asked for.
-        return None if compute_dtype == torch.float32 else compute_dtype
+        dtype = self.quantization_config.bnb_4bit_compute_dtype
+        return None if dtype == torch.float32 else dtype  # float32 is BitsAndBytesConfig's when nothing was asked for
 
     @property
     def nested(self) -> bool:
@@ -279,22 +261,11 @@ class Packed4bitExperts(PackedExperts):
         offset = state2 = None
         if self.nested:
             offset = getattr(self, f"{name}_nested_offset")[expert]
-            state2 = new_state(
-                absmax=getattr(self, f"{name}_nested_absmax")[expert],
-                code=self.nested_quant_map,
-                blocksize=NESTED_BLOCK,
-                dtype=torch.float32,
-            )
-        return new_state(
-            absmax=getattr(self, f"{name}_absmax")[expert],
-            shape=torch.Size(dense_shape(self.config, name)[1:]),
-            code=self.quant_map,
-            blocksize=BLOCK,
-            quant_type=self.quantization_config.bnb_4bit_quant_type,
-            dtype=dtype,
-            offset=offset,
-            state2=state2,
-        )
+            nested_absmax = getattr(self, f"{name}_nested_absmax")[expert]
+            state2 = new_state(nested_absmax, code=self.nested_quant_map, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        absmax, kind = getattr(self, f"{name}_absmax")[expert], self.quantization_config.bnb_4bit_quant_type
+        shape = torch.Size(dense_shape(self.config, name)[1:])
+        return new_state(absmax, shape, self.quant_map, BLOCK, kind, dtype, offset, state2)
 
     def dequantize(self, name, expert, dtype):
         codes = getattr(self, name)[expert].view(-1, 1)
@@ -307,18 +278,14 @@ class Packed4bitExperts(PackedExperts):
 
 
 class Packed8bitExperts(PackedExperts):
-    """int8 by rows: weight = code * scale of the row. The weights alone are 8-bit, activations are as they come.
-
-    (LLM.int8, what the linears get, also rounds activations to 8 bits, but for outliers.)
-    """
+    """int8 by rows: weight = code * scale of the row. (LLM.int8, what the linears get, rounds the activations as well.)"""
 
     @staticmethod
     def layout(config, quantization_config: BitsAndBytesConfig) -> Layout:
         tensors: Layout = {}
         for name in FUSED:
             shape = dense_shape(config, name)
-            tensors[name] = (shape, torch.int8)
-            tensors[f"{name}_scale"] = (shape[:2], torch.float32)
+            tensors |= {name: (shape, torch.int8), f"{name}_scale": (shape[:2], torch.float32)}
         return tensors
 
     def quantize(self, name, matrix):
@@ -383,10 +350,7 @@ def import_bitsandbytes():
 
 
 def check_block(name: str, in_features: int) -> None:
-    """Raise ValueError unless blocks end where rows do.
-
-    For other sizes bitsandbytes 0.50 reads the scales of wrong blocks on a CPU, without an error.
-    """
+    """Raise ValueError unless blocks end where rows do. Else bitsandbytes 0.50 reads wrong scales on a CPU, silently."""
     if in_features % BLOCK:
         raise ValueError(
             f"{name} has rows of {in_features} weights, and 4-bit blocks have {BLOCK}; choose load_in_8bit=True, a model "
@@ -423,14 +387,12 @@ def _take_4bit_linear(module, state_dict, prefix, local_metadata, strict, missin
     """`load_state_dict` pre-hook: bitsandbytes' own linears take the codes alone, and keep the scales that they had."""
     key = f"{prefix}weight"
     state = {name: state_dict.pop(name).clone() for name in list(state_dict) if name.startswith(f"{key}.")}
-    if key not in state_dict or state_dict[key].shape != module.weight.shape:
+    codes, held = state_dict.get(key), module.weight
+    if codes is None or codes.shape != held.shape:
         return  # torch reports it
     if state:
-        codes = state_dict[key].clone()
-        state_dict[key] = type(module.weight).from_prequantized(
-            codes, state, device=module.weight.device, module=module
-        )
-        module.weight = state_dict[key]
+        taken = held.from_prequantized(codes.clone(), state, device=held.device, module=module)
+        module.weight = state_dict[key] = taken
     else:
         error_msgs.append(f"{key} has no scales (absmax) there; give all that state_dict gave")
         del state_dict[key]
@@ -470,15 +432,10 @@ def check_quantization_config(quantization_config: BitsAndBytesConfig) -> None:
             f"bnb_4bit_compute_dtype={quantization_config.bnb_4bit_compute_dtype} gives wrong products; choose "
             "torch.bfloat16, torch.float16, or torch.float32 for the dtype of the input"
         )
-    if quantization_config.bnb_4bit_quant_type not in ("nf4", "fp4"):
-        raise ValueError(
-            f"bnb_4bit_quant_type={quantization_config.bnb_4bit_quant_type!r}; choose 'nf4' (for weights), or 'fp4'"
-        )
-    if quantization_config.bnb_4bit_quant_storage != torch.uint8:
-        raise ValueError(
-            f"bnb_4bit_quant_storage={quantization_config.bnb_4bit_quant_storage}: the experts are stored as torch.uint8; "
-            "leave it out"
-        )
+    if (kind := quantization_config.bnb_4bit_quant_type) not in ("nf4", "fp4"):
+        raise ValueError(f"bnb_4bit_quant_type={kind!r}; choose 'nf4' (for weights), or 'fp4'")
+    if (storage := quantization_config.bnb_4bit_quant_storage) != torch.uint8:
+        raise ValueError(f"bnb_4bit_quant_storage={storage}: the experts are stored as torch.uint8; leave it out")
 
 
 def check_method(quantization_config: QuantizationConfigMixin | dict[str, Any] | None) -> None:
@@ -603,21 +560,18 @@ def _has_packed_forms(module: nn.Module) -> bool:
 
 
 def replace_experts(
-    model: nn.Module,
-    quantization_config: BitsAndBytesConfig,
-    skip_modules: Sequence[str] | None = None,
-    packed: bool = False,
+    model: nn.Module, quantization_config: BitsAndBytesConfig, skip: Sequence[str] | None = None, packed: bool = False
 ) -> None:
     """
     Exchange all dense experts of a model for packed ones, in place. Nothing is quantised yet.
 
     Args:
-        skip_modules: beginnings or ends of the names of modules that stay as they are.
+        skip: beginnings or ends of the names of modules that stay as they are.
         packed: as in [`PackedExperts`]; if not, the dense Parameters are kept until they are packed.
     """
     for name, module in list(model.named_modules()):
         form = _packed_form(module, quantization_config)
-        if form is None or not should_convert_module(name, skip_modules):
+        if form is None or not should_convert_module(name, skip):
             continue
         with torch.device("meta"):
             quantized = form(module.config, quantization_config, packed)
@@ -699,8 +653,7 @@ class _ExpertsToo(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         for module in model.modules():
             if isinstance(module, PackedExperts):
-                # Dense still where the checkpoint had none and the caller took the model as it is.
-                module.pack_all()
+                module.pack_all()  # dense still where the checkpoint had none and the caller took the model as it is
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def param_element_size(self, model, param_name: str, param: torch.Tensor) -> float:
@@ -754,11 +707,7 @@ QUANTIZERS = {"bitsandbytes_4bit": GrinMoeBnb4BitHfQuantizer, "bitsandbytes_8bit
 def parameters_beyond_bytes(model: nn.Module) -> int:
     """How many weights of 4-bit experts are not counted by the bytes that they are packed in."""
     modules = [module for module in model.modules() if isinstance(module, Packed4bitExperts)]
-    return sum(
-        math.prod(dense_shape(module.config, name)) - getattr(module, name).numel()
-        for module in modules
-        for name in FUSED
-    )
+    return sum(math.prod(dense_shape(m.config, name)) - getattr(m, name).numel() for m in modules for name in FUSED)
 
 
 @contextlib.contextmanager
@@ -780,14 +729,12 @@ def experts_are_quantized() -> Iterator[None]:
 
 def quantize_model(model: PreTrainedModel, quantization_config: BitsAndBytesConfig) -> PreTrainedModel:
     """
-    Quantise a model that is already there, in place: its linears and its experts, as `from_pretrained` would have.
+    Quantise a model that is already there, in place: its linears and its experts, as `from_pretrained` would have. The
+    same model is returned, and can be saved and dequantised like one that was loaded so.
 
     Args:
         model: a GRIN-MoE in full precision, on the device it shall stay on.
         quantization_config: as for `from_pretrained`.
-
-    Returns:
-        The same model. It can be saved and dequantised like one that was loaded so.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -819,8 +766,7 @@ def quantize_model(model: PreTrainedModel, quantization_config: BitsAndBytesConf
         if quantizer.param_needs_quantization(model, name):
             tensors = quantize.convert({name: weight.detach()}, model=model, full_layer_name=name)
         for key, tensor in tensors.items():
-            module, key = get_module_from_name(model, key)
-            setattr(module, key, tensor)
+            setattr(*get_module_from_name(model, key), tensor)
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
     return model
