@@ -440,7 +440,7 @@ def check_weights(
             )
         if name in keys:
             raise CheckpointError(
-                f"{folder} holds {key} and {keys[name]}, two copies of one weight; remove the stale one"
+                f"{folder} holds {key} and {keys[name]}, two copies of one weight; remove a stale one"
             )
         keys[name] = key
         if tensor.shape != expected[name] and ".quant_state." not in name:  # a text, whose length varies
@@ -533,8 +533,7 @@ def add_remote_code(folder: str | os.PathLike) -> None:
 
 def refuse_checkout(folder: str | os.PathLike) -> None:
     """Raise ValueError if `folder` is where this code lives: a checkpoint would overwrite or mix with the sources."""
-    here = Path(__file__).resolve().parent
-    if Path(folder).resolve() == here:
+    if Path(folder).resolve() == Path(__file__).resolve().parent:
         raise ValueError(
             f"save_directory={os.fspath(folder)!r} is the folder of the model's source code; save to a folder of its own"
         )
@@ -679,8 +678,7 @@ class OfficialCheckpointMixin:
                 copies of a tensor, unknown or missing key, tensor that does not fit the config, an adapter beside the model.
             ValueError: config of another model_type, or a `quantization_config` of another method than bitsandbytes.
         """
-        # A folder is checked before it is read, a repository once the library has downloaded it. The checks do not know GGUF
-        # files.
+        # A folder is checked before it is read, a repository once it has been downloaded. The checks do not know GGUF files.
         name, check_tensors = pretrained_model_name_or_path, not (output_loading_info or ignore_mismatched_sizes)
         is_checked = True
         if kwargs.get("gguf_file") is None:
@@ -688,25 +686,20 @@ class OfficialCheckpointMixin:
             if fields := [key for key in kwargs if key.startswith(("load_in_", "bnb_4bit_", "llm_int8_"))]:
                 asked = ", ".join(f"{key}={kwargs[key]!r}" for key in fields)
                 raise ValueError(f"{asked}: give quantization_config=BitsAndBytesConfig({asked}) instead")
-            if isinstance(kwargs.get("config"), PreTrainedConfig):
-                _check_config(kwargs["config"], kwargs.get("quantization_config"))
             if name is not None:
                 kwargs = safetensors_only(kwargs)
                 is_checked = cls._check_folder(_base_of_adapter(name), kwargs, check_tensors)
                 if not is_checked:
                     cls._check_remote_files(str(_base_of_adapter(name)), kwargs)
-            elif kwargs.get("state_dict") is not None and kwargs.get("config") is not None and check_tensors:
-                tensors = {key: StoredTensor.of_value(value) for key, value in kwargs["state_dict"].items()}
-                check_weights(tensors, cls._read_config("", kwargs), "state_dict", head_keys=("score.",))
+            elif kwargs.get("config") is not None:
+                _check_config(config := cls._read_config("", kwargs), kwargs.get("quantization_config"))
+                if kwargs.get("state_dict") is not None and check_tensors:
+                    tensors = {key: StoredTensor.of_value(value) for key, value in kwargs["state_dict"].items()}
+                    check_weights(tensors, config, "state_dict", head_keys=("score.",))
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": ignore_mismatched_sizes, **kwargs}
         try:
             with experts_are_quantized():
-                model, loading_info = super().from_pretrained(
-                    name,
-                    *model_args,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=ignore_mismatched_sizes,
-                    **kwargs,
-                )
+                model, loading_info = super().from_pretrained(name, *model_args, **options)
         except Exception:
             # What the library says names neither file nor remedy; if the checkpoint is at fault, this does.
             if not is_checked:
@@ -898,23 +891,15 @@ def _upload(
                 raise
     present = api.list_repo_files(repo_id, revision=revision)
     names = sorted(set(files) - {_CARD})
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(name, str(folder / name)) for name in names
-    ]
+    operations: list[Any] = [CommitOperationAdd(name, str(folder / name)) for name in names]
     if _CARD not in present:
         card = folder / _CARD
         first = ModelCardData(tags=list(dict.fromkeys(tags)), library_name="transformers")
         content = card.read_bytes() if card.is_file() else str(ModelCard.from_template(first)).encode()
         operations.append(CommitOperationAdd(_CARD, content))
     operations += [CommitOperationDelete(name) for name in stale_weights(present, names)]
-    return api.create_commit(
-        repo_id,
-        operations,
-        commit_message=commit_message or "Upload model",
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-    )
+    how: dict[str, Any] = {"commit_description": commit_description, "revision": revision, "create_pr": create_pr}
+    return api.create_commit(repo_id, operations, commit_message=commit_message or "Upload model", **how)
 
 
 def _make_readable(folder: Path) -> None:
