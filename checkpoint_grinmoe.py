@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
@@ -730,11 +730,14 @@ class OfficialCheckpointMixin:
         return True
 
     @classmethod
-    def _read_config(cls, name: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    def _read_config(cls, name: str | os.PathLike, kwargs: dict[str, Any]) -> GrinMoeConfig:
         """The config that the library goes on with: that of `kwargs`, or the checkpoint's, with the fields in `kwargs`."""
-        if isinstance(kwargs.get("config"), PreTrainedConfig):
-            return kwargs["config"]
-        source, where = kwargs.get("config") or name, {key: kwargs[key] for key in _DOWNLOAD_OPTIONS & kwargs.keys()}
+        if isinstance(given := kwargs.get("config"), PreTrainedConfig):
+            if given.model_type != GrinMoeConfig.model_type:  # not by its class, which remote code has a second time
+                remedy = "give a GrinMoeConfig (GrinMoeConfig.from_phimoe makes one of a PhimoeConfig)"
+                raise ValueError(f"config has model_type={given.model_type!r}; {remedy}")
+            return cast(GrinMoeConfig, given)
+        source, where = given or name, {key: kwargs[key] for key in _DOWNLOAD_OPTIONS & kwargs.keys()}
         content, _ = cls.config_class.get_config_dict(source, **where)
         if not content:
             # The library would go on with the default config, that of the released model.
@@ -759,7 +762,8 @@ class OfficialCheckpointMixin:
             index = cached_file(repo_id, _with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant")), **where)
         except OSError:
             return
-        read_index(Path(index))
+        if index is not None:
+            read_index(Path(index))
 
     @classmethod
     def _check_download(cls, repo_id: str, kwargs: dict[str, Any], check_tensors: bool) -> None:

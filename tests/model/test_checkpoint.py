@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PhimoeConfig,
+)
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
@@ -643,6 +649,12 @@ class TestConfigOfTheCall:
     def test_a_field_that_changes_no_weight_is_taken(self, snapshot):
         model = GrinMoeForCausalLM.from_pretrained(snapshot, rope_theta=5e5, sliding_window=7)
         assert (model.config.rope_theta, model.config.sliding_window) == (5e5, 7)
+
+    @pytest.mark.parametrize("as_state_dict", [False, True])
+    def test_a_config_of_another_model_is_refused(self, snapshot, as_state_dict):
+        weights = {"state_dict": weights_of(snapshot)} if as_state_dict else {}
+        with pytest.raises(ValueError, match="config has model_type='phimoe'.*GrinMoeConfig.from_phimoe"):
+            GrinMoeForCausalLM.from_pretrained(None if as_state_dict else snapshot, config=PhimoeConfig(), **weights)
 
     @pytest.mark.parametrize("as_file", [False, True])
     def test_a_config_by_its_path_is_read_where_the_library_reads_it(self, snapshot, tmp_path, as_file):
