@@ -588,7 +588,8 @@ class GrinMoeSparseMoeBlock(nn.Module):
             if routing_seed is not None:
                 generator = routing_generator(routing_seed, self.layer_idx, hidden_states.device)
                 if self.expert_dropout > 0:
-                    self._own_experts().seed_dropout(routing_seed, self.layer_idx, hidden_states.device)
+                    for experts in self._own_experts():
+                        experts.seed_dropout(routing_seed, self.layer_idx, hidden_states.device)
             hidden_states = self._jittered(hidden_states, noise, generator, routing_seed)
         _, routing_weights, selected_experts, expert_gradient_scale, _ = self.gate(
             hidden_states, noise, generator, routing_seed
@@ -601,11 +602,10 @@ class GrinMoeSparseMoeBlock(nn.Module):
             )
         return output.reshape(shape)
 
-    def _own_experts(self) -> GrinMoeExperts:
-        """The experts inside of what wraps them (PEFT's layers); other libraries' experts have no dropout."""
-        for module in self.experts.modules():
-            if isinstance(module, GrinMoeExperts):
-                return module
+    def _own_experts(self) -> list[GrinMoeExperts]:
+        """The experts inside of what wraps them (PEFT's layers, copies); other libraries' experts have no dropout."""
+        if own := [module for module in self.experts.modules() if isinstance(module, GrinMoeExperts)]:
+            return own
         raise ValueError(
             f"expert_dropout={self.expert_dropout}, and the experts are {type(self.experts).__name__}, which drop nothing; "
             "set it to 0"
