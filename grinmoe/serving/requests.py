@@ -67,6 +67,11 @@ NEUTRAL_SETTINGS: dict[str, dict[str, Any]] = {
     "min_p": {"min_p": 0.0},
     "repetition_penalty": {"repetition_penalty": 1.0},
     "repeat_penalty": {"repetition_penalty": 1.0},
+    "typical_p": {"typical_p": 1.0},
+    "min_tokens": {"min_new_tokens": 0, "min_length": 0},
+    "use_beam_search": {"num_beams": 1},
+    "length_penalty": {"length_penalty": 1.0},
+    "early_stopping": {"early_stopping": False},
 }
 # OpenAI's penalties add nothing to the logits at 0. Transformers' handlers would make a repetition_penalty of 1 of them.
 ADDS_NOTHING = ("frequency_penalty", "presence_penalty")
@@ -104,6 +109,11 @@ class Message(_Strict):
     audio: None = None
     function_call: None = None
     tool_calls: NoItems = None
+    reasoning_content: Literal[""] | None = None
+    # For a client's records and for caches, and a continuation that is not asked for.
+    id: str | None = None
+    cache_control: dict[str, Any] | None = None
+    prefix: Literal[False] | None = None
 
     @field_validator("content")
     @classmethod
@@ -151,7 +161,8 @@ class GenerationSettings(_Strict):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None  # of the packets' lengths; it adds no text
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class _Common(_Strict):
@@ -168,15 +179,38 @@ class _Common(_Strict):
     frequency_penalty: Zero = None
     presence_penalty: Zero = None
     logit_bias: NoFields = None
-    # What clients of vLLM send beside OpenAI's fields.
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    # What clients of vLLM and SGLang send beside OpenAI's fields.
     top_k: Literal[-1, 0] | None = None
     min_p: Zero = None
+    min_tokens: Zero = None
+    priority: Zero = None
     repetition_penalty: One = None
-    repeat_penalty: One = None
+    length_penalty: One = None
     stop_token_ids: NoItems = None
+    use_beam_search: Literal[False] | None = None
+    early_stopping: Literal[False] | None = None
     ignore_eos: Literal[False] | None = None
+    include_reasoning: Literal[False] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
     skip_special_tokens: Literal[True] | None = None
-    # For OpenAI's records and caches; they change no answer.
+    spaces_between_special_tokens: Literal[True] | None = None
+    detokenize: Literal[True] | None = None
+    # What clients of llama.cpp send.
+    mirostat: Zero = None
+    dry_multiplier: Zero = None
+    xtc_probability: Zero = None
+    dynatemp_range: Zero = None
+    n_keep: Zero = None
+    repeat_penalty: One = None
+    typical_p: One = None
+    tfs_z: One = None
+    id_slot: Literal[-1] | None = None
+    # For records and caches; they change no answer.
+    request_id: str | None = None
+    cache_salt: str | None = None
+    cache_prompt: bool | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -199,6 +233,7 @@ class ChatRequest(_Common):
     verbosity: Literal["medium"] | None = None
     reasoning_effort: Literal["none"] | None = None
     add_generation_prompt: Literal[True] | None = None
+    add_special_tokens: Literal[False] | None = None  # the chat template has them
     continue_final_message: Literal[False] | None = None
     chat_template_kwargs: NoFields = None
     # They change no answer: OpenAI's records, price and speed.
@@ -232,9 +267,8 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail
 
 class CompletionRequest(_Common):
     prompt: Annotated[list[SomeText | TokenIds], Field(min_length=1), BeforeValidator(_as_prompts)]
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
     logprobs: None = None
+    add_special_tokens: Literal[True] | None = None
     suffix: Literal[""] | None = None
 
 
@@ -247,6 +281,18 @@ class LoadRequest(_Strict):
 def refusal(message: str, status: int = 400, param: str | None = None, code: str | None = None) -> HTTPException:
     """The exception that becomes an answer with this message."""
     return HTTPException(status, {"message": message, "param": param, "code": code})
+
+
+def drop_absent(body: dict[str, Any]) -> None:
+    """Remove the fields of a body and of its messages whose value is one for an absent field. `generate` fails on some."""
+    messages = body.get("messages")
+    for fields in [body, *(messages if isinstance(messages, list) else ())]:
+        for name in [name for name, value in fields.items() if value is None] if isinstance(fields, dict) else ():
+            del fields[name]
+    # -1 is "no limit" in llama.cpp and LM Studio.
+    for name, values in (("stop", ([], "", [""])), ("logit_bias", ({},)), ("max_tokens", (-1,))):
+        if name in body and body[name] in values:
+            del body[name]
 
 
 def check_body(kind: type[_Strict], body: dict[str, Any]) -> Any:

@@ -40,6 +40,7 @@ from .requests import (
     CompletionRequest,
     LoadRequest,
     check_body,
+    drop_absent,
     error_body,
     error_response,
     refusal,
@@ -139,15 +140,8 @@ class _Checked:
 
     def checked(self, body: dict[str, Any]) -> ChatRequest | CompletionRequest:
         """The request. Its body is brought into the form that Transformers reads."""
-        messages = body.get("messages")
-        for fields in [body, *(messages if isinstance(messages, list) else ())]:
-            for name in [name for name, value in fields.items() if value is None] if isinstance(fields, dict) else ():
-                del fields[name]
+        drop_absent(body)
         request = check_body(self.body, body)
-        for name in ("stop", "logit_bias"):
-            # `generate` fails on what is there and empty.
-            if not body.get(name, True):
-                del body[name]
         if isinstance(request, ChatRequest):
             body["messages"] = [message.for_template() for message in request.messages]
             self._check_size(*(message["content"] for message in body["messages"]))

@@ -145,6 +145,16 @@ class TestMessages:
         named = [{"role": "user", "content": "What?", "name": "Ann"}]
         assert answered(client, named) == answered(client, chat("What?"))
 
+    def test_fields_of_a_message_that_change_no_text_are_accepted(self, client):
+        fields = {"id": "1", "prefix": False, "cache_control": {"type": "ephemeral"}, "reasoning_content": ""}
+        messages = [
+            *chat("What?"),
+            {"role": "assistant", "content": "It is a bird", **fields},
+            {**chat("So?")[0], **fields},
+        ]
+        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+        assert answered(client, messages) == answered(client, plain)
+
     def test_assistant_without_content_said_nothing_and_a_refusal_is_what_it_said(self, client):
         def after(**fields) -> str:
             return answered(client, [*chat("What?"), {"role": "assistant", **fields}, *chat("So?")])
@@ -163,6 +173,8 @@ class TestMessages:
             ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"),
             ({"role": "user", "content": "x", "name": 7}, "messages.0.name"),
             ({"role": "user", "content": "x", "weight": 1}, "messages.0.weight is not supported"),
+            ({"role": "assistant", "content": "x", "reasoning_content": "y"}, "messages.0.reasoning_content"),
+            ({"role": "assistant", "content": "x", "prefix": True}, "messages.0.prefix"),
             ({"role": "function", "name": "f", "content": "x"}, "messages.0.role"),
         ],
         ids=str,
@@ -189,6 +201,55 @@ NEUTRAL = {
     "ignore_eos": False,
     "skip_special_tokens": True,
     "best_guess": None,
+    "best_of": 1,
+    "echo": False,
+    "min_tokens": 0,
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "include_stop_str_in_output": False,
+    "spaces_between_special_tokens": True,
+    "priority": 0,
+    "request_id": "x",
+    "cache_salt": "x",
+    "detokenize": True,
+    "include_reasoning": False,
+    "cache_prompt": True,
+    "typical_p": 1,
+    "tfs_z": 1.0,
+    "mirostat": 0,
+    "repeat_penalty": 1.0,
+    "dry_multiplier": 0,
+    "xtc_probability": 0.0,
+    "dynatemp_range": 0,
+    "id_slot": -1,
+    "n_keep": 0,
+}
+# One value of each that asks for something.
+NOT_NEUTRAL = {
+    "top_k": 5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "repeat_penalty": 1.1,
+    "typical_p": 0.9,
+    "min_tokens": 3,
+    "use_beam_search": True,
+    "length_penalty": 2,
+    "early_stopping": True,
+    "include_stop_str_in_output": True,
+    "spaces_between_special_tokens": False,
+    "priority": 1,
+    "detokenize": False,
+    "include_reasoning": True,
+    "tfs_z": 0.9,
+    "mirostat": 2,
+    "dry_multiplier": 0.8,
+    "xtc_probability": 0.5,
+    "dynatemp_range": 0.5,
+    "id_slot": 0,
+    "n_keep": -1,
+    "best_of": 2,
+    "echo": True,
 }
 NEUTRAL_IN_CHATS = {
     "tools": [],
@@ -213,9 +274,10 @@ NEUTRAL_IN_CHATS = {
     "add_generation_prompt": True,
     "continue_final_message": False,
     "chat_template_kwargs": {},
+    "add_special_tokens": False,
 }
 NULL_IN_CHATS = ["max_tokens", "stop", "temperature", "seed", "logprobs", "tools", "reasoning_effort", "audio", "n"]
-NEUTRAL_IN_COMPLETIONS = {"best_of": 1, "echo": False, "suffix": ""}
+NEUTRAL_IN_COMPLETIONS = {"suffix": "", "add_special_tokens": True}
 
 
 class TestFields:
@@ -223,7 +285,8 @@ class TestFields:
         expected = answered(client, chat("What is a red stone?"))
         body = {**NEUTRAL, **NEUTRAL_IN_CHATS}
         assert answered(client, chat("What is a red stone?"), extra_body=body) == expected
-        assert answered(client, chat("What is a red stone?"), extra_body={"stop": []}) == expected
+        for stop in ([], "", [""]):
+            assert answered(client, chat("What is a red stone?"), extra_body={"stop": stop}) == expected
         nulls = dict.fromkeys(NULL_IN_CHATS)
         found = client.post(
             "/chat/completions", cast_to=object, body={"messages": chat("What is a red stone?"), **nulls}
@@ -234,11 +297,35 @@ class TestFields:
         expected = texts(complete(client, PROMPTS[0]))
         assert texts(complete(client, PROMPTS[0], extra_body={**NEUTRAL, **NEUTRAL_IN_COMPLETIONS})) == expected
 
+    def test_options_of_a_stream_that_change_no_text_are_accepted(self, client):
+        options = {"include_obfuscation": True, "continuous_usage_stats": False}
+        chunks = ask(client, "Hi", max_tokens=4, stream=True, stream_options=options)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == ask(client, "Hi", max_tokens=4).choices[0].message.content
+
+    def test_max_tokens_of_minus_one_is_no_limit_of_the_request(self, client):
+        """In llama.cpp and the programs around it."""
+        whole = [ask(client, "Hi", max_tokens=limit).choices[0] for limit in (None, -1)]
+        assert whole[0] == whole[1] and len(whole[0].message.content) > 20
+        limits = {"max_tokens": -1, "extra_body": {"max_completion_tokens": 4}}
+        assert ask(client, "Hi", **limits).usage.completion_tokens == 4
+
+    @pytest.mark.parametrize("change", [{name: value} for name, value in NOT_NEUTRAL.items()], ids=str)
+    def test_value_that_is_not_neutral_is_refused_by_name(self, client, change):
+        (name,) = change
+        with pytest.raises(openai.BadRequestError, match=name):
+            answered(client, chat("What?"), extra_body=change)
+        with pytest.raises(openai.BadRequestError, match=name):
+            complete(client, "What?", extra_body=change)
+
     @pytest.mark.parametrize(
         "change",
         [
             {"n": 2},
-            {"stop": ""},
+            {"stop": ["", "x"]},
+            {"max_tokens": -2},
+            {"max_tokens": 0},
+            {"add_special_tokens": True},
             {"max_tokens": 6, "max_completion_tokens": 5},
             {"frequency_penalty": 0.5},
             {"logit_bias": {"5": 1}},
@@ -250,11 +337,7 @@ class TestFields:
             {"modalities": ["text", "audio"]},
             {"web_search_options": {}},
             {"moderation": {"model": "m"}},
-            {"stream_options": {"include_obfuscation": True}},
             {"stream_options": {"continuous_usage_stats": True}},
-            {"top_k": 5},
-            {"min_p": 0.1},
-            {"repetition_penalty": 1.1},
             {"stop_token_ids": [5]},
             {"ignore_eos": True},
             {"skip_special_tokens": False},
@@ -270,7 +353,7 @@ class TestFields:
             answered(client, chat("What?"), extra_body=change)
 
     @pytest.mark.parametrize(
-        "change", [{"echo": True}, {"logprobs": 1}, {"suffix": "x"}, {"best_of": 2}, {"n": 3}, {"top_k": 5}], ids=str
+        "change", [{"logprobs": 1}, {"suffix": "x"}, {"n": 3}, {"add_special_tokens": False}], ids=str
     )
     def test_completion_field_that_would_be_ignored_is_refused_by_name(self, client, change):
         with pytest.raises(openai.BadRequestError, match=next(iter(change))):
@@ -301,8 +384,8 @@ class TestNeutralSampling:
     @pytest.fixture(scope="class")
     def penalized(self, served_folder, tmp_path_factory):
         """A checkpoint with settings that continuous batching refuses when the server starts."""
-        settings = {"do_sample": True, "min_p": 0.999999, "repetition_penalty": 5.0}
-        with self.serving(served_folder, tmp_path_factory, False, top_k=0, **settings) as client:
+        settings = {"do_sample": True, "top_k": 0, "min_p": 0.999999, "repetition_penalty": 5.0}
+        with self.serving(served_folder, tmp_path_factory, False, **settings) as client:
             yield client
 
     @staticmethod
@@ -330,6 +413,26 @@ class TestNeutralSampling:
     def test_min_p_off_draws_from_all_tokens(self, penalized):
         assert len(self.drawn(penalized, repetition_penalty=1)) == 1
         assert len(self.drawn(penalized, repetition_penalty=1, min_p=0)) > 1
+
+    def test_typical_p_off_draws_from_all_tokens(self, served_folder, tmp_path_factory):
+        settings = {"do_sample": True, "top_k": 0, "typical_p": 1e-6}
+        with self.serving(served_folder, tmp_path_factory, False, **settings) as client:
+            assert len(self.drawn(client)) == 1
+            assert len(self.drawn(client, typical_p=1)) > 1
+
+    def test_min_tokens_of_zero_lets_an_answer_end(self, served_folder, tmp_path_factory):
+        size = json.loads((served_folder / "config.json").read_text())["vocab_size"]
+        settings = {"min_new_tokens": 8, "eos_token_id": list(range(0, size, 2))}
+        with self.serving(served_folder, tmp_path_factory, False, **settings) as client:
+            least = ask(client, "Hi", max_tokens=40).usage.completion_tokens
+            assert least > 8 > ask(client, "Hi", extra_body={"min_tokens": 0}).usage.completion_tokens
+
+    def test_no_beam_search_searches_without_beams(self, client, served_folder, tmp_path_factory):
+        expected = answered(client, chat("What is a red stone?"), max_tokens=12)
+        with self.serving(served_folder, tmp_path_factory, False, num_beams=4, length_penalty=-9.0) as beams:
+            assert answered(beams, chat("What is a red stone?"), max_tokens=12) != expected
+            found = answered(beams, chat("What is a red stone?"), max_tokens=12, extra_body={"use_beam_search": False})
+            assert found == expected
 
     @pytest.mark.parametrize("name", ["repetition_penalty", "repeat_penalty"])
     def test_repetition_penalty_off_repeats_as_without_one(self, client, penalized, name):
