@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
 from .checkpoint_grinmoe import read_tensors
@@ -16,7 +17,9 @@ from .modeling_grinmoe import GrinMoeForCausalLM
 from .tokenization import load_tokenizer
 
 
-def load_for_use(source: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+def load_for_use(
+    source: str, dtype: str = "auto", device: str | None = None, needs_head: bool = True
+) -> tuple[Any, Any]:
     """
     A model in evaluation mode and its tokenizer, by this package's own classes: no remote code runs.
 
@@ -25,10 +28,11 @@ def load_for_use(source: str, dtype: str = "auto", device: str | None = None) ->
         dtype: one of `DTYPES`; "auto" is the checkpoint's.
         device: "cpu", "cuda", "cuda:1", ...; "auto" spreads the layers over all accelerators and, where they are full, the
             CPU's memory (Accelerate's `device_map="auto"`); None is an accelerator if there is one.
+        needs_head: whether the caller uses logits. `from_pretrained` starts a missing language head from random values.
 
     Raises:
-        ValueError: the device or dtype cannot be used, or has too little memory; or the checkpoint is broken (see
-            `GrinMoeForCausalLM.from_pretrained`).
+        ValueError: the device or dtype cannot be used, or has too little memory; the checkpoint has no language head, or
+            not all of it; or it is broken (see `GrinMoeForCausalLM.from_pretrained`).
         OSError: there is no such folder or repository.
     """
     check_dtype(dtype)
@@ -45,6 +49,8 @@ def load_for_use(source: str, dtype: str = "auto", device: str | None = None) ->
     config = GrinMoeConfig.from_pretrained(base)
     # That of the adapter where it has one: it is `source` then, and `base` otherwise.
     tokenizer = load_tokenizer(source if (folder / "tokenizer.json").is_file() else base)
+    if needs_head and Path(base).is_dir():
+        _check_head(base, base, config)
     if base != source:
         from .adapters import check_adapter
 
@@ -55,6 +61,9 @@ def load_for_use(source: str, dtype: str = "auto", device: str | None = None) ->
     where: dict[str, Any] = {} if device == "cpu" else {"device_map": "auto" if device == "auto" else {"": device}}
     try:
         model = GrinMoeForCausalLM.from_pretrained(base, config=config, dtype=dtype, **where)
+        if needs_head and not Path(base).is_dir():
+            # The weights of a repository are beside its config now.
+            _check_head(base, snapshot_download(base, allow_patterns=CONFIG_NAME), config)
         if base != source:
             from .adapters import load_adapter
 
@@ -77,6 +86,20 @@ def base_of_model(source: str) -> str:
     from .adapters import base_of
 
     return folder_or_repository(base_of(source), "base of the adapter")
+
+
+def _check_head(source: str, folder: str, config: GrinMoeConfig) -> None:
+    """Raise ValueError where the weights in `folder` lack a part of the language head that `config` describes."""
+    parts = [] if config.tie_word_embeddings else ["lm_head.weight"]
+    parts += ["lm_head.bias"] if config.lm_head_bias else []
+    tensors = read_tensors(folder)
+    missing = [part for part in parts if tensors is not None and part not in tensors]
+    if missing:
+        raise ValueError(
+            f"the checkpoint {source} lacks {' and '.join(missing)}: its language head is not complete, and answers would "
+            "come from random weights. Give a checkpoint that GrinMoeForCausalLM has saved, or train a head first; where "
+            "only the bias is missing and the model has none, set lm_head_bias to false in config.json"
+        )
 
 
 def _usable(device: str | None) -> str:

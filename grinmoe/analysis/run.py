@@ -65,7 +65,7 @@ def analyze(options: AnalyzeOptions, files: list[Path], console: Console, comman
         return both[0].tokens + both[1].tokens
 
     start = time.perf_counter()
-    model, tokenizer = load_for_use(options.model, options.dtype, options.device)
+    model, tokenizer = load_for_use(options.model, options.dtype, options.device, needs_head=False)
     config = model.config
     max_length = _row_length(options.max_length, config.max_position_embeddings)
     sentence = _sentence_of(options, files[0], model, tokenizer)

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import grinmoe.generation_grinmoe as generation
 from grinmoe import GrinMoeForCausalLM
@@ -33,6 +34,42 @@ def load_chat(model: str, options: ChatOptions) -> Chat:
 @pytest.fixture
 def chat(checkpoint) -> Chat:
     return load_chat(str(checkpoint), ChatOptions(max_new_tokens=6, temperature=0, device="cpu"))
+
+
+@pytest.fixture
+def headless(checkpoint, tmp_path):
+    """The network alone, as a saved `GrinMoeModel` is."""
+    folder = shutil.copytree(checkpoint, tmp_path / "headless")
+    GrinMoeForCausalLM.from_pretrained(folder).model.save_pretrained(folder)
+    return folder
+
+
+def test_load_for_use_without_a_language_head_is_refused_by_name(headless):
+    with pytest.raises(ValueError, match="lacks lm_head.weight"):
+        load_for_use(str(headless), device="cpu")
+    assert load_for_use(str(headless), device="cpu", needs_head=False)[0].lm_head is not None
+    with pytest.raises(ValueError, match="lacks lm_head.weight"):
+        run_generate(GenerateOptions(model=str(headless), prompt="Hello", device="cpu"))
+
+
+def test_load_for_use_without_the_bias_of_the_head_is_refused_by_name(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "biasless")
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks lm_head.bias.*set lm_head_bias to false"):
+        load_for_use(str(folder), device="cpu")
+
+
+def test_load_for_use_with_a_head_tied_to_the_embedding_is_loaded(checkpoint, tmp_path):
+    model = GrinMoeForCausalLM.from_pretrained(checkpoint)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    folder = shutil.copytree(checkpoint, tmp_path / "tied")
+    model.save_pretrained(folder)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    found, _ = load_for_use(str(folder), device="cpu")
+    assert torch.equal(found.lm_head.weight, model.model.embed_tokens.weight)
 
 
 def by_hand(chat: Chat, text: str, max_new_tokens: int = 6) -> str:
