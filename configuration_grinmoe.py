@@ -48,7 +48,7 @@ _NOT_POSITIVE_NUMBERS = {"rope_type", "truncate", "short_factor", "long_factor",
 # Fields of related models that this one does not have, each with the value that asks for nothing. null asks for nothing too.
 _FOREIGN_FIELDS: dict[str, Any] = {
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size"), 0),
-    **dict.fromkeys(("first_k_dense_replace", "resid_pdrop", "embd_pdrop", "resid_dropout", "embd_dropout"), 0),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "resid_dropout", "embd_dropout"), 0),
     **dict.fromkeys(("mlp_bias", "moe_bias", "qk_norm", "use_qk_norm", "qk_layernorm", "parallel_attn"), False),
     **dict.fromkeys(("n_group", "topk_group", "routed_scaling_factor", "moe_layer_freq", "decoder_sparse_step"), 1),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), 1),
@@ -57,7 +57,6 @@ _FOREIGN_FIELDS: dict[str, Any] = {
     **dict.fromkeys(("max_window_layers", "attention_multiplier", "query_pre_attn_scalar", "swiglu_limit")),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "rope_local_base_freq", "num_nextn_predict_layers"), 0),
     **dict.fromkeys(("alibi", "rope_interleave", "attn_temperature_tuning"), False),
-    "mlp_only_layers": [],
     "is_causal": True,
     "scoring_func": "softmax",
 }
@@ -345,6 +344,7 @@ class GrinMoeConfig(PreTrainedConfig):
             ValueError: names the field, its value and the remedy.
         """
         self._check_fields()
+        self.rope_parameters = self.rope_parameters  # an edit inside of the dict is put into the one spelling
         _check_rope(self.rope_parameters or {}, self.head_size)
         _check_names(self.__dict__, self.__dict__)
         self._check_foreign_fields()
@@ -544,7 +544,8 @@ def _check_names(names: dict[str, Any], fields: dict[str, Any]) -> None:
     for name, value in names.items():
         if name in _FIELDS or name in _FOREIGN_FIELDS or name.startswith("_") or "token_i" in name or value is None:
             continue
-        if hasattr(PreTrainedConfig, name) or name in ("attention_out_bias", "use_sliding_window"):
+        # The last one is set on every model by Transformers' own tests.
+        if hasattr(PreTrainedConfig, name) or name in ("attention_out_bias", "use_sliding_window", "num_dense_layers"):
             continue
         meant = (
             [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name, _FIELDS, 1, cutoff=0.75)
@@ -632,15 +633,16 @@ _register_tokenizer_class()
 
 def _register_class_names() -> None:
     """
-    Enter the heads into the library's tables of class names, which it asks where it cannot ask the class.
+    Enter the classes into the library's tables of class names, which it asks where it cannot ask the class.
 
-    The Trainer shifts the labels of `label_smoothing_factor` only for names in the first one: any other model learns to
-    copy its input. Pipelines, model cards and lm-eval ask as well. `AutoModel.register` writes other tables.
+    The Trainer shifts the labels of `label_smoothing_factor` only for names of causal language models: any other model
+    learns to copy its input. Pipelines, model cards and lm-eval ask as well. `AutoModel.register` writes other tables.
     (tests/training/test_label_smoothing.py notices when they move.)
     """
     from transformers.models.auto import modeling_auto
 
     for table, auto_class in (
+        (modeling_auto.MODEL_MAPPING_NAMES, "AutoModel"),
         (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM"),
         (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "AutoModelForSequenceClassification"),
     ):

@@ -154,14 +154,19 @@ class GrinMoeGenerationMixin(GenerationMixin):
         options.update(**kwargs)
         speculates = options.prompt_lookup_num_tokens or options.assistant_early_exit is not None
         speculates = speculates or kwargs.get("assistant_model") is not None
-        # Candidates of speculative decoding decide the regime of the whole text, also those that are then rejected.
-        if speculates and self.model.rotary_emb.first_long_length is not None:
-            prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            prompt_length = max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1)
-            new_tokens = options.max_new_tokens
-            if new_tokens is None:  # 20 are the library's default
-                new_tokens = 20 if options.max_length is None else max(0, options.max_length - prompt_length)
-            self._refuse_to_reach_long_lengths("speculative decoding", prompt_length, new_tokens)
+        prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt_length = max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1)
+        mask = kwargs.get("attention_mask")
+        length = prompt_length if mask is None else max(prompt_length, mask.shape[1])  # with what is in the cache
+        new_tokens = options.max_new_tokens
+        if new_tokens is None:  # 20 are the library's default
+            new_tokens = 20 if options.max_length is None else max(0, options.max_length - length)
+        if (first_long := self.model.rotary_emb.first_long_length) is not None:
+            if speculates:  # candidates decide the regime of the whole text, also those that are then rejected
+                self._refuse_to_reach_long_lengths("speculative decoding", length, new_tokens)
+            elif length > prompt_length and cache is not None and 0 < cache.get_seq_length() < first_long:
+                what = "a cache with new tokens alone (give all tokens)"  # what is cached could not be computed again
+                self._refuse_to_reach_long_lengths(what, length, new_tokens)
         # PEFT puts its own function there for prompt tuning, prefix tuning and their kin, whose virtual tokens are in the
         # cache and not in input_ids. Where Transformers tells new tokens by the cache's length, some would be lost.
         if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
@@ -170,10 +175,21 @@ class GrinMoeGenerationMixin(GenerationMixin):
                 (options.prefill_chunk_size is not None, "prefill_chunk_size"),
                 ("static" in (options.cache_implementation or ""), "a static cache"),
                 (cache is not None, "a cache that is passed in"),
+                (
+                    mask is not None
+                    and not mask.all()
+                    and self.config.visible_keys is not None
+                    # Virtual tokens come before the padding, which the window counts.
+                    and self.config.visible_keys < length + new_tokens + self._virtual_tokens(),
+                    f"padding of rows that grow beyond the window of {self.config.visible_keys} keys",
+                ),
             ):
                 if wrong:
                     raise ValueError(f"{what} does not go with PEFT's virtual tokens; leave it out")
         return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _virtual_tokens(self) -> int:
+        return self.prepare_inputs_for_generation.__self__.active_peft_config.num_virtual_tokens
 
     def init_continuous_batching(self, *args, **kwargs):
         """As in Transformers; the paged cache keeps `visible_keys` keys of each request.

@@ -872,8 +872,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             output_router_logits, output_selected_experts, output_hidden_states, output_attentions: what to record.
 
         Raises:
-            ValueError: neither or both of the inputs, no token at all, a mask of another length, a window that would count
-                padding between tokens, or a cache in training with checkpointing.
+            ValueError: neither or both of the inputs, no token at all, a mask of another length, or a cache in training with
+                checkpointing.
         """
         cache = take_cache(past_key_values, kwargs)
         inputs_embeds = self._embedded(input_ids, inputs_embeds, cache)
@@ -901,16 +901,6 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             attention_mask = None
             mask_positions, flash_arguments = samples
             kwargs.update(flash_arguments)
-        elif gaps is not None and (self.config.visible_keys or attention_mask.shape[1]) < attention_mask.shape[1]:
-            refused = (
-                f"attention_mask has {attention_mask.shape[1]} columns with padding between tokens, and a sliding window of "
-                f"{self.config.visible_keys} keys would count the padding: behind a prefix or prompt of PEFT, generate "
-                "row by row, and pad on the right in training"
-            )
-            if torch.compiler.is_compiling():
-                torch._assert_async(~gaps.any(), refused)
-            elif gaps.any():
-                raise ValueError(refused)
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, mask_positions, cache)
         if self.training and kwargs.get("routing_seed") is None:
             if not torch.is_grad_enabled() and kwargs.get("routing_noise") is None:
@@ -1163,20 +1153,10 @@ class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoe
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
-        """As in Transformers.
-
-        Raises:
-            ValueError: embeddings with padding on the right, which would be taken for the last token.
-        """
+        """As in Transformers, which reads the class of `inputs_embeds` from the last position, and says so."""
         has_router_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
         if has_router_loss and self.training and labels is not None:
             logger.warning_once("a classifier trains on its labels alone: the coefficients of router losses do nothing")
-        has_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
-        if input_ids is None and has_mask and not torch.compiler.is_compiling() and not attention_mask[:, -1].all():
-            raise ValueError(
-                "inputs_embeds with padding on the right, as PEFT's prompt tuning makes them: the class would be read from "
-                "the padding; pad on the left"
-            )
         kwargs[CACHE] = take_cache(past_key_values, kwargs)
         inputs = (input_ids, attention_mask, position_ids)
         output = super().forward(*inputs, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, **kwargs)

@@ -108,7 +108,7 @@ def _choose(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: R
         probs.append(masked_probs)
         experts.append(choice)
     chosen = torch.cat(experts, dim=-1)
-    drawn = torch.cat(is_argmax, dim=-1) if is_argmax else chosen.new_empty(len(chosen), 0, dtype=torch.bool)
+    drawn = torch.cat(is_argmax, dim=-1) if is_argmax else chosen.new_empty(chosen.shape[0], 0, dtype=torch.bool)
     return _Choices(torch.stack(probs), chosen, drawn)
 
 
@@ -129,7 +129,7 @@ def credit_to_go(contributions: torch.Tensor) -> torch.Tensor:
 def centred_credit_to_go(contributions: torch.Tensor) -> torch.Tensor:
     """As `credit_to_go`, less the mean over the other tokens."""
     credit = credit_to_go(contributions)
-    others = max(1, len(credit) - 1)
+    others = max(1, credit.shape[0] - 1)
     return credit - (credit.sum(0, keepdim=True) - credit) / others
 
 

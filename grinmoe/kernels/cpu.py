@@ -140,7 +140,7 @@ def _rounded_up(size: int) -> int:
 
 def padded_rows(choices: int) -> int:
     """Rows of the pre-activations that are kept: those of the choices, and what the last group may be filled up with."""
-    return choices + _rounding(choices)
+    return choices + 8 + choices // 16  # at least `_rounding`, and the same expression for a symbolic size
 
 
 def experts_and_kept(

@@ -201,7 +201,7 @@ class TestMethodOfVirtualTokens:
         found = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **OPTIONS, **tasks(method, 1))
         assert torch.equal(found[:, 7:], greedy(model, row, **tasks(method, 1)))
         ids, mask = left_padded()
-        with pytest.raises(ValueError, match="a sliding window of 6 keys would count the padding"):
+        with pytest.raises(ValueError, match="padding of rows that grow beyond the window of 6 keys"):
             model.generate(input_ids=ids, attention_mask=mask, **OPTIONS, **tasks(method, 3))
 
     def test_a_step_of_ones_own_is_refused_by_its_mask(self, base, method):
@@ -367,10 +367,8 @@ class TestClassifier:
             padded = torch.tensor([[PAD, PAD, 5, 6, 7, 8, 9] if left else [5, 6, 7, 8, 9, PAD, PAD]])
             mask = (padded != PAD).long()
             if method == "PromptTuningConfig" and not left:
-                with pytest.raises(ValueError, match="pad on the left"):
-                    model(input_ids=padded, attention_mask=mask)
-            else:
-                torch.testing.assert_close(model(input_ids=padded, attention_mask=mask).logits, expected)
+                continue  # Transformers reads the class of embeddings from the last position, and warns
+            torch.testing.assert_close(model(input_ids=padded, attention_mask=mask).logits, expected)
 
     @pytest.mark.parametrize("method", ["PrefixTuningConfig", "PromptTuningConfig"])
     def test_its_virtual_tokens_train(self, classifier, method):

@@ -151,6 +151,17 @@ class TestLongRope:
         )
         assert torch.equal(whole, chunked)
 
+    def test_new_tokens_alone_are_refused_where_they_reach_the_long_factors(self, model):
+        """`generate` drops a mask of ones, and the cache could not be computed again."""
+        ids = torch.randint(0, 90, (1, 20), generator=torch.Generator().manual_seed(1))
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        options = {"past_key_values": cache, "attention_mask": torch.ones_like(ids), "do_sample": False}
+        with pytest.raises(ValueError, match="a cache with new tokens alone"):
+            model.generate(ids[:, 8:], max_new_tokens=3, **options)
+        options["attention_mask"] = torch.ones_like(ids[:, :12])
+        found = model.generate(ids[:, 8:12], max_new_tokens=3, **options)
+        assert torch.equal(found[:, -3:], model.generate(ids[:, :12], max_new_tokens=3, do_sample=False)[:, -3:])
+
     @pytest.mark.parametrize("max_new_tokens", [6, None])
     def test_manager_of_continuous_batching_refuses_what_could_reach_the_long_factors(self, model, max_new_tokens):
         options = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max_new_tokens)
@@ -340,14 +351,6 @@ class TestPaddingBetweenTokens:
         model(padded[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
         last = model(padded[:, -1:], attention_mask=mask, past_key_values=cache).logits
         torch.testing.assert_close(last, expected[:, -1:])
-
-    def test_is_refused_where_a_window_counts_it(self, tiny_model):
-        model, ids = tiny_model(sliding_window=4), torch.arange(8)[None]
-        mask = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]])
-        with pytest.raises(ValueError, match="8 columns .* a sliding window of 5 keys would count the padding"):
-            model(ids, attention_mask=mask)
-        model(ids[:, :5], attention_mask=mask[:, :5])
-        model(ids, attention_mask=mask.sort().values)  # padding on the left
 
 
 @pytest.mark.parametrize("columns", [1, 3, 6])
