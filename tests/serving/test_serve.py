@@ -279,7 +279,7 @@ class TestWhatIsRefused:
             ({"generation_config": json.dumps({"eos_token_id": 2**70})}, "generation_config.eos_token_id"),
             ({"seed": 1, "temperature": 1}, "seed is not supported with continuous batching"),
             ({"stop": 5}, "stop: Input should be a valid string"),
-            ({"stop": [""]}, "stop.0"),
+            ({"stop": ["", "x"]}, "stop.0"),
             ({"best_guess": 1}, "best_guess is not supported by this server"),
             ({"half \ud800": 1}, ""),
             ({"generation_config": "{"}, "generation_config: Invalid JSON"),
