@@ -1127,6 +1127,10 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
         )
 
 
+# A class where all annotations of this file are text: Transformers' own tests look there for the output's fields.
+GrinMoeForCausalLM.forward.__annotations__["return"] = GrinMoeCausalLMOutputWithPast
+
+
 class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoePreTrainedModel):
     """GRIN-MoE with a classification head on the last token that is not padding. It trains without a balance loss."""
 
