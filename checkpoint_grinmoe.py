@@ -361,7 +361,7 @@ def read_tensors(folder: str | os.PathLike, variant: str | None = None) -> dict[
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         raise CheckpointError(
             f"{folder} holds a model and an adapter ({ADAPTER_CONFIG_NAME}), which Transformers would load on top of it, or "
-            "on its own base, without a word; move the adapter to a folder of its own, and load it with model.load_adapter"
+            "on its own base silently; move the adapter to a folder of its own, and load it with model.load_adapter"
         )
     sets += sorted(path for path in folder.iterdir() if _DISTRIBUTED.fullmatch(path.name))
     weight_map = read_index(index_file) if index_file in sets else {}

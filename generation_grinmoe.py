@@ -220,7 +220,7 @@ class GrinMoeGenerationMixin(GenerationMixin):
         return super().generate_batch(inputs, generation_config, **kwargs)
 
     def _refuse_to_reach_long_lengths(self, what: str, prompt_length: int, new_tokens: int | None) -> None:
-        """`new_tokens` None is no limit, which continuous batching has by default."""
+        """With `new_tokens` None nothing limits the answer: the default of continuous batching."""
         first_long_length = self.model.rotary_emb.first_long_length
         longest = math.inf if new_tokens is None else prompt_length + new_tokens
         # The last new token is never fed back.

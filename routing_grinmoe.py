@@ -167,7 +167,7 @@ class _ScoreFunctionWeights(torch.autograd.Function):
 
 
 class _EstimatedGradient(torch.autograd.Function):
-    """dL/d(logits) (T, E) of dL/d(weights) (T, K). An estimate has no derivative of its own, so there is no backward."""
+    """dL/d(logits) (T, E) of dL/d(weights) (T, K). Its own derivative does not exist, because it is an estimate."""
 
     generate_vmap_rule = True
 

@@ -584,7 +584,7 @@ class TestAmbiguousCheckpoint:
             GrinMoeForCausalLM.from_pretrained(snapshot, variant="fp16")
 
     def test_an_adapter_beside_the_model_is_refused(self, snapshot):
-        """Transformers loads it on top without a word: logits move by 2.6 for a random one."""
+        """Transformers silently loads it on top: logits move by 2.6 for a random one."""
         peft = pytest.importorskip("peft")
         model = GrinMoeForCausalLM.from_pretrained(snapshot)
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(snapshot)
