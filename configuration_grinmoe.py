@@ -615,7 +615,7 @@ def _register_tokenizer_class() -> None:
     Without an entry for the model type, AutoTokenizer trusts the `tokenizer_class` in tokenizer_config.json. The released
     checkpoint names LlamaTokenizer there, which replaces the normaliser of tokenizer.json and so gives other ids. The
     table is private to the library; `AutoTokenizer.register` writes another one, which is asked only later.
-    (docs/tokenization.md; tests/test_tokenizer_loading.py notices when it moves.)
+    (docs/tokenization.md; tests/tokenization/test_loading.py notices when it moves.)
     """
     try:
         from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES

@@ -295,10 +295,6 @@ class ExpertLora(ParamWrapper):
             linear.weight = nn.Parameter(trained, requires_grad=linear.weight.requires_grad)
             linear.out_features, linear.in_features = trained.shape
 
-    def seed_dropout(self, *args: Any) -> None:
-        """The sparse block calls this on its experts."""
-        self.experts.seed_dropout(*args)
-
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
