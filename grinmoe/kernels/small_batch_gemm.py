@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .autograd import takes_operator
 from .launching import interpreted
 
 # Beyond it an expert has several tokens on average, tiles grow with all of them, and grouped products are made for that.
@@ -220,7 +221,7 @@ def few_tokens_experts(
         (T, H) in the dtype of `hidden_states`; products are summed up in float32, activations rounded to the dtype.
 
     Raises:
-        ValueError: T * K exceeds MAX_CHOICES, or dtypes differ.
+        ValueError: T * K exceeds MAX_CHOICES, dtypes differ, or a gradient is wanted.
     """
     if top_k_index.numel() > MAX_CHOICES:
         raise ValueError(
@@ -233,7 +234,13 @@ def few_tokens_experts(
             f"few_tokens_experts got hidden_states in {hidden_states.dtype}, gate_up_proj in {gate_up_proj.dtype} and "
             f"down_proj in {down_proj.dtype}; give all in one dtype"
         )
-    return _few_tokens_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+    differentiable = (hidden_states, top_k_weights, gate_up_proj, down_proj)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
+        raise ValueError("few_tokens_experts computes no gradients; call it under torch.no_grad()")
+    # Calling an operator takes the host longer than both launches do. What has no values asks it for shapes.
+    has_values = not takes_operator(hidden_states) and not hidden_states.is_meta
+    function = launch if has_values else _few_tokens_experts
+    return function(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
 
 
 @torch.library.custom_op("grinmoe::few_tokens_experts", mutates_args=())

@@ -23,7 +23,7 @@ from .cpu import SILU, experts_reference
 
 if is_triton_available():
     from .launching import MAX_EXPERTS, interpreted
-    from .permute_kernels import combine, place_rows, swiglu, swiglu_backward
+    from .permute_kernels import combine, gather_rows, place_rows, swiglu, swiglu_backward
     from .small_batch_gemm import MAX_CHOICES, few_tokens_experts
 
 # What torch's grouped product asks of its operands' rows.
@@ -52,7 +52,8 @@ def triton_experts_forward(
         hidden_states, gate_up_proj, down_proj = (t.to(autocast) for t in (hidden_states, gate_up_proj, down_proj))
     else:
         hidden_states = hidden_states.to(gate_up_proj.dtype)
-    _check_sizes(module, hidden_states.dtype)
+    if reason := unfit(module, hidden_states.dtype):
+        raise ValueError(f"experts_implementation='grinmoe_triton' {reason}")
     keep = None
     if module.training and module.dropout > 0:
         keep = module.keep_mask(hidden_states.new_empty((top_k_index.numel(), module.down_proj.shape[2])))
@@ -90,23 +91,19 @@ def check_triton(device: torch.device) -> None:
         )
 
 
-def _check_sizes(module: nn.Module, dtype: torch.dtype) -> None:
+def unfit(module: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why these experts, computed in `dtype`, are not for the kernels, and what to choose; None if they are."""
     if module.config.hidden_act not in SILU:
-        raise ValueError(
-            f"experts_implementation='grinmoe_triton' is for hidden_act='silu', not {module.config.hidden_act!r}; choose "
-            "'grouped_mm'"
-        )
+        return f"is for hidden_act='silu', not {module.config.hidden_act!r}; choose 'grouped_mm'"
     if module.num_experts > MAX_EXPERTS:
-        raise ValueError(
-            f"experts_implementation='grinmoe_triton' is for up to {MAX_EXPERTS} experts, not {module.num_experts}; choose "
-            "'grouped_mm'"
-        )
+        return f"is for up to {MAX_EXPERTS} experts, not {module.num_experts}; choose 'grouped_mm'"
     multiple = ALIGNMENT_BYTES // dtype.itemsize
     if module.hidden_dim % multiple or module.intermediate_dim % multiple:
-        raise ValueError(
-            f"experts_implementation='grinmoe_triton' needs sizes that are multiples of {multiple} in {dtype}, not hidden "
-            f"{module.hidden_dim} and width {module.intermediate_dim}; choose 'eager'"
+        return (
+            f"needs sizes that are multiples of {multiple} in {dtype}, not hidden {module.hidden_dim} and width "
+            f"{module.intermediate_dim}; choose 'eager'"
         )
+    return None
 
 
 class Products(NamedTuple):
@@ -148,9 +145,9 @@ def forward_pass(
     """Sum over choices of weight * down(silu(gate) * up * keep), (T, H); `keep` (N, I) is dropout, by sorted row."""
     top_k = top_k_index.shape[1]
     order, row_of_choice, ends = place_rows(top_k_index, gate_up_proj.shape[0])
-    rows = hidden_states.index_select(0, order // top_k)
+    rows = gather_rows(hidden_states, row_of_choice, ends, top_k)
     pre_activation = products.rows_by_weights(rows, gate_up_proj, ends)
-    outputs = products.rows_by_weights(swiglu(pre_activation, keep), down_proj, ends)
+    outputs = products.rows_by_weights(swiglu(pre_activation, ends, keep), down_proj, ends)
     return combine(outputs, row_of_choice, ends, top_k, weights), Kept(pre_activation, order, row_of_choice, ends)
 
 
@@ -169,9 +166,8 @@ def backward_pass(
     """Gradients of the input, the routing weights, gate_up_proj and down_proj; None for one that does not train."""
     pre_activation, order, row_of_choice, ends = kept
     top_k = weights.shape[1]
-    tokens = order // top_k
     grad_down = grad_gate_up = None
-    upstream = grad_output.index_select(0, tokens)  # (N, H), not yet weighted
+    upstream = gather_rows(grad_output, row_of_choice, ends, top_k)  # (N, H), not yet weighted
     grad_activation = products.rows_by_weights(upstream, down_proj.transpose(1, 2), ends)
     grad_pre, weighted, grad_weights = swiglu_backward(
         grad_activation, pre_activation, weights, order, ends, keep, weighted=down_trains
@@ -181,7 +177,7 @@ def backward_pass(
         grad_down = products.rows_by_rows(upstream, weighted, ends)
     del upstream, weighted
     if gate_up_trains:
-        grad_gate_up = products.rows_by_rows(grad_pre, hidden_states.index_select(0, tokens), ends)
+        grad_gate_up = products.rows_by_rows(grad_pre, gather_rows(hidden_states, row_of_choice, ends, top_k), ends)
     grad_rows = products.rows_by_weights(grad_pre, gate_up_proj.transpose(1, 2), ends)
     return combine(grad_rows, row_of_choice, ends, top_k), grad_weights, grad_gate_up, grad_down
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from grinmoe.kernels import dispatch
 from grinmoe.kernels.dispatch import implementation_for
+from grinmoe.kernels.small_batch_gemm import MAX_CHOICES
 from grinmoe.modeling_grinmoe import GrinMoeExperts
 from tests.tolerances import FAST_PATH_BFLOAT16, FAST_PATH_FLOAT32
 
@@ -64,14 +66,121 @@ def test_what_serves_on_a_cpu(build, fields, dtype, expected):
     assert_close(results(experts, dtype), results(build("eager", dtype, **fields), dtype), bound)
 
 
-def test_what_serves_on_another_device(build):
-    """Few choices without a gradient are decoding; batched_mm then copies no more weights than the layer has."""
-    experts, hidden_states = build(), torch.ones(5, 32, device="meta")
-    assert implementation_for(experts, hidden_states, CHOICES) == "grouped_mm"
+def serves(experts: GrinMoeExperts, choices: torch.Tensor, device: str = "meta") -> str:
+    hidden_states = torch.ones(len(choices), experts.hidden_dim, dtype=experts.down_proj.dtype, device=device)
+    return implementation_for(experts, hidden_states, choices)
+
+
+class Wrapped(torch.Tensor):
+    """As quantisers' weights are, which know their own products."""
+
+
+def assignments(tokens: int) -> torch.Tensor:
+    return torch.tensor([[0, 2]]).expand(tokens, -1)
+
+
+def test_without_kernels_for_it_batched_mm_decodes_on_another_device(build):
+    """It then copies no more weights than the layer has."""
+    experts = build()
+    assert serves(experts, CHOICES) == "grouped_mm"
     with torch.no_grad():
-        assert implementation_for(experts, hidden_states, CHOICES) == "grouped_mm"
-        assert implementation_for(experts, hidden_states, CHOICES[:2]) == "batched_mm"
-    assert implementation_for(experts, hidden_states, CHOICES[:2]) == "grouped_mm"
+        assert serves(experts, CHOICES) == "grouped_mm"
+        assert serves(experts, CHOICES[:2]) == "batched_mm"
+    assert serves(experts, CHOICES[:2]) == "grouped_mm"
+
+
+@pytest.fixture
+def kernels_anywhere(monkeypatch):
+    """A CPU is taken for a GPU there; the kernels run in Triton's interpreter."""
+    monkeypatch.setattr(dispatch, "runs_kernels", lambda device: True)
+
+
+def on_gpu(experts: GrinMoeExperts, choices: torch.Tensor) -> str:
+    return serves(experts, choices, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kernels_for_few_tokens_decode_on_a_gpu(build, kernels_anywhere, dtype):
+    experts = build(dtype=dtype)
+    assert on_gpu(experts, CHOICES) != "grinmoe_triton"
+    with torch.no_grad():
+        for tokens in (1, 5, MAX_CHOICES // 2):
+            assert on_gpu(experts, assignments(tokens)) == "grinmoe_triton"
+        assert on_gpu(experts, assignments(MAX_CHOICES // 2 + 1)) != "grinmoe_triton"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_act": "gelu"},
+        {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2},
+        {"intermediate_size": 20},
+        {"num_local_experts": 130},
+    ],
+    ids=str,
+)
+def test_experts_that_the_kernels_do_not_take_decode_as_before(build, kernels_anywhere, fields):
+    experts = build(dtype=torch.bfloat16, **fields)
+    with torch.no_grad():
+        assert on_gpu(experts, CHOICES[:2]) != "grinmoe_triton"
+
+
+def test_weights_of_another_kind_decode_as_before(build, kernels_anywhere):
+    mixed, wrapped = build(), build()
+    mixed.down_proj.data = mixed.down_proj.data.bfloat16()
+    wrapped.down_proj = torch.nn.Parameter(wrapped.down_proj.data.as_subclass(Wrapped))
+    with torch.no_grad():
+        assert "grinmoe_triton" not in (on_gpu(mixed, CHOICES), on_gpu(wrapped, CHOICES))
+        assert on_gpu(build(dtype=torch.float64), CHOICES[:2]) != "grinmoe_triton"
+
+
+def test_dropout_and_derivatives_stay_with_grouped_products(build, kernels_anywhere):
+    """Without a gradient too, a forward in training mode drops; and forward mode needs products that autograd knows."""
+    experts, served = build(expert_dropout=0.5), []
+    with torch.no_grad():
+        assert on_gpu(experts.train(), CHOICES) != "grinmoe_triton"
+        assert on_gpu(experts.eval(), CHOICES) == "grinmoe_triton"
+        with torch.autograd.forward_ad.dual_level():
+            assert on_gpu(experts, CHOICES) != "grinmoe_triton"
+        torch.func.vmap(lambda x: served.append(on_gpu(experts, CHOICES)) or x)(torch.ones(2))
+    assert served and "grinmoe_triton" not in served
+
+
+def test_only_gpus_of_nvidia_run_the_kernels_by_default(monkeypatch):
+    capabilities = {0: (8, 0), 1: (7, 5), 2: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    cards = [torch.device("cuda", number) for number in capabilities]
+    assert [dispatch.runs_kernels(card) for card in cards] == [True, False, True]
+    assert not any(dispatch.runs_kernels(torch.device(kind)) for kind in ("cpu", "xpu", "mps", "meta"))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not dispatch.runs_kernels(cards[0])
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert not dispatch.runs_kernels(cards[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "fullgraph"])
+def test_the_default_decodes_by_the_kernels(build, kernels_anywhere, compiled):
+    experts = build()
+    hidden_states, weights = torch.randn(5, 32), torch.rand(5, 2)
+    graphs = []
+
+    def recorded(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    torch.compiler.reset()
+    step = torch.compile(experts, backend=recorded, fullgraph=True) if compiled else experts
+    with torch.no_grad():
+        found = step(hidden_states, CHOICES, weights)
+        assert_close([found], [build("eager")(hidden_states, CHOICES, weights)], FAST_PATH_FLOAT32)
+    assert ["grinmoe.few_tokens_experts" in graph for graph in graphs] == [True] * compiled
+
+
+def test_an_export_on_a_gpu_takes_grouped_products(build, kernels_anywhere):
+    with torch.no_grad():
+        program = torch.export.export(build(), (torch.randn(5, 32), CHOICES, torch.rand(5, 2)), strict=False)
+    assert not any("grinmoe" in str(node.target) for node in program.graph.nodes)
 
 
 def test_autocast_reaches_grouped_products(build):

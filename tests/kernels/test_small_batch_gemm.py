@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from grinmoe.kernels import small_batch_gemm
 from grinmoe.kernels.small_batch_gemm import MAX_CHOICES, Tile, few_tokens_experts, launch
 from tests.tolerances import FAST_PATH_BFLOAT16, FAST_PATH_FLOAT32
 
@@ -149,6 +151,28 @@ def test_a_compiled_step():
     given = arguments(*ROUTINGS["eight tokens"])
     with torch.no_grad():
         assert torch.equal(compiled(*given), few_tokens_experts(*given))
+
+
+def test_only_compiled_code_and_what_has_no_values_call_the_operator(monkeypatch):
+    """In eager mode its host costs more than both launches."""
+    called = []
+    operator = small_batch_gemm._few_tokens_experts
+    monkeypatch.setattr(small_batch_gemm, "_few_tokens_experts", lambda *given: called.append(0) or operator(*given))
+    given = arguments(*ROUTINGS["one token"])
+    few_tokens_experts(*given)
+    assert not called
+    assert few_tokens_experts(*(tensor.to("meta") for tensor in given)).is_meta
+    with FakeTensorMode() as mode:
+        assert few_tokens_experts(*map(mode.from_tensor, given)).shape == (1, HIDDEN)
+    assert len(called) == 2
+
+
+def test_a_gradient_is_refused():
+    hidden_states, *rest = arguments(*ROUTINGS["one token"])
+    with pytest.raises(ValueError, match="no gradients"):
+        few_tokens_experts(hidden_states.requires_grad_(), *rest)
+    with torch.no_grad():
+        few_tokens_experts(hidden_states, *rest)
 
 
 def test_the_operator_keeps_its_word():
