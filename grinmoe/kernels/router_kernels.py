@@ -5,6 +5,9 @@ The reference is `routing_grinmoe.py`, rounding to the logits' dtype included; t
 
 Shapes: T tokens, E experts, K experts per token, H hidden size.
 
+Triton compiles a number that is 1 in as a constant, without a tensor's methods, and makes a kernel of its own for it and
+for multiples of 16. Numbers that differ from call to call are therefore not specialised, and no method is called on one.
+
 Imported only where Triton is. Under TRITON_INTERPRET=1 the kernels run on a CPU, for tests.
 """
 
@@ -67,7 +70,7 @@ def _exponential(
 ):
     """(TOKENS, COLUMNS) of `RoutingNoise.exponential`, given or as in `counter_noise`."""
     if GIVEN:
-        offsets = (draw * num_tokens.to(tl.int64) + tokens)[:, None] * NUM_EXPERTS + columns[None, :]
+        offsets = (draw * num_tokens + tokens).to(tl.int64)[:, None] * NUM_EXPERTS + columns[None, :]
         inside = (tokens < num_tokens)[:, None] & (columns < NUM_EXPERTS)[None, :]
         values = tl.load(exponential_ptr + offsets, mask=inside, other=1.0)
     else:
@@ -80,7 +83,7 @@ def _exponential(
 def _uniform(uniform_ptr, seed, tokens, draw, stream, num_tokens, NUM_EXPERTS: tl.constexpr, GIVEN: tl.constexpr):
     """(TOKENS,) of `RoutingNoise.uniform`."""
     if GIVEN:
-        offsets = draw * num_tokens.to(tl.int64) + tokens
+        offsets = draw * num_tokens + tokens
         values = tl.load(uniform_ptr + offsets, mask=tokens < num_tokens, other=0.0)
     else:
         word = _word(seed, tokens, tokens * 0 + NUM_EXPERTS, draw, stream)
@@ -88,7 +91,7 @@ def _uniform(uniform_ptr, seed, tokens, draw, stream, num_tokens, NUM_EXPERTS: t
     return values
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
+@triton.jit(do_not_specialize=["seed", "stream", "num_tokens"])
 def router_kernel(
     logits_ptr,
     exponential_ptr,
@@ -158,7 +161,7 @@ def _contribution(logits_ptr, experts_ptr, grad_weights_ptr, logits, remaining, 
     return masked_probs, chosen, grad * tl.sum(tl.where(chosen, masked_probs, 0.0), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def router_backward_kernel(
     logits_ptr,
     experts_ptr,
@@ -213,7 +216,7 @@ def router_backward_kernel(
     tl.store(grad_logits_ptr + offsets, grad_logits.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
+@triton.jit(do_not_specialize=["seed", "stream", "num_tokens"])
 def jitter_kernel(
     input_ptr,
     output_ptr,

@@ -26,6 +26,9 @@ from triton.runtime.jit import JITFunction
 
 # What the project is for: the released model's layer, 16k tokens.
 TOKENS, TOP_K, HIDDEN, WIDTH, EXPERTS = 16384, 2, 4096, 6400, 16
+# And one token, and one number more than a multiple of 16: Triton compiles an argument that is 1 in as a constant, which
+# has no methods, and knows of others whether 16 divides them.
+FEW = ((1, 1), (1, TOP_K), (17, TOP_K))
 
 
 class NoDevice:
@@ -64,41 +67,60 @@ def launch_router() -> None:
     from grinmoe.kernels.triton_router import jitter, router_backward, router_forward
 
     selected, weights = empty(TOKENS, TOP_K, dtype=torch.int64), empty(TOKENS, TOP_K)
-    seed, exponential = empty(1, dtype=torch.int64), empty(TOP_K, TOKENS, EXPERTS, dtype=torch.float32)
+    seed = empty(1, dtype=torch.int64)
     for num_experts in (EXPERTS, 128):
         logits = empty(TOKENS, num_experts)
         for estimator in ("sparsemixer_v2", "sparsemixer_togo", "sparsemixer_joint")[: 1 if num_experts == 128 else 3]:
             router_forward(logits, None, None, None, 2**62 + 5, 3, TOP_K, 0.02, estimator, True)
             router_forward(logits, None, None, seed, 0, 3, TOP_K, 0.02, estimator, False)
             router_backward(logits, selected, weights, 0.02, estimator, True)
-    uniform = exponential[..., :1].contiguous()
-    router_forward(empty(TOKENS, EXPERTS), exponential, uniform, None, 0, 3, TOP_K, 0.02, "sparsemixer_v2", True)
+    for tokens, top_k in ((TOKENS, TOP_K), *FEW):
+        logits, selected, weights = (
+            empty(tokens, EXPERTS),
+            empty(tokens, top_k, dtype=torch.int64),
+            empty(tokens, top_k),
+        )
+        exponential, uniform = (empty(top_k, tokens, n, dtype=torch.float32) for n in (EXPERTS, 1))
+        for estimator in ("sparsemixer_v2", "sparsemixer_togo"):
+            router_forward(logits, exponential, uniform, None, 0, 3, top_k, 0.02, estimator, True)
+            # Layer 1 and seed 1 are numbers like others.
+            router_forward(logits, None, None, None, 1, 1, top_k, 0.02, estimator, True)
+            router_backward(logits, selected, weights, 0.02, estimator, True)
+        jitter(empty(tokens, HIDDEN), None, 1, 1, 0.01)
     jitter(empty(TOKENS, HIDDEN), None, 2**62 + 5, 3, 0.01)
     jitter(empty(TOKENS, HIDDEN), seed, 0, 3, 0.01)
 
 
 def launch_experts() -> None:
-    from grinmoe.kernels.permute_kernels import combine, place_rows, swiglu, swiglu_backward
+    from grinmoe.kernels.permute_kernels import combine, gather_rows, place_rows, swiglu, swiglu_backward
 
     selected, weights = empty(TOKENS, TOP_K, dtype=torch.int64), empty(TOKENS, TOP_K)
     order, row_of_choice, ends = place_rows(selected, EXPERTS)
     place_rows(selected, 128)
     pre_activation = empty(TOKENS * TOP_K, 2 * WIDTH)
-    activation = swiglu(pre_activation)
+    activation = swiglu(pre_activation, ends)
     for keep in (None, activation):
-        swiglu(pre_activation, keep)
+        swiglu(pre_activation, ends, keep)
         swiglu_backward(activation, pre_activation, weights, order, ends, keep)
     combine(empty(TOKENS * TOP_K, HIDDEN), row_of_choice, ends, TOP_K, weights)
     combine(empty(TOKENS * TOP_K, HIDDEN), row_of_choice, ends, TOP_K)
+    gather_rows(empty(TOKENS, HIDDEN), row_of_choice, ends, TOP_K)
+    for tokens, top_k in FEW:
+        order, row_of_choice, ends = place_rows(empty(tokens, top_k, dtype=torch.int64), EXPERTS)
+        weights, pre_activation = empty(tokens, top_k), empty(tokens * top_k, 2 * WIDTH)
+        activation = swiglu(pre_activation, ends)
+        swiglu_backward(activation, pre_activation, weights, order, ends)
+        combine(empty(tokens * top_k, HIDDEN), row_of_choice, ends, top_k, weights)
+        gather_rows(empty(tokens, HIDDEN), row_of_choice, ends, top_k)
 
 
 def launch_decoding() -> None:
     from grinmoe.kernels.small_batch_gemm import launch
 
     gate_up_proj, down_proj = empty(EXPERTS, 2 * WIDTH, HIDDEN), empty(EXPERTS, HIDDEN, WIDTH)
-    for tokens in (1, 8, 32):
-        selected = empty(tokens, TOP_K, dtype=torch.int64)
-        launch(empty(tokens, HIDDEN), selected, empty(tokens, TOP_K), gate_up_proj, down_proj)
+    for tokens, top_k in ((1, 1), (1, TOP_K), (8, TOP_K), (32, TOP_K)):
+        selected = empty(tokens, top_k, dtype=torch.int64)
+        launch(empty(tokens, HIDDEN), selected, empty(tokens, top_k), gate_up_proj, down_proj)
 
 
 def machine_facts(kernel) -> dict:

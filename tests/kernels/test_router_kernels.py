@@ -66,6 +66,15 @@ def test_odd_shapes_and_masks(tokens, experts, top_k, eps):
     assert_alike(logits_of(tokens, experts), top_k, eps, False, "sparsemixer_v2")
 
 
+@pytest.mark.parametrize("tokens, top_k", [(1, 1), (1, 2), (16, 2), (17, 2)])
+def test_given_noise_at_sizes_that_triton_specialises(tokens, top_k):
+    """A size of 1, or a multiple of 16, is another type to a compiled kernel (test_kernels_compile.py compiles them)."""
+    for estimator in ("sparsemixer_v2", "sparsemixer_togo"):
+        logits = logits_of(tokens, 16)
+        noise = draw_routing_noise(logits, top_k, torch.Generator().manual_seed(2))
+        assert_alike(logits, top_k, 0.1, True, estimator, noise, stream=1)
+
+
 def test_ties_zeros_and_closed_experts():
     """All-zero logits (0/0 is kept), equal ones (the first wins), and experts closed by -inf."""
     closed = torch.tensor([1.0, float("-inf"), 0.5, float("-inf")])
