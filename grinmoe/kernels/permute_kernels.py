@@ -3,6 +3,9 @@
 Everything here is bound by memory. One choice of a token is one row; rows are sorted by expert, as grouped products want
 them. Nothing waits for the device, and no float is added atomically: results repeat bit for bit.
 
+Kernels that stream give their bytes, waves and masked share, computed: the released layer (H 4096, I 6400, E 16, K 2) in
+bfloat16, registers as Triton 3.9 assigns them for sm_90, 132 multiprocessors.
+
 Shapes: T tokens, K experts per token, N = T * K rows, E experts, H hidden size, I expert width, P programs.
 
 Imported only where Triton is. Under TRITON_INTERPRET=1 the kernels run on a CPU, for tests.
@@ -16,8 +19,8 @@ import triton.language as tl
 
 from .launching import interpreted
 
-# Columns that a program reads at once: 16 bytes for each of 128 threads in bfloat16.
-_COLUMNS = 1024
+# Numbers of one tensor that a program holds at once: two accesses of 16 bytes for each of 128 threads in bfloat16.
+_TILE = 2048
 # Numbers that a program holds in registers: its one-hot matrix, or all programs' counts.
 _MOST_NUMBERS = 8192
 
@@ -122,33 +125,132 @@ def place_rows(selected_experts: torch.Tensor, num_experts: int) -> tuple[torch.
 
 
 @triton.jit
-def _swiglu_kernel(
-    pre_ptr, keep_ptr, output_ptr, num_rows, width, HAS_KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def _gather_rows_kernel(
+    hidden_ptr,
+    row_of_choice_ptr,
+    ends_ptr,
+    output_ptr,
+    num_tokens,
+    hidden,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (rows < num_rows) & (columns < width)
-    gate = tl.load(pre_ptr + rows * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    """
+    Each token is read once and written K times; a gather by row reads it K times, too far apart for a cache.
+
+    Released layer, 16k tokens: 0.40 GB (a gather by row: 0.54); 32768 programs of 2 tokens by 1024 columns, 15.5 waves of
+    16 a multiprocessor; nothing masked.
+    """
+    blocks = tl.cdiv(hidden, COLUMNS)
+    tokens = (tl.program_id(0) // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exists = tokens < num_tokens
+    served = tl.load(ends_ptr + NUM_EXPERTS - 1)
+    first_row = served
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_of_choice_ptr + tokens * TOP_K + k, mask=exists, other=2147483647)
+        first_row = tl.minimum(first_row, row)
+    inside = (columns < hidden) & (first_row < served)[:, None]
+    values = tl.load(hidden_ptr + tokens[:, None] * hidden + columns, mask=inside, other=0.0)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_of_choice_ptr + tokens * TOP_K + k, mask=exists, other=2147483647).to(tl.int64)
+        inside = (columns < hidden) & (row < served)[:, None]
+        tl.store(output_ptr + row[:, None] * hidden + columns, values, mask=inside)
+
+
+def gather_rows(
+    hidden_states: torch.Tensor, row_of_choice: torch.Tensor, ends: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """
+    The row of each assignment's token, sorted by expert: `hidden_states[order // top_k]` without an index of tokens.
+
+    Args:
+        hidden_states: (T, H).
+        row_of_choice, ends: of `place_rows`.
+        top_k: K.
+
+    Returns:
+        (N, H) in the same dtype. Rows of choices served elsewhere, the last, are left uninitialised, and a token that has
+        none here is not read.
+    """
+    num_tokens, hidden = hidden_states.shape
+    output = hidden_states.new_empty(num_tokens * top_k, hidden)
+    if output.numel():
+        tokens, columns = _tile(hidden)
+        _gather_rows_kernel[(triton.cdiv(num_tokens, tokens) * triton.cdiv(hidden, columns),)](
+            hidden_states.contiguous(),
+            row_of_choice,
+            ends,
+            output,
+            num_tokens,
+            hidden,
+            NUM_EXPERTS=ends.numel(),
+            TOP_K=top_k,
+            TOKENS=tokens,
+            COLUMNS=columns,
+        )
+    return output
+
+
+@triton.jit
+def _swiglu_kernel(
+    pre_ptr,
+    keep_ptr,
+    ends_ptr,
+    output_ptr,
+    num_rows,
+    width,
+    NUM_EXPERTS: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """
+    Columns are fastest in the grid, so that programs that run together read neighbouring memory.
+
+    Released layer, 16k tokens: 1.26 GB; 102400 programs of 8 rows by 256 columns, 48.5 waves of 16 a multiprocessor;
+    nothing masked.
+    """
+    blocks = tl.cdiv(width, COLUMNS)
+    rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    served = tl.load(ends_ptr + NUM_EXPERTS - 1)
+    inside = (rows < tl.minimum(num_rows, served)) & (columns < width)
+    gate = tl.load(pre_ptr + rows * 2 * width + columns, mask=inside, other=0.0)
     up = tl.load(pre_ptr + rows * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = gate.to(tl.float32)
     activation = gate * tl.sigmoid(gate) * up
     if HAS_KEEP:
         activation *= tl.load(keep_ptr + rows * width + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(output_ptr + rows * width + columns, activation.to(output_ptr.dtype.element_ty), mask=inside)
 
 
-def swiglu(pre_activation: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """silu(gate) * up * keep: (N, 2I), gate first, and dropout's (N, I) or None, to (N, I). Computed in float32."""
+def swiglu(pre_activation: torch.Tensor, ends: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    silu(gate) * up * keep, computed in float32.
+
+    Args:
+        pre_activation: (N, 2I), gate first.
+        ends: of `place_rows`. Rows of choices served elsewhere, the last, are neither read nor written.
+        keep: (N, I) dropout, or None.
+
+    Returns:
+        (N, I) in the dtype of `pre_activation`.
+    """
     num_rows, width = pre_activation.shape[0], pre_activation.shape[1] // 2
     output = pre_activation.new_empty(num_rows, width)
     if output.numel():
         rows, columns = _tile(width)
-        grid = (triton.cdiv(num_rows, rows), triton.cdiv(width, columns))
-        _swiglu_kernel[grid](
+        _swiglu_kernel[(triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),)](
             pre_activation,
             pre_activation if keep is None else keep,
+            ends,
             output,
             num_rows,
             width,
+            NUM_EXPERTS=ends.numel(),
             HAS_KEEP=keep is not None,
             ROWS=rows,
             COLUMNS=columns,
@@ -175,34 +277,46 @@ def _swiglu_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """
+    An iteration asks for all that it reads before it uses any of it. Each thread keeps its part of the sum over columns
+    until the end, so that no iteration waits for another warp.
+
+    Released layer, 16k tokens: 2.52 GB; 4096 programs of 8 rows, 256 columns at a time, 6.2 waves of 5 a multiprocessor;
+    nothing masked; 6 loads of 16 bytes per thread and iteration.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = rows < num_rows
     served = exists & (rows < tl.load(ends_ptr + NUM_EXPERTS - 1))
     choices = tl.load(order_ptr + rows, mask=exists, other=0)
     weights = tl.load(weights_ptr + choices, mask=exists, other=0.0).to(tl.float32)[:, None]
-    grad_weights = tl.zeros([ROWS], dtype=tl.float32)
+    products = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(0, WIDTH, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)[None, :]
         inside = served[:, None] & (columns < WIDTH)
         narrow, wide = rows[:, None] * WIDTH + columns, rows[:, None] * 2 * WIDTH + columns
-        gate = tl.load(pre_ptr + wide, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(pre_ptr + wide + WIDTH, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + narrow, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(pre_ptr + wide, mask=inside, other=0.0)
+        up = tl.load(pre_ptr + wide + WIDTH, mask=inside, other=0.0)
+        grad = tl.load(grad_ptr + narrow, mask=inside, other=0.0)
         if HAS_KEEP:
-            grad *= tl.load(keep_ptr + narrow, mask=inside, other=0.0).to(tl.float32)
+            keep = tl.load(keep_ptr + narrow, mask=inside, other=0.0).to(tl.float32)
+        gate, up, grad = gate.to(tl.float32), up.to(tl.float32), grad.to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        grad_weights += tl.sum(grad * silu * up, axis=1)
+        activation = silu * up
+        if HAS_KEEP:
+            grad *= keep
+        products += grad * activation
         if WEIGHTED:
-            activation = silu * up * weights
+            activation *= weights
             if HAS_KEEP:
-                activation *= tl.load(keep_ptr + narrow, mask=inside, other=0.0).to(tl.float32)
+                activation *= keep
             tl.store(weighted_ptr + narrow, activation.to(weighted_ptr.dtype.element_ty), mask=inside)
         grad *= weights
         # d silu / d gate = sigmoid + silu * (1 - sigmoid)
         grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
         tl.store(grad_pre_ptr + wide, grad_gate.to(grad_pre_ptr.dtype.element_ty), mask=inside)
         tl.store(grad_pre_ptr + wide + WIDTH, (grad * silu).to(grad_pre_ptr.dtype.element_ty), mask=inside)
+    grad_weights = tl.sum(products, axis=1)
     tl.store(grad_weights_ptr + choices, grad_weights.to(grad_weights_ptr.dtype.element_ty), mask=exists)
 
 
@@ -273,8 +387,13 @@ def _combine_kernel(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    """
+    Released layer, 16k tokens: 0.40 GB; 32768 programs of 2 tokens by 1024 columns, 15.5 waves of 16 a multiprocessor;
+    nothing masked.
+    """
+    blocks = tl.cdiv(hidden, COLUMNS)
+    tokens = (tl.program_id(0) // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     exists = tokens < num_tokens
     served = tl.load(ends_ptr + NUM_EXPERTS - 1)
     total = tl.zeros([TOKENS, COLUMNS], dtype=tl.float32)
@@ -314,7 +433,7 @@ def combine(
     output = rows.new_empty(num_tokens, hidden)
     if output.numel():
         tokens, columns = _tile(hidden)
-        _combine_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(hidden, columns))](
+        _combine_kernel[(triton.cdiv(num_tokens, tokens) * triton.cdiv(hidden, columns),)](
             rows,
             row_of_choice,
             ends,
@@ -332,6 +451,11 @@ def combine(
 
 
 def _tile(width: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile: on a GPU a piece of one row, in the interpreter as much as there is."""
-    columns = min(_COLUMNS, triton.next_power_of_2(width))
-    return (64 if interpreted() else max(1, _COLUMNS // columns)), columns
+    """Rows and columns of a program's tile: of the powers of two between 64 and 1024 the columns that mask the least.
+
+    In the interpreter, where a program costs more than its numbers, as many rows as there may be.
+    """
+    widest = min(1024, triton.next_power_of_2(width))
+    powers = [2**k for k in range(11) if min(64, widest) <= 2**k <= widest]
+    columns = min(powers, key=lambda power: (triton.cdiv(width, power) * power, -power))
+    return (64 if interpreted() else _TILE // columns), columns

@@ -23,7 +23,7 @@ from .cpu import SILU, experts_reference
 
 if is_triton_available():
     from .launching import MAX_EXPERTS, interpreted
-    from .permute_kernels import combine, place_rows, swiglu, swiglu_backward
+    from .permute_kernels import combine, gather_rows, place_rows, swiglu, swiglu_backward
     from .small_batch_gemm import MAX_CHOICES, few_tokens_experts
 
 # What torch's grouped product asks of its operands' rows.
@@ -145,9 +145,9 @@ def forward_pass(
     """Sum over choices of weight * down(silu(gate) * up * keep), (T, H); `keep` (N, I) is dropout, by sorted row."""
     top_k = top_k_index.shape[1]
     order, row_of_choice, ends = place_rows(top_k_index, gate_up_proj.shape[0])
-    rows = hidden_states.index_select(0, order // top_k)
+    rows = gather_rows(hidden_states, row_of_choice, ends, top_k)
     pre_activation = products.rows_by_weights(rows, gate_up_proj, ends)
-    outputs = products.rows_by_weights(swiglu(pre_activation, keep), down_proj, ends)
+    outputs = products.rows_by_weights(swiglu(pre_activation, ends, keep), down_proj, ends)
     return combine(outputs, row_of_choice, ends, top_k, weights), Kept(pre_activation, order, row_of_choice, ends)
 
 
@@ -166,9 +166,8 @@ def backward_pass(
     """Gradients of the input, the routing weights, gate_up_proj and down_proj; None for one that does not train."""
     pre_activation, order, row_of_choice, ends = kept
     top_k = weights.shape[1]
-    tokens = order // top_k
     grad_down = grad_gate_up = None
-    upstream = grad_output.index_select(0, tokens)  # (N, H), not yet weighted
+    upstream = gather_rows(grad_output, row_of_choice, ends, top_k)  # (N, H), not yet weighted
     grad_activation = products.rows_by_weights(upstream, down_proj.transpose(1, 2), ends)
     grad_pre, weighted, grad_weights = swiglu_backward(
         grad_activation, pre_activation, weights, order, ends, keep, weighted=down_trains
@@ -178,7 +177,7 @@ def backward_pass(
         grad_down = products.rows_by_rows(upstream, weighted, ends)
     del upstream, weighted
     if gate_up_trains:
-        grad_gate_up = products.rows_by_rows(grad_pre, hidden_states.index_select(0, tokens), ends)
+        grad_gate_up = products.rows_by_rows(grad_pre, gather_rows(hidden_states, row_of_choice, ends, top_k), ends)
     grad_rows = products.rows_by_weights(grad_pre, gate_up_proj.transpose(1, 2), ends)
     return combine(grad_rows, row_of_choice, ends, top_k), grad_weights, grad_gate_up, grad_down
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grinmoe.kernels.permute_kernels import combine, place_rows, swiglu, swiglu_backward
+from grinmoe.kernels.permute_kernels import _tile, combine, gather_rows, place_rows, swiglu, swiglu_backward
 from tests.tolerances import FAST_PATH_FLOAT32
 
 # Computed in float32 and rounded once. The interpreter cuts off what does not fit into bfloat16's 8 bits.
@@ -44,15 +44,59 @@ def weighted_swiglu(pre_activation, keep, weights):
     return weights * (activation if keep is None else activation * keep)
 
 
+@DTYPES
+@SIZES
+def test_gather_rows_equals_index_select(sizes, dtype):
+    tokens, top_k, num_experts, hidden = sizes
+    order, row_of_choice, ends = placed(tokens, top_k, num_experts)
+    hidden_states, served = drawn(tokens, hidden, dtype=dtype), int(ends[-1])
+    found = gather_rows(hidden_states, row_of_choice, ends, top_k)
+    assert found.dtype == dtype and found.shape == (tokens * top_k, hidden)
+    assert torch.equal(found[:served], hidden_states.index_select(0, order[:served] // top_k))
+
+
+@pytest.fixture
+def uninitialised_is_nan():
+    """Fill what `torch.empty` returns with NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before[0]
+    torch.use_deterministic_algorithms(before[1])
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan")
+def test_rows_of_non_local_experts_are_not_written():
+    """One of four experts is here, for 2 of 8 assignments: the other rows cost no memory traffic."""
+    choices = torch.tensor([[0, 1], [1, 1], [1, 0], [1, 1]])
+    _, row_of_choice, ends = place_rows(choices, 1)
+    rows = gather_rows(torch.ones(4, 16), row_of_choice, ends, 2)
+    assert (rows[:2] == 1).all() and rows[2:].isnan().all()
+    assert swiglu(torch.ones(8, 32), ends)[2:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "width, columns, masked",
+    [(6400, 256, 0), (4096, 1024, 0), (14336, 1024, 0), (1100, 128, 52), (800, 64, 32), (24, 32, 8)],
+    ids=str,
+)
+def test_tile_masks_few_columns(width, columns, masked):
+    assert _tile(width)[1] == columns
+    assert -width % columns == masked
+
+
 @pytest.mark.parametrize("dropout", [False, True], ids=["all kept", "dropout"])
 @DTYPES
 @SIZES
 def test_swiglu(sizes, dtype, dropout):
-    rows, width = sizes[0] * sizes[1], sizes[3]
+    tokens, top_k, num_experts, width = sizes
+    _, _, ends = placed(tokens, top_k, num_experts)
+    rows, served = tokens * top_k, int(ends[-1])
     pre_activation = drawn(rows, 2 * width, dtype=dtype)
     keep = (drawn(rows, width, seed=1) > 0).to(dtype) * 2 if dropout else None
     expected = weighted_swiglu(pre_activation.float(), None if keep is None else keep.float(), 1.0)
-    assert_close(swiglu(pre_activation, keep), expected, dtype)
+    assert_close(swiglu(pre_activation, ends, keep)[:served], expected[:served], dtype)
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["all kept", "dropout"])
