@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import interpreted
+from .launching import interpreted, launch_kernel
 
 # Numbers of one tensor that a program holds at once: two accesses of 16 bytes for each of 128 threads in bfloat16.
 _TILE = 2048
@@ -106,8 +106,10 @@ def place_rows(selected_experts: torch.Tensor, num_experts: int) -> tuple[torch.
     order, row_of_choice = (torch.empty(num_choices, dtype=torch.int32, device=device) for _ in range(2))
     ends = torch.empty(num_experts, dtype=torch.int32, device=device)
     experts = selected_experts.contiguous()
-    _count_rows_kernel[(programs,)](experts, counts, num_choices, SLOTS=slots, BLOCK=block, STEPS=steps)
-    _place_rows_kernel[(programs,)](
+    launch_kernel(_count_rows_kernel, (programs,), experts, counts, num_choices, SLOTS=slots, BLOCK=block, STEPS=steps)
+    launch_kernel(
+        _place_rows_kernel,
+        (programs,),
         experts,
         counts,
         order,
@@ -179,7 +181,9 @@ def gather_rows(
     output = hidden_states.new_empty(num_tokens * top_k, hidden)
     if output.numel():
         tokens, columns = _tile(hidden)
-        _gather_rows_kernel[(triton.cdiv(num_tokens, tokens) * triton.cdiv(hidden, columns),)](
+        launch_kernel(
+            _gather_rows_kernel,
+            (triton.cdiv(num_tokens, tokens) * triton.cdiv(hidden, columns),),
             hidden_states.contiguous(),
             row_of_choice,
             ends,
@@ -243,7 +247,9 @@ def swiglu(pre_activation: torch.Tensor, ends: torch.Tensor, keep: torch.Tensor 
     output = pre_activation.new_empty(num_rows, width)
     if output.numel():
         rows, columns = _tile(width)
-        _swiglu_kernel[(triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),)](
+        launch_kernel(
+            _swiglu_kernel,
+            (triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),),
             pre_activation,
             pre_activation if keep is None else keep,
             ends,
@@ -351,7 +357,9 @@ def swiglu_backward(
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
     if num_rows:
         rows, columns = _tile(width)
-        _swiglu_backward_kernel[(triton.cdiv(num_rows, rows),)](
+        launch_kernel(
+            _swiglu_backward_kernel,
+            (triton.cdiv(num_rows, rows),),
             grad_activation,
             pre_activation,
             grad_activation if keep is None else keep,
@@ -433,7 +441,9 @@ def combine(
     output = rows.new_empty(num_tokens, hidden)
     if output.numel():
         tokens, columns = _tile(hidden)
-        _combine_kernel[(triton.cdiv(num_tokens, tokens) * triton.cdiv(hidden, columns),)](
+        launch_kernel(
+            _combine_kernel,
+            (triton.cdiv(num_tokens, tokens) * triton.cdiv(hidden, columns),),
             rows,
             row_of_choice,
             ends,

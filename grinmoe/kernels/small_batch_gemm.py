@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .autograd import takes_operator
-from .launching import interpreted
+from .launching import interpreted, launch_kernel
 
 # Beyond it an expert has several tokens on average, tiles grow with all of them, and grouped products are made for that.
 MAX_CHOICES = 128
@@ -290,13 +290,13 @@ def launch(
         "WIDEN": interpreted(),
     }
     tile = first or gate_up_tile(num_tokens, hidden_states.dtype)
-    _gate_up_kernel[(triton.cdiv(width, tile.rows), slots)](
-        hidden_states, selected, gate_up_proj, activation, num_tokens, **shared, **_options(tile)
-    )
+    grid = triton.cdiv(width, tile.rows), slots
+    arguments = hidden_states, selected, gate_up_proj, activation, num_tokens
+    launch_kernel(_gate_up_kernel, grid, *arguments, **shared, **_options(tile))
     tile = second or down_tile(num_tokens, hidden_states.dtype)
-    _down_kernel[(triton.cdiv(hidden, tile.rows),)](
-        activation, selected, routing, down_proj, output, num_tokens, SLOTS=slots, **shared, **_options(tile)
-    )
+    grid = (triton.cdiv(hidden, tile.rows),)
+    arguments = activation, selected, routing, down_proj, output, num_tokens
+    launch_kernel(_down_kernel, grid, *arguments, SLOTS=slots, **shared, **_options(tile))
     return output
 
 

@@ -27,7 +27,7 @@ from ..routing_grinmoe import (
     route,
 )
 from .autograd import is_transformed
-from .launching import DTYPES, MAX_EXPERTS, interpreted
+from .launching import DTYPES, MAX_EXPERTS, interpreted, launch_kernel
 from .philox import STRIPE, STRIPES, counter_jitter, counter_noise
 from .router_kernels import jitter_kernel, router_backward_kernel, router_kernel
 from .triton_experts import check_triton
@@ -66,7 +66,9 @@ def router_forward(
     weights, experts, expert_scale = _router_outputs(router_logits, top_k, estimator, samples)
     tokens, columns = _tile(num_experts)
     if num_tokens:
-        router_kernel[(triton.cdiv(num_tokens, tokens),)](
+        launch_kernel(
+            router_kernel,
+            (triton.cdiv(num_tokens, tokens),),
             router_logits,
             exponential,
             uniform,
@@ -91,6 +93,7 @@ def router_forward(
             SHARED=spec.shared_scale,
             HALVES=spec.halves_logits,
             TOKENS=tokens,
+            enable_fp_fusion=False,
         )
     return weights, experts, expert_scale
 
@@ -124,7 +127,9 @@ def router_backward(
     grad_logits = torch.empty_like(router_logits)
     tokens, columns = _tile(num_experts)
     if num_tokens:
-        router_backward_kernel[(triton.cdiv(num_tokens, tokens),)](
+        launch_kernel(
+            router_backward_kernel,
+            (triton.cdiv(num_tokens, tokens),),
             router_logits,
             experts,
             grad_weights.contiguous(),
@@ -139,6 +144,7 @@ def router_backward(
             # In training the halving is undone for the router (Algorithm 2).
             HALF_GRADIENT=spec.halves_logits and not samples,
             TOKENS=tokens,
+            enable_fp_fusion=False,
         )
     return grad_logits
 
@@ -252,7 +258,9 @@ def jitter(
     num_tokens, hidden = hidden_states.shape
     if output.numel():
         tokens = 64 if interpreted() else 8
-        jitter_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(hidden, STRIPE * STRIPES))](
+        launch_kernel(
+            jitter_kernel,
+            (triton.cdiv(num_tokens, tokens), triton.cdiv(hidden, STRIPE * STRIPES)),
             hidden_states,
             output,
             seed if seed_on_device is None else seed_on_device,
@@ -264,6 +272,7 @@ def jitter(
             TOKENS=tokens,
             STRIPE=STRIPE,
             STRIPES=STRIPES,
+            enable_fp_fusion=False,
         )
     return output
 
