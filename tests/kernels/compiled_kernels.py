@@ -4,7 +4,7 @@
 
 The launch functions run on meta tensors, which have shapes and alignment and no memory, with a driver that names a device
 and has none; so each kernel is specialised as on the real one, down to machine code. Prints one JSON object per kernel:
-its name, its registers, stack and shared memory, and its widest access to global memory.
+its name, its registers, stack and shared memory, its widest access to global memory, and its fused multiplications.
 
 Whether a kernel is right is for the interpreter to say, and whether it is fast for a GPU.
 """
@@ -124,7 +124,10 @@ def launch_decoding() -> None:
 
 
 def machine_facts(kernel) -> dict:
-    """Registers, bytes on the stack (what registers are spilled to), and the widest access to global memory in bits."""
+    """
+    Registers, bytes on the stack (what registers are spilled to), the widest access to global memory in bits, whether
+    products and sums were fused where they could be, and how many are in the end.
+    """
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -138,6 +141,8 @@ def machine_facts(kernel) -> dict:
         "stack_bytes": usage["STACK"],
         "shared_bytes": usage["SHARED"],
         "widest_access_bits": max(int(count or 1) * int(bits) for count, bits in accesses),
+        "fp_fusion": kernel.metadata.enable_fp_fusion,
+        "fused": len(re.findall(r"\bfma\.\S*f32", kernel.asm["ptx"])),
     }
 
 

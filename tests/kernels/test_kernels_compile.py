@@ -54,3 +54,15 @@ def test_none_spills_registers(kernels):
 @pytest.mark.parametrize("name", STREAMING)
 def test_what_memory_bounds_moves_sixteen_bytes_at_once(kernels, name):
     assert all(facts["widest_access_bits"] == 128 for facts in kernels[name])
+
+
+# Whose decisions and draws equal the reference's, which rounds every product.
+ROUNDED = ("router_kernel", "router_backward_kernel", "jitter_kernel")
+
+
+def test_router_kernels_round_each_product(kernels):
+    """By an option, not by Triton's default, which changes with 3.10."""
+    assert not any(facts["fp_fusion"] for name in ROUNDED for facts in kernels[name])
+    assert not any(facts["fused"] for name in ("router_backward_kernel", "jitter_kernel") for facts in kernels[name])
+    # Sampling takes a logarithm, and the library's has fused steps of its own; choosing the largest has none.
+    assert min(facts["fused"] for facts in kernels["router_kernel"]) == 0
