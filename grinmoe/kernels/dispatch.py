@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import is_triton_available
 
 from ..quantization_grinmoe import in_forward_mode
+from .autocast import cast_experts
 from .autograd import is_transformed
 from .cpu import SILU
 from .triton_experts import unfit
@@ -39,12 +40,8 @@ def experts_forward(
 ) -> torch.Tensor:
     """The experts of `module` by what `implementation_for` names. Contract of `GrinMoeExperts.forward`."""
     name = implementation_for(module, hidden_states, top_k_index)
-    device = hidden_states.device.type
-    if not name.startswith("grinmoe") and torch.is_autocast_enabled(device):
-        # Grouped products are not reached by autocast: they would be done in the weights' own dtype.
-        dtype = torch.get_autocast_dtype(device)
-        output = ALL_EXPERTS_FUNCTIONS[name](_Cast(module, dtype), hidden_states.to(dtype), top_k_index, top_k_weights)
-        return output.to(hidden_states.dtype)
+    if not name.startswith("grinmoe") and torch.is_autocast_enabled(hidden_states.device.type):
+        return cast_experts(name, module, hidden_states, top_k_index, top_k_weights)
     return ALL_EXPERTS_FUNCTIONS[name](module, hidden_states, top_k_index, top_k_weights)
 
 
@@ -80,18 +77,6 @@ def _decodes_by_kernels(module: nn.Module, hidden_states: torch.Tensor, top_k_in
         return False
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
     return dtype in DTYPES and unfit(module, dtype) is None
-
-
-class _Cast:
-    """A module of experts as the library's functions read it, with its weights in another dtype."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype):
-        self.module = module
-        self.gate_up_proj = module.gate_up_proj.to(dtype)
-        self.down_proj = module.down_proj.to(dtype)
-
-    def __getattr__(self, name: str):
-        return getattr(self.module, name)
 
 
 # Assigning again is harmless: this module may be imported under several names.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch.utils.checkpoint import checkpoint
 
 from grinmoe.kernels import dispatch
 from grinmoe.kernels.dispatch import implementation_for
@@ -183,25 +183,113 @@ def test_an_export_on_a_gpu_takes_grouped_products(build, kernels_anywhere):
     assert not any("grinmoe" in str(node.target) for node in program.graph.nodes)
 
 
-def test_autocast_reaches_grouped_products(build):
-    """Transformers' own function would compute in the weights' float32."""
-    dtypes = []
+def saved_bytes(experts: GrinMoeExperts) -> int:
+    """What a forward under autocast keeps for the backward, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
+    found: dict[int, int] = {}
 
-    def recording(module, hidden_states, *arguments):
-        dtypes.append((hidden_states.dtype, module.gate_up_proj.dtype, module.down_proj.dtype))
-        return original(module, hidden_states, *arguments)
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-    original = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
-    ALL_EXPERTS_FUNCTIONS["grouped_mm"] = recording
-    try:
+    hidden_states = torch.randn(5, experts.hidden_dim, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = results(build())
-    finally:
-        del ALL_EXPERTS_FUNCTIONS["grouped_mm"]
-    assert dtypes == [(torch.bfloat16,) * 3]
-    expected = results(build("eager"))
+            kept = experts(hidden_states, CHOICES, torch.rand(5, 2, requires_grad=True))
+    assert kept.requires_grad and found
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trains", "frozen"])
+def test_autocast_keeps_no_copy_of_the_weights(build, frozen):
+    experts = build(num_local_experts=16).requires_grad_(not frozen)
+    assert saved_bytes(experts) < 2 * experts.down_proj.numel()
+
+
+def under_autocast(experts: GrinMoeExperts) -> list[torch.Tensor]:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return results(experts)
+
+
+@pytest.mark.parametrize("fields", [{}, {"hidden_act": "gelu"}], ids=["silu", "gelu"])
+def test_autocast_reaches_grouped_products(build, fields):
+    """Transformers' own function would compute in the weights' float32."""
+    found, expected = under_autocast(build(**fields)), results(build("eager", **fields))
     assert_close(found, expected, FAST_PATH_BFLOAT16)
     assert all((a - b).abs().max() > 0 for a, b in zip(found, expected))
+
+
+def test_autocast_computes_what_transformers_function_computes_of_cast_weights(build):
+    """Bit for bit, with an expert without tokens, dropout, and assignments to another rank's experts."""
+    cast = build("grouped_mm", dtype=torch.bfloat16, num_local_experts=5, expert_dropout=0.5)
+    found_of = build(num_local_experts=5, expert_dropout=0.5)
+    for choices in (CHOICES, torch.tensor([[0, 5], [5, 5], [3, 1], [1, 0], [5, 2]])):
+        found_of._is_expert_parallel = cast._is_expert_parallel = bool((choices == 5).any())
+        torch.manual_seed(2)
+        hidden_states, weights = torch.randn(5, 32).bfloat16(), torch.rand(5, 2).masked_fill(choices == 5, 0.0)
+        results_of = []
+        for experts in (found_of, cast):
+            given = hidden_states.clone().requires_grad_(), weights.clone().requires_grad_()
+            torch.manual_seed(3)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=experts is found_of):
+                output = experts(given[0], choices, given[1])
+            gradients = torch.autograd.grad(output.sum(), [*given, *experts.parameters()])
+            results_of.append([output, *(gradient.bfloat16() for gradient in gradients)])
+        assert all(map(torch.equal, *results_of))
+        assert (results_of[0][3][4] == 0).all()
+
+
+def test_autocast_without_a_gradient_gives_the_same(build):
+    experts = build()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        hidden_states = torch.randn(5, 32)
+        weights = torch.rand(5, 2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = experts(hidden_states, CHOICES, weights)
+    assert torch.equal(found, under_autocast(experts)[0])
+
+
+def test_autocast_with_checkpointing_compiles_to_one_graph(build):
+    """Checkpointing recomputes what autocast computed, and a compiled step holds both."""
+    experts = build()
+
+    def step(hidden_states, weights):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return checkpoint(experts, hidden_states, CHOICES, weights, use_reentrant=False)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    expected = under_autocast(experts)
+    for function in (step, compiled):
+        torch.manual_seed(1)
+        given = torch.randn(5, 32).requires_grad_(), torch.rand(5, 2).requires_grad_()
+        output = function(*given)
+        found = [output, *torch.autograd.grad(output.sum(), [*given, *experts.parameters()])]
+        assert_close(found, expected, FAST_PATH_BFLOAT16)
+
+
+def test_autocast_under_function_transforms(build):
+    """Per-sample gradients, and the derivative of a derivative."""
+    experts = build()
+    names, values = zip(*((name, p.detach()) for name, p in experts.named_parameters()))
+    torch.manual_seed(1)
+    hidden_states, weights = torch.randn(5, 32), torch.rand(5, 2)
+
+    def loss(values, hidden_states):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = torch.func.functional_call(experts, dict(zip(names, values)), (hidden_states, CHOICES, weights))
+        return output.square().sum()
+
+    inputs = [torch.nn.Parameter(value.clone()) for value in values]
+    outer = hidden_states.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(inputs, outer), inputs, create_graph=True)
+    assert_close(torch.func.grad(loss)(values, hidden_states), expected, FAST_PATH_BFLOAT16)
+    (second,) = torch.autograd.grad(expected[0].sum(), outer)
+    inner = torch.func.grad(lambda h: torch.func.grad(loss)(values, h)[0].sum())(hidden_states)
+    assert_close([second], [inner], FAST_PATH_BFLOAT16)
 
 
 def test_an_export_holds_no_operator_of_ours(tiny_model):
