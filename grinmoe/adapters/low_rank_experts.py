@@ -19,7 +19,7 @@ from ..modeling_grinmoe import GrinMoeExperts, group_by_expert
 from ..quantization_grinmoe import FUSED
 
 # Experts implementations that compute with grouped matrix products; the others are, or here become, a loop.
-GROUPED = ("grinmoe", "grinmoe_triton", "grouped_mm", "batched_mm")
+GROUPED = ("grinmoe", "grinmoe_triton", "grinmoe_quack", "grouped_mm", "batched_mm")
 
 # A (E, R, in) and B (E, out, R).
 Factors = tuple[torch.Tensor, torch.Tensor]

@@ -7,7 +7,7 @@ Importing this room registers them: the experts in Transformers' experts interfa
 from transformers.utils import is_triton_available
 
 from ..routing_grinmoe import ROUTERS, FusedRouter
-from . import triton_experts
+from . import quack_experts, triton_experts
 from .dispatch import DEFAULT_EXPERTS, implementation_for
 from .philox import counter_noise
 from .triton_experts import ALIGNMENT_BYTES
@@ -17,3 +17,5 @@ if is_triton_available():
 else:
     # Nothing of `grinmoe_triton` runs, and the error says what is missing.
     ROUTERS["grinmoe_triton"] = FusedRouter(*[lambda tensor, *_: triton_experts.check_triton(tensor.device)] * 2)
+
+ROUTERS[quack_experts.NAME] = quack_experts.checked_router(ROUTERS["grinmoe_triton"])
