@@ -127,6 +127,38 @@ def place_rows(selected_experts: torch.Tensor, num_experts: int) -> tuple[torch.
 
 
 @triton.jit
+def _zero_idle_experts_kernel(gradient_ptr, ends_ptr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+    expert = tl.program_id(1)
+    start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    if tl.load(ends_ptr + expert) == start:
+        zeros = tl.zeros([BLOCK], dtype=gradient_ptr.dtype.element_ty)
+        for first in range(0, SIZE, PROGRAMS * BLOCK):
+            numbers = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            tl.store(gradient_ptr + expert.to(tl.int64) * SIZE + numbers, zeros, mask=numbers < SIZE)
+
+
+def zero_idle_experts(gradient: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """
+    Fill the weight gradient of every expert without rows with zeros, in place and without a wait for the device.
+
+    A grouped product may write nothing for an empty group, and leave what the memory held before. Programs of the others
+    read two numbers and end: 64 times E of them, one launch.
+
+    Args:
+        gradient: (E, out, in), contiguous.
+        ends: of `place_rows`.
+
+    Returns:
+        `gradient`.
+    """
+    num_experts, size = gradient.shape[0], gradient[0].numel()
+    programs, block = (1, min(2**20, triton.next_power_of_2(size))) if interpreted() else (64, 4096)
+    constants = {"SIZE": size, "PROGRAMS": programs, "BLOCK": block}
+    launch_kernel(_zero_idle_experts_kernel, (programs, num_experts), gradient, ends, **constants)
+    return gradient
+
+
+@triton.jit
 def _gather_rows_kernel(
     hidden_ptr,
     row_of_choice_ptr,

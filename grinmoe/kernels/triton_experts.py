@@ -2,7 +2,12 @@
 
 For the backward the input and the pre-activations are kept, and nothing else of their size: rows are gathered again,
 activations computed again, and the routing weights' gradient is the inner product of the activations with their own
-gradient, so that the experts' output need not be there.
+gradient, so that the experts' output need not be there. Under autocast the weights are cast in the forward and again in
+the backward, so that no copy of theirs is kept.
+
+On NVIDIA GPUs of compute capability 9.x and 10.x (Hopper, Blackwell for data centres) in bfloat16 no step waits for the
+device. Elsewhere, and in other dtypes, torch's grouped product copies the groups' ends to the host and loops over them:
+results are the same, the host waits once for each product, and a CUDA graph cannot be captured.
 
 Shapes: T tokens, K experts per token, N = T * K rows sorted by expert, E experts, H hidden size, I expert width.
 """
@@ -23,7 +28,7 @@ from .cpu import SILU, experts_reference
 
 if is_triton_available():
     from .launching import MAX_EXPERTS, interpreted
-    from .permute_kernels import combine, gather_rows, place_rows, swiglu, swiglu_backward
+    from .permute_kernels import combine, gather_rows, place_rows, swiglu, swiglu_backward, zero_idle_experts
     from .small_batch_gemm import MAX_CHOICES, few_tokens_experts
 
 # What torch's grouped product asks of its operands' rows.
@@ -42,14 +47,14 @@ def triton_experts_forward(
         ImportError: Triton is not installed.
         ValueError: tensors that are not on a GPU, an activation other than silu, more than 128 experts, or sizes that are
             no multiples of 16 bytes.
+        RuntimeError: a CUDA graph is being captured where the products wait for the device.
     """
     check_triton(hidden_states.device)
     gate_up_proj, down_proj = module.gate_up_proj, module.down_proj
     dtype, device = hidden_states.dtype, hidden_states.device.type
     if torch.is_autocast_enabled(device):
-        # Nothing inside of an operator is cast by itself.
-        autocast = torch.get_autocast_dtype(device)
-        hidden_states, gate_up_proj, down_proj = (t.to(autocast) for t in (hidden_states, gate_up_proj, down_proj))
+        # Weights are cast to it where they are used: a copy made here would be kept for the backward.
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
     else:
         hidden_states = hidden_states.to(gate_up_proj.dtype)
     if reason := unfit(module, hidden_states.dtype):
@@ -60,10 +65,11 @@ def triton_experts_forward(
     differentiable = (hidden_states, top_k_weights, gate_up_proj, down_proj)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     if in_forward_mode():
-        return experts_reference(*differentiable, top_k_index, keep).to(dtype)
+        return _reference(*differentiable, top_k_index, keep).to(dtype)
     few = top_k_index.numel() <= MAX_CHOICES and not is_transformed()
     if few and not trains and keep is None:
-        return few_tokens_experts(hidden_states, top_k_index, *differentiable[1:]).to(dtype)
+        projections = (projection.to(hidden_states.dtype) for projection in (gate_up_proj, down_proj))
+        return few_tokens_experts(hidden_states, top_k_index, top_k_weights, *projections).to(dtype)
     function = _experts if takes_operator(hidden_states) else _function
     output, *_ = function(*differentiable, top_k_index, keep)
     return output.to(dtype)
@@ -111,17 +117,40 @@ class Products(NamedTuple):
 
     Attributes:
         rows_by_weights: rows (N, in), weights (E, out, in), ends, to (N, out). Rows after the last end are not computed.
-        rows_by_rows: left (N, out), right (N, in), ends, to (E, out, in): left^T right of every group, 0 for empty ones.
+        rows_by_rows: left (N, out), right (N, in), ends, to (E, out, in): left^T right of every group. The results of empty
+            groups may be left as the memory was.
     """
 
     rows_by_weights: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     rows_by_rows: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def _grouped_mm(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    _refuse_capture(left)
+    return nn.functional.grouped_mm(left, right, offs=ends)
+
+
 GROUPED_MM = Products(
-    rows_by_weights=lambda rows, weights, ends: nn.functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends),
-    rows_by_rows=lambda left, right, ends: nn.functional.grouped_mm(left.t(), right, offs=ends),
+    rows_by_weights=lambda rows, weights, ends: _grouped_mm(rows, weights.transpose(1, 2), ends),
+    rows_by_rows=lambda left, right, ends: _grouped_mm(left.t(), right, ends),
 )
+
+
+def _refuse_capture(rows: torch.Tensor) -> None:
+    """
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and torch's grouped product of these rows copies to the host.
+    """
+    if not rows.is_cuda or not torch.cuda.is_current_stream_capturing():
+        return
+    # Nothing public tells which way torch takes. So it is in its CUDA source (GroupedBlas.cpp) from 2.11 to 2.13.
+    major, minor = torch.cuda.get_device_capability(rows.device)
+    if torch.version.hip is not None or rows.dtype != torch.bfloat16 or major not in (9, 10):
+        raise RuntimeError(
+            f"experts_implementation='grinmoe_triton' in {rows.dtype} on compute capability {major}.{minor} cannot be "
+            "captured in a CUDA graph: torch's grouped product waits for the device there, and does not in bfloat16 on 9.x "
+            "and 10.x; run without CUDA graphs, or choose 'batched_mm'"
+        )
 
 
 class Kept(NamedTuple):
@@ -142,12 +171,15 @@ def forward_pass(
     keep: torch.Tensor | None = None,
     products: Products = GROUPED_MM,
 ) -> tuple[torch.Tensor, Kept]:
-    """Sum over choices of weight * down(silu(gate) * up * keep), (T, H); `keep` (N, I) is dropout, by sorted row."""
+    """Sum over choices of weight * down(silu(gate) * up * keep), (T, H); `keep` (N, I) is dropout, by sorted row.
+
+    The dtype is that of `hidden_states`; projections in another one are cast to it.
+    """
     top_k = top_k_index.shape[1]
     order, row_of_choice, ends = place_rows(top_k_index, gate_up_proj.shape[0])
     rows = gather_rows(hidden_states, row_of_choice, ends, top_k)
-    pre_activation = products.rows_by_weights(rows, gate_up_proj, ends)
-    outputs = products.rows_by_weights(swiglu(pre_activation, ends, keep), down_proj, ends)
+    pre_activation = products.rows_by_weights(rows, gate_up_proj.to(rows.dtype), ends)
+    outputs = products.rows_by_weights(swiglu(pre_activation, ends, keep), down_proj.to(rows.dtype), ends)
     return combine(outputs, row_of_choice, ends, top_k, weights), Kept(pre_activation, order, row_of_choice, ends)
 
 
@@ -163,22 +195,27 @@ def backward_pass(
     down_trains: bool = True,
     products: Products = GROUPED_MM,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the input, the routing weights, gate_up_proj and down_proj; None for one that does not train."""
+    """Gradients of the input, the routing weights, gate_up_proj and down_proj; None for one that does not train.
+
+    Each in the dtype of its own tensor. An expert without rows gets zeros, whatever the products write for it.
+    """
     pre_activation, order, row_of_choice, ends = kept
-    top_k = weights.shape[1]
+    top_k, dtype = weights.shape[1], pre_activation.dtype
     grad_down = grad_gate_up = None
     upstream = gather_rows(grad_output, row_of_choice, ends, top_k)  # (N, H), not yet weighted
-    grad_activation = products.rows_by_weights(upstream, down_proj.transpose(1, 2), ends)
+    grad_activation = products.rows_by_weights(upstream, down_proj.to(dtype).transpose(1, 2), ends)
     grad_pre, weighted, grad_weights = swiglu_backward(
         grad_activation, pre_activation, weights, order, ends, keep, weighted=down_trains
     )
     del grad_activation
     if down_trains:
-        grad_down = products.rows_by_rows(upstream, weighted, ends)
+        grad_down = zero_idle_experts(products.rows_by_rows(upstream, weighted, ends), ends).to(down_proj.dtype)
     del upstream, weighted
     if gate_up_trains:
-        grad_gate_up = products.rows_by_rows(grad_pre, gather_rows(hidden_states, row_of_choice, ends, top_k), ends)
-    grad_rows = products.rows_by_weights(grad_pre, gate_up_proj.transpose(1, 2), ends)
+        rows = gather_rows(hidden_states, row_of_choice, ends, top_k)
+        grad_gate_up = zero_idle_experts(products.rows_by_rows(grad_pre, rows, ends), ends).to(gate_up_proj.dtype)
+        del rows
+    grad_rows = products.rows_by_weights(grad_pre, gate_up_proj.to(dtype).transpose(1, 2), ends)
     return combine(grad_rows, row_of_choice, ends, top_k), grad_weights, grad_gate_up, grad_down
 
 
@@ -286,4 +323,11 @@ def _gradients(grad_output, inputs, kept, needed):
     return _experts_backward(grad_output, *tensors, keep, *kept, *needed[2:4])
 
 
-_function = autograd_function(experts_and_kept, _gradients, experts_reference, trainable=4)
+def _reference(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep) -> torch.Tensor:
+    """`experts_reference` in the dtype of `hidden_states`, as `forward_pass`."""
+    dtype = hidden_states.dtype
+    projections = gate_up_proj.to(dtype), down_proj.to(dtype)
+    return experts_reference(hidden_states, weights, *projections, top_k_index, keep).to(dtype)
+
+
+_function = autograd_function(experts_and_kept, _gradients, _reference, trainable=4)

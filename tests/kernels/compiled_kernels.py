@@ -92,7 +92,14 @@ def launch_router() -> None:
 
 
 def launch_experts() -> None:
-    from grinmoe.kernels.permute_kernels import combine, gather_rows, place_rows, swiglu, swiglu_backward
+    from grinmoe.kernels.permute_kernels import (
+        combine,
+        gather_rows,
+        place_rows,
+        swiglu,
+        swiglu_backward,
+        zero_idle_experts,
+    )
 
     selected, weights = empty(TOKENS, TOP_K, dtype=torch.int64), empty(TOKENS, TOP_K)
     order, row_of_choice, ends = place_rows(selected, EXPERTS)
@@ -105,6 +112,7 @@ def launch_experts() -> None:
     combine(empty(TOKENS * TOP_K, HIDDEN), row_of_choice, ends, TOP_K, weights)
     combine(empty(TOKENS * TOP_K, HIDDEN), row_of_choice, ends, TOP_K)
     gather_rows(empty(TOKENS, HIDDEN), row_of_choice, ends, TOP_K)
+    zero_idle_experts(empty(EXPERTS, 2 * WIDTH, HIDDEN), ends)
     for tokens, top_k in FEW:
         order, row_of_choice, ends = place_rows(empty(tokens, top_k, dtype=torch.int64), EXPERTS)
         weights, pre_activation = empty(tokens, top_k), empty(tokens * top_k, 2 * WIDTH)

@@ -16,7 +16,14 @@ from tests import ROOT
 pytestmark = pytest.mark.integration
 
 # Bound by memory: each must move 16 bytes at once per thread.
-STREAMING = ("_gather_rows_kernel", "_swiglu_kernel", "_swiglu_backward_kernel", "_combine_kernel", "jitter_kernel")
+STREAMING = (
+    "_gather_rows_kernel",
+    "_swiglu_kernel",
+    "_swiglu_backward_kernel",
+    "_combine_kernel",
+    "_zero_idle_experts_kernel",
+    "jitter_kernel",
+)
 
 
 @pytest.fixture(

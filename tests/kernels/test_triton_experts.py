@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,183 @@ def test_autocast_computes_in_its_dtype(tiny_config):
         found = results(experts, choices)
     assert_close(found, expected, FAST_PATH_BFLOAT16)
     assert all((a - b).abs().max() > 0 for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_autocast_keeps_no_copy_of_the_weights(tiny_config, trained):
+    """The backward casts the parameters again: copies of all experts would be saved, 2.5 GB a layer at full size."""
+    experts = build(tiny_config(hidden_size=64, intermediate_size=96)).requires_grad_(trained)
+    parameters = {parameter.data_ptr() for parameter in experts.parameters()}
+    saved = []
+
+    def keep(tensor):
+        saved.append((tensor.numel(), tensor.data_ptr()))
+        return tensor
+
+    hidden_states = torch.randn(5, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        output = experts(hidden_states, distinct(5, 2, 4), torch.rand(5, 2, requires_grad=True))
+    large = [pointer for numel, pointer in saved if numel >= experts.down_proj.numel()]
+    assert large and set(large) <= parameters
+    output.sum().backward()
+    for parameter in experts.parameters():
+        assert (parameter.grad is not None) == trained
+        assert not trained or parameter.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_autocast_of_parameters_in_either_dtype(tiny_config, dtype):
+    """As FSDP's mixed precision gives them, too: a gradient comes in the dtype of its parameter."""
+    experts, choices = build(tiny_config(), dtype=dtype), distinct(20, 2, 4)
+    expected = results(build(tiny_config(), "eager", dtype).float(), choices)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = results(experts, choices)
+        again = results(torch.compile(experts, backend="aot_eager", fullgraph=True), choices)
+    assert [g.dtype for g in found] == [torch.float32] * 3 + [dtype] * 2
+    for tensors in (found, again):
+        for a, b in zip(tensors, expected, strict=True):
+            assert (a.float() - b).abs().max() <= FAST_PATH_BFLOAT16 * b.abs().max()
+
+
+def test_autocast_under_checkpointing_transforms_and_a_second_derivative(tiny_config):
+    experts, choices = build(tiny_config()), distinct(20, 2, 4)
+    hidden_states, weights = torch.randn(20, 32, requires_grad=True), torch.rand(20, 2)
+    inputs = [hidden_states, *experts.parameters()]
+    upstream = torch.randn(20, 32)
+
+    def value(experts, hidden_states, **how):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (experts(hidden_states, choices, weights) * upstream).sum()
+
+    expected = torch.autograd.grad(value(experts, hidden_states), inputs)
+    recomputed = checkpoint(value, experts, hidden_states, use_reentrant=False)
+    for found, wanted in zip(torch.autograd.grad(recomputed, inputs), expected, strict=True):
+        assert torch.equal(found, wanted)
+    transformed = torch.func.grad(lambda hidden_states: value(experts, hidden_states))(hidden_states.detach())
+    assert torch.equal(transformed, expected[0])
+
+    def second(experts):
+        inputs = [hidden_states, *experts.parameters()]
+        first = torch.autograd.grad(value(experts, hidden_states), inputs, create_graph=True)
+        return torch.autograd.grad(sum((gradient**2).sum() for gradient in first), inputs)
+
+    for found, wanted in zip(second(experts), second(build(tiny_config(), "eager")), strict=True):
+        assert found.dtype == torch.float32
+        assert (found - wanted).abs().max() <= 3 * FAST_PATH_BFLOAT16 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("routing", ["idle experts", "all tokens to one expert", "all elsewhere"])
+def test_idle_expert_over_poisoned_memory_gets_a_gradient_of_zero(routing):
+    """torch's grouped product may leave the result of an empty group as the memory was (pytorch/pytorch issue 172439)."""
+    choices = torch.full((4, 2), 5) if routing == "all elsewhere" else ROUTINGS[routing]
+
+    def skips_empty_groups(left, right, ends):
+        result = torch.full((len(ends), left.shape[1], right.shape[1]), float("nan"))
+        for expert, (start, end) in enumerate(zip([0, *ends.tolist()], ends.tolist())):
+            if end > start:
+                result[expert] = left[start:end].t() @ right[start:end]
+        return result
+
+    products = triton_experts.GROUPED_MM._replace(rows_by_rows=skips_empty_groups)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (len(choices), 16), choices.shape, (5, 24, 16), (5, 16, 12)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    _, kept = triton_experts.forward_pass(*tensors, choices)
+    found = triton_experts.backward_pass(tensors[0], *tensors, None, kept, products=products)
+    wanted = triton_experts.backward_pass(tensors[0], *tensors, None, kept)
+    idle = [expert for expert in range(5) if not (choices == expert).any()]
+    for gradient, expected in zip(found[2:], wanted[2:], strict=True):
+        assert (gradient[idle] == 0).all() and idle
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_idle_expert_on_a_gpu_gets_a_gradient_of_zero(tiny_config, dtype):
+    experts = build(tiny_config(hidden_size=64, intermediate_size=48, num_local_experts=6), dtype=dtype).cuda()
+    choices = (distinct(40, 2, 4) + 1).cuda()
+    for _ in range(3):
+        # The caching allocator hands these blocks out again, for the gradients.
+        poison = [torch.full_like(parameter, float("nan")) for parameter in experts.parameters() for _ in range(4)]
+        del poison
+        hidden_states = torch.randn(40, 64, device="cuda", dtype=dtype)
+        output = experts(hidden_states, choices, torch.rand(40, 2, device="cuda", dtype=dtype))
+        for gradient in torch.autograd.grad(output.sum(), list(experts.parameters())):
+            assert gradient.isfinite().all()
+            assert (gradient[[0, 5]] == 0).all() and (gradient[1:5] != 0).any()
+
+
+@pytest.mark.parametrize(
+    "dtype, capability, waits",
+    [
+        (torch.bfloat16, (9, 0), False),
+        (torch.bfloat16, (10, 3), False),
+        (torch.bfloat16, (8, 0), True),
+        (torch.bfloat16, (12, 0), True),
+        (torch.float32, (9, 0), True),
+        (torch.float16, (9, 0), True),
+    ],
+    ids=str,
+)
+def test_capture_where_the_product_waits_for_the_device_is_refused(monkeypatch, dtype, capability, waits):
+    rows = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), dtype=dtype)
+    asked, capturing = [], [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    triton_experts._refuse_capture(rows)
+    assert not asked
+    capturing[0] = True
+    if not waits:
+        triton_experts._refuse_capture(rows)
+    else:
+        number = f"{capability[0]}.{capability[1]}"
+        with pytest.raises(RuntimeError, match=f"in {dtype} on compute capability {number}.*choose 'batched_mm'"):
+            triton_experts._refuse_capture(rows)
+    assert asked == [rows.device]
+
+
+def test_every_product_asks_whether_a_graph_is_captured(tiny_config, monkeypatch):
+    def refuse(rows):
+        raise RuntimeError("captured")
+
+    hidden_states, choices, weights = torch.randn(6, 32, requires_grad=True), distinct(6, 2, 4), torch.rand(6, 2)
+    output = build(tiny_config())(hidden_states, choices, weights)
+    monkeypatch.setattr(triton_experts, "_refuse_capture", refuse)
+    with pytest.raises(RuntimeError, match="captured"):
+        output.sum().backward()
+    with pytest.raises(RuntimeError, match="captured"):
+        build(tiny_config())(hidden_states, choices, weights)
+    # The kernels for few tokens wait for nothing.
+    with torch.no_grad():
+        build(tiny_config())(hidden_states, choices, weights)
+
+
+@pytest.mark.gpu
+def test_training_step_in_a_graph_computes_or_says_why_not(tiny_config):
+    dtype = torch.bfloat16
+    experts = build(tiny_config(hidden_size=64, intermediate_size=48), dtype=dtype).cuda()
+    hidden_states = torch.randn(200, 64, device="cuda", dtype=dtype, requires_grad=True)
+    choices, weights = distinct(200, 2, 4).cuda(), torch.rand(200, 2, device="cuda", dtype=dtype)
+    leaves = [hidden_states, *experts.parameters()]
+
+    def step():
+        return torch.autograd.grad(experts(hidden_states, choices, weights).sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    if torch.cuda.get_device_capability()[0] in (9, 10):
+        with torch.cuda.graph(graph):
+            found = step()
+        graph.replay()
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+    else:
+        with pytest.raises(RuntimeError, match="on compute capability"), torch.cuda.graph(graph):
+            step()
 
 
 def test_dropout_of_the_same_activations(tiny_config, monkeypatch):
