@@ -34,6 +34,7 @@ from benchmarks.block_arms import (
     LIGER,
     PHIMOE_EAGER,
     PHIMOE_GROUPED,
+    QUACK,
     REFERENCE,
     SONIC,
     BlockSize,
@@ -52,7 +53,7 @@ from grinmoe.provenance import markdown_table
 TOP_K = 2
 # Relative error in the maximum norm: float32 against float64, bfloat16 against float32.
 GATE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-PROFILED = (DENSE, PHIMOE_GROUPED, DEFAULT, KERNELS)
+PROFILED = (DENSE, PHIMOE_GROUPED, DEFAULT, KERNELS, QUACK)
 
 
 @dataclass(frozen=True)

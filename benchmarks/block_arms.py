@@ -19,12 +19,13 @@ from transformers import PhimoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 
 from grinmoe import GrinMoeConfig
+from grinmoe.kernels.quack_experts import check_quack, quack
 from grinmoe.kernels.triton_experts import Products, backward_pass, forward_pass
 from grinmoe.modeling_grinmoe import GrinMoeSparseMoeBlock
 
 PHIMOE_EAGER, PHIMOE_GROUPED = "transformers phimoe, eager", "transformers phimoe, grouped_mm"
 REFERENCE, GROUPED = "grinmoe, eager (reference loop)", "grinmoe, grouped_mm"
-DEFAULT, KERNELS = "grinmoe (default)", "grinmoe, grinmoe_triton"
+DEFAULT, KERNELS, QUACK = "grinmoe (default)", "grinmoe, grinmoe_triton", "grinmoe, grinmoe_quack"
 LOOP = "grinmoe_triton, products in a loop on {} stream(s)"
 DENSE, DENSE_FUSED = "dense", "dense, SwiGLU compiled"
 LIGER, SONIC = "Liger's fused MoE", "SonicMoE"
@@ -80,7 +81,7 @@ def block_arms(size: BlockSize, device: torch.device, toy: bool = False) -> tupl
         arms[KERNELS] = _ours("grinmoe_triton", size)
         for streams in (1, 4) if on_gpu else (1,):
             arms[LOOP.format(streams)] = with_loop_products(_ours("grinmoe_triton", size), streams)
-    for name, peer in ((LIGER, _liger), (SONIC, _sonic)) if on_gpu else ():
+    for name, peer in ((QUACK, _quack), (LIGER, _liger), (SONIC, _sonic)) if on_gpu else ():
         try:
             arms[name] = peer(size)
         # Whatever a package of others' raises when it cannot be loaded here: import, download, version.
@@ -144,6 +145,12 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
+def _quack(size: BlockSize) -> nn.Module:
+    check_quack(torch.device("cuda", torch.cuda.current_device()))
+    quack()
+    return _ours("grinmoe_quack", size)
+
+
 def _liger(size: BlockSize) -> nn.Module:
     if importlib.util.find_spec("liger_kernel") is None:
         raise ImportError("liger_kernel is not installed")
@@ -158,6 +165,7 @@ def _liger(size: BlockSize) -> nn.Module:
 
 
 def _sonic(size: BlockSize) -> nn.Module:
+    """By its name in Transformers' interface, and so with the reference router. Its kernel comes from the Hub."""
     from transformers.integrations.sonicmoe import load_sonicmoe_kernel
 
     load_sonicmoe_kernel()
