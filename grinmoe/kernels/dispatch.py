@@ -19,15 +19,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.utils import is_triton_available
 
 from ..quantization_grinmoe import in_forward_mode
 from .autocast import cast_experts
 from .autograd import is_transformed
 from .cpu import SILU
-from .triton_experts import unfit
+from .triton_experts import HAS_TRITON, unfit
 
-HAS_TRITON = is_triton_available()
 if HAS_TRITON:
     from .launching import DTYPES
     from .small_batch_gemm import MAX_CHOICES

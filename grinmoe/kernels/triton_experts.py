@@ -26,7 +26,8 @@ from ..quantization_grinmoe import in_forward_mode
 from .autograd import autograd_function, is_transformed, takes_operator
 from .cpu import SILU, experts_reference
 
-if is_triton_available():
+HAS_TRITON = is_triton_available()  # asked once: in compiled code the question warns
+if HAS_TRITON:
     from .launching import MAX_EXPERTS, interpreted
     from .permute_kernels import combine, gather_rows, place_rows, swiglu, swiglu_backward, zero_idle_experts
     from .small_batch_gemm import MAX_CHOICES, few_tokens_experts
@@ -85,7 +86,7 @@ def check_triton(device: torch.device) -> None:
         ImportError: Triton is not installed.
         ValueError: `device` is not one that the kernels run on.
     """
-    if not is_triton_available():
+    if not HAS_TRITON:
         raise ImportError(
             "experts_implementation='grinmoe_triton' needs Triton, which CUDA builds of torch bring along: pip install "
             "triton, or choose 'grinmoe'"
