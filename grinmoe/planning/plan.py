@@ -13,9 +13,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import folder_or_repository
@@ -280,6 +281,9 @@ def _notes(options: PlanOptions) -> list[str]:
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print the plan as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = console or Console(highlight=False, soft_wrap=True)
     options = plan.options
     table = Table(
@@ -317,6 +321,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 def run_plan(options: PlanOptions) -> None:
     """Plan and print, as tables or as one JSON object."""
+    from rich.console import Console
+
     with Console(stderr=True).status("Running the step on tensors without data"):
         plan = make_plan(options)
     if options.json:
