@@ -1,17 +1,20 @@
 """Memory and speed of fine-tuning at the released size, with random weights: no checkpoint is needed.
 
-    python scripts/finetune_42b.py --method qlora --output benchmarks/results   # one GPU of 80 GB
-    python scripts/finetune_42b.py --method lora --output benchmarks/results    # one GPU of 140 GB
-    python scripts/finetune_42b.py --method qlora --tiny --device cpu --output /tmp/results   # tried at small size
+    python -m scripts.finetune_42b                    # QLoRA, or LoRA in bfloat16 where bitsandbytes is not installed
+    python -m scripts.finetune_42b --method qlora     # one GPU of 80 GB
+    python -m scripts.finetune_42b --method lora      # one GPU of 140 GB; on a smaller one with fewer layers
+    python -m scripts.finetune_42b --toy --device cpu --output /tmp/results   # tried at small size
 
-A training step is forward, backward and AdamW on one row of --seq-length random tokens, with checkpointing. The measured
-peak stands beside what `grinmoe plan` predicts. Writes a dated .json and .md; a run that exceeds the memory says so.
+A training step is forward, backward and AdamW on one row of --seq-length random tokens, with checkpointing. 4-bit weights are
+quantised layer by layer as they are drawn, so that memory never holds the model in 16 bits. The measured peak stands beside
+what `grinmoe plan` predicts. Writes a dated .json and .md after every step; a run that exceeds the memory says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import shlex
 import statistics
@@ -20,57 +23,113 @@ import time
 from pathlib import Path
 from typing import Any
 
+RELEASED_LAYERS = 32
+# Of a GPU's memory, what weights in 16 bits may take; the rest is for adapters, their optimizer, activations and buffers.
+WEIGHTS_SHARE = 0.75
+WARMUP_STEPS = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="python -m scripts.finetune_42b",
+        description="Measure peak memory and tokens/s of QLoRA or LoRA on 42B random weights.",
+        epilog="example: python -m scripts.finetune_42b --method qlora",
+    )
+    options.add_argument("--method", choices=["qlora", "lora"], help="default: qlora if bitsandbytes is installed")
+    options.add_argument("--output", default="benchmarks/results", metavar="DIR", help="default: benchmarks/results")
+    options.add_argument("--layers", type=int, metavar="L", help="default: 32, for LoRA as many as fit")
+    options.add_argument("--seq-length", type=int, default=2048, metavar="S", help="tokens of a row (default: 2048)")
+    options.add_argument("--batch-size", type=int, default=1, metavar="B", help="rows of a step (default: 1)")
+    options.add_argument("--steps", type=int, default=10, metavar="N", help="measured steps, after 2 (default: 10)")
+    options.add_argument("--lora-r", type=int, default=16, metavar="R", help="rank (default: 16)")
+    options.add_argument("--minutes", type=float, metavar="M", help="begin no step after so many")
+    options.add_argument("--device", default="cuda")
+    options.add_argument("--toy", action="store_true", help="a tiny model on the CPU, to try the script")
+    return options
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Measure peak memory and tokens/s of QLoRA or LoRA on 42B random weights.",
-        epilog="example: python scripts/finetune_42b.py --method qlora --output benchmarks/results",
-    )
-    parser.add_argument("--method", choices=["qlora", "lora"], required=True)
-    parser.add_argument("--output", required=True, metavar="DIR", help="for the result files")
-    parser.add_argument("--seq-length", type=int, default=2048, metavar="S", help="tokens of a row (default: 2048)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="rows of a step (default: 1)")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="measured steps, after 2 (default: 10)")
-    parser.add_argument("--lora-r", type=int, default=16, metavar="R", help="rank (default: 16)")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
-    run(parser.parse_args())
+    try:
+        run(parser().parse_args())
+    except RuntimeError as error:
+        raise SystemExit(f"finetune_42b: {error}") from error
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure and write; returns what the .json holds."""
+    """
+    Measure and write; returns what the .json holds.
+
+    Raises:
+        RuntimeError: out of memory, or no step was measured. What was measured is written all the same.
+    """
     import torch
 
     from grinmoe.provenance import environment
     from grinmoe.training import peak_gib
 
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    if arguments.toy:
+        arguments.device, arguments.seq_length, arguments.steps = "cpu", 32, min(arguments.steps, 2)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("finetune_42b: no GPU is visible; --tiny --device cpu tries the script")
+        raise SystemExit("finetune_42b: no GPU is visible; --toy tries the script on a CPU")
+    if arguments.method is None:
+        arguments.method = "lora" if importlib.util.find_spec("bitsandbytes") is None else "qlora"
     torch.manual_seed(0)
-    started = time.perf_counter()
-    model = build(arguments)
-    load_seconds, load_peak = time.perf_counter() - started, peak_gib()
-    seconds = train(model, arguments)
-    tokens = arguments.batch_size * arguments.seq_length
-    result = {
-        "environment": environment(shlex.join(["python", *sys.argv])),
+    result: dict[str, Any] = {
+        "environment": environment(shlex.join(["python", "-m", "scripts.finetune_42b", *sys.argv[1:]])),
+        "complete": False,
         "method": arguments.method,
-        "parameters": model.get_base_model().num_parameters(),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "layers": layers(arguments),
         "batch_size": arguments.batch_size,
         "seq_length": arguments.seq_length,
-        "load_seconds": load_seconds,
-        "load_peak_gib": load_peak,
-        "step_seconds": seconds,
-        "tokens_per_s": tokens / statistics.median(seconds),
-        "peak_gib": peak_gib(),
-        "predicted_gib": predicted(model.get_base_model().config, arguments),
+        "step_seconds": [],
     }
-    write(result, arguments)
+    started = time.perf_counter()
+    try:
+        model = build(result["layers"], arguments)
+        result["parameters"] = model.get_base_model().num_parameters()
+        result["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        result |= {"load_seconds": time.perf_counter() - started, "load_peak_gib": peak_gib()}
+        write(result, arguments)
+        for seconds in steps(model, arguments):
+            if seconds is not None:
+                result["step_seconds"].append(seconds)
+                tokens = arguments.batch_size * arguments.seq_length
+                result["tokens_per_s"] = tokens / statistics.median(result["step_seconds"])
+            result["peak_gib"] = peak_gib()
+            write(result, arguments)
+            if deadline is not None and time.monotonic() > deadline:
+                break
+    except torch.OutOfMemoryError as error:
+        result["failure"] = f"out of memory: {str(error).splitlines()[0]}"
+        write(result, arguments)
+        raise RuntimeError(result["failure"]) from error
+    if not result["step_seconds"]:
+        raise RuntimeError(f"no step was measured within --minutes {arguments.minutes:g}; give more")
+    result["predicted_gib"] = predicted(model.get_base_model().config, arguments)
+    result["complete"] = True
+    print(write(result, arguments))
     return result
 
 
-def build(arguments: argparse.Namespace) -> Any:
+def layers(arguments: argparse.Namespace) -> int:
+    """Of the model: as asked, or all of the released model's; for weights in 16 bits as many as the GPU has memory for."""
+    import torch
+
+    from grinmoe import GrinMoeConfig
+
+    if arguments.layers is not None or arguments.toy:
+        return arguments.layers or 2
+    if arguments.method == "qlora" or arguments.device != "cuda":
+        return RELEASED_LAYERS
+    config = GrinMoeConfig()
+    layer = config.num_local_experts * 3 * config.hidden_size * config.intermediate_size + 4 * config.hidden_size**2
+    memory = torch.cuda.get_device_properties(0).total_memory
+    embeddings = 2 * config.vocab_size * config.hidden_size
+    return max(1, min(RELEASED_LAYERS, int((WEIGHTS_SHARE * memory / 2 - embeddings) / layer)))
+
+
+def build(num_layers: int, arguments: argparse.Namespace) -> Any:
     """The model with its adapters; the quantised one never exists whole in 16 bits."""
     import torch
     from peft import get_peft_model
@@ -79,13 +138,13 @@ def build(arguments: argparse.Namespace) -> Any:
     from grinmoe.adapters import lora_config, quantization_config
     from grinmoe.planning import random_quantized_model
 
-    config = GrinMoeConfig(max_position_embeddings=max(4096, arguments.seq_length))
-    if arguments.tiny:
+    config = GrinMoeConfig(num_hidden_layers=num_layers, max_position_embeddings=max(4096, arguments.seq_length))
+    if arguments.toy:
         config = GrinMoeConfig(
             vocab_size=512,
             hidden_size=64,
             intermediate_size=128,
-            num_hidden_layers=2,
+            num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             num_local_experts=4,
@@ -108,14 +167,13 @@ def build(arguments: argparse.Namespace) -> Any:
     return get_peft_model(model, lora_config(model, r=arguments.lora_r)).train()
 
 
-def train(model: Any, arguments: argparse.Namespace) -> list[float]:
-    """Seconds of each measured step."""
+def steps(model: Any, arguments: argparse.Namespace):
+    """Train; yields the seconds of each measured step, and None for one before."""
     import torch
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     shape = (arguments.batch_size, arguments.seq_length)
-    seconds = []
-    for step in range(arguments.steps + 2):
+    for step in range(arguments.steps + WARMUP_STEPS):
         ids = torch.randint(model.config.vocab_size, shape, device=arguments.device)
         synchronize(arguments.device)
         start = time.perf_counter()
@@ -123,9 +181,7 @@ def train(model: Any, arguments: argparse.Namespace) -> list[float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         synchronize(arguments.device)
-        if step >= 2:
-            seconds.append(time.perf_counter() - start)
-    return seconds
+        yield time.perf_counter() - start if step >= WARMUP_STEPS else None
 
 
 def synchronize(device: str) -> None:
@@ -158,7 +214,8 @@ def predicted(config: Any, arguments: argparse.Namespace) -> float:
     return parts["total"] - parts["allowance"]
 
 
-def write(result: dict[str, Any], arguments: argparse.Namespace) -> None:
+def write(result: dict[str, Any], arguments: argparse.Namespace) -> str:
+    """Write what is known of `result` so far; returns the Markdown."""
     from grinmoe.files import atomic_write_text
     from grinmoe.provenance import markdown_table
 
@@ -166,26 +223,41 @@ def write(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     device = "gpu" if facts["gpu"] and arguments.device == "cuda" else "cpu"
-    name = f"{datetime.date.today()}-finetune-{arguments.method}{'-tiny' if arguments.tiny else '-42b'}-{device}"
+    size = "" if arguments.toy or result["layers"] != RELEASED_LAYERS else "-42b"
+    name = f"{datetime.date.today()}-finetune-{arguments.method}{size}-{device}{'-toy' if arguments.toy else ''}"
     atomic_write_text(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
     rows = [
-        ["parameters, of them trained", f"{result['parameters']:,}, {result['trained']:,}"],
+        ["layers", str(result["layers"])],
         ["rows x tokens of a step", f"{result['batch_size']} x {result['seq_length']}"],
-        ["seconds to make the model, peak", f"{result['load_seconds']:.1f} s, {result['load_peak_gib']:.2f} GiB"],
-        ["median step", f"{statistics.median(result['step_seconds']):.3f} s"],
-        ["speed", f"{result['tokens_per_s']:,.0f} tokens/s"],
-        ["peak memory", f"{result['peak_gib']:.2f} GiB ({result['peak_gib'] * 2**30 / 1e9:.1f} GB)"],
-        ["`grinmoe plan` predicts, without allowance", f"{result['predicted_gib']:.2f} GiB"],
     ]
+    if "parameters" in result:
+        rows += [
+            ["parameters, of them trained", f"{result['parameters']:,}, {result['trained']:,}"],
+            ["seconds to make the model, peak", f"{result['load_seconds']:.1f} s, {result['load_peak_gib']:.2f} GiB"],
+        ]
+    if result["step_seconds"]:
+        rows += [
+            ["median step", f"{statistics.median(result['step_seconds']):.3f} s of {len(result['step_seconds'])}"],
+            ["speed", f"{result['tokens_per_s']:,.0f} tokens/s"],
+        ]
+    if "peak_gib" in result:
+        rows.append(["peak memory", f"{result['peak_gib']:.2f} GiB ({result['peak_gib'] * 2**30 / 1e9:.1f} GB)"])
+    if "predicted_gib" in result:
+        rows.append(["`grinmoe plan` predicts, without allowance", f"{result['predicted_gib']:.2f} GiB"])
+    state = "" if result["complete"] else "**Not complete: what follows was measured until then.**\n\n"
+    if "failure" in result:
+        state = f"**{result['failure']}**\n\n"
+    if arguments.toy:
+        state += "A trial of the code at toy size. Its times mean nothing.\n\n"
     text = f"""# {arguments.method} with random weights
 
-{facts["date"]}, commit {facts["commit"]}, {facts["gpu"] or facts["cpu"]}, torch {facts["torch"]}, transformers
+{state}{facts["date"]}, commit {facts["commit"]}, {facts["gpu"] or facts["cpu"]}, torch {facts["torch"]}, transformers
 {facts["transformers"]}. Command: `{facts["command"]}`. On a CPU the peak is that of the whole process.
 
 {markdown_table(["", "measured"], rows)}
 """
     atomic_write_text(folder / f"{name}.md", text)
-    print(text)
+    return text
 
 
 if __name__ == "__main__":
