@@ -6,6 +6,7 @@ T tokens, H hidden size, I width, E experts, K experts per token, N = T * K rows
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import types
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from transformers import PhimoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 
 from grinmoe import GrinMoeConfig
-from grinmoe.kernels.quack_experts import check_quack, quack
+from grinmoe.kernels import check_quack
 from grinmoe.kernels.triton_experts import Products, backward_pass, forward_pass
 from grinmoe.modeling_grinmoe import GrinMoeSparseMoeBlock
 
@@ -147,7 +148,7 @@ def describe(error: Exception) -> str:
 
 def _quack(size: BlockSize) -> nn.Module:
     check_quack(torch.device("cuda", torch.cuda.current_device()))
-    quack()
+    importlib.import_module("quack.gemm_interface")
     return _ours("grinmoe_quack", size)
 
 

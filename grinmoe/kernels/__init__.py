@@ -10,6 +10,7 @@ from ..routing_grinmoe import ROUTERS, FusedRouter
 from . import quack_experts, triton_experts
 from .dispatch import DEFAULT_EXPERTS, implementation_for
 from .philox import counter_noise
+from .quack_experts import check_quack
 from .triton_experts import ALIGNMENT_BYTES
 
 if is_triton_available():
