@@ -8,7 +8,8 @@ Shapes: T tokens, K experts per token, N = T * K choices sorted by expert, E exp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ..modeling_grinmoe import group_by_expert
 from ..quantization_grinmoe import in_forward_mode
 from .autograd import autograd_function, is_transformed, takes_operator
+from .cpu_products import Products, by_torch, empty_in_large_pages, products_for
+from .side_by_side import LEAST_FLOPS, side_by_side
 
 # Names that a config may give to x * sigmoid(x).
 SILU = ("silu", "swish")
@@ -44,9 +47,8 @@ def cpu_experts_forward(
     gate_up_proj, down_proj = module.gate_up_proj, module.down_proj
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled("cpu"):
-        # Nothing inside of an operator is cast by itself.
-        autocast = torch.get_autocast_dtype("cpu")
-        hidden_states, gate_up_proj, down_proj = (t.to(autocast) for t in (hidden_states, gate_up_proj, down_proj))
+        # Weights are cast one expert at a time, inside: a copy of all of them would be kept for the backward.
+        hidden_states = hidden_states.to(torch.get_autocast_dtype("cpu"))
     weights = top_k_weights.to(hidden_states.dtype)
     keep = None
     if module.training and module.dropout > 0:
@@ -75,72 +77,91 @@ class _Group(NamedTuple):
         expert: its number.
         tokens: (n,) whose choices they are.
         rows: where they are among the sorted choices.
-        padded: `rows`, and as many after them as make a length that products have often.
+        size: n.
+        length: of the operands of their products, whose rows beyond n are zeros.
     """
 
     expert: int
     tokens: torch.Tensor
     rows: slice
-    padded: slice
+    size: int
+    length: int
 
-    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(T, width) to (padded n, width): the tokens' rows, and zeros."""
-        length, size = self.padded.stop - self.padded.start, self.tokens.numel()
-        if length == size:
-            return tensor[self.tokens]
-        rows = tensor.new_empty(length, tensor.shape[1])
-        torch.index_select(tensor, 0, self.tokens, out=rows[:size])
-        rows[size:] = 0
-        return rows
+    def gather(self, tensor: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """(T, width) to (length, width) in `buffer`: the tokens' rows, and zeros."""
+        torch.index_select(tensor, 0, self.tokens, out=buffer[: self.size])
+        return self.filled_up(buffer)
+
+    def filled_up(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The first `length` rows of `buffer`, after those of the tokens zeros."""
+        if self.length > self.size:
+            buffer[self.size : self.length] = 0
+        return buffer[: self.length]
+
+
+def takes_grouped_mm(rows: torch.Tensor, weights: torch.Tensor) -> bool:
+    """Whether torch's grouped product does: it asks for one dtype, and for rows of whole multiples of 16 bytes."""
+    return rows.dtype == weights.dtype and all(size * weights.itemsize % 16 == 0 for size in weights.shape[1:])
 
 
 class _Groups:
     """
     The choices of all tokens, sorted by expert.
 
-    oneDNN compiles a product for every shape that it meets, and keeps some hundreds. So lengths are rounded up to
-    sixteenths of a power of two, of which few occur in training; 3 % of the rows fill up on average.
-
     Attributes:
         order: (N,) the choice at each place.
         sizes: how many each expert has.
-        num_rows: N, and as many more as rounding up the last group can need.
+        products: what is fastest for groups of such sizes.
+        shape: (T, K).
+        served_here: how many choices the E experts have; others are served elsewhere (expert parallelism).
+        longest: the most rows that an operand of a product has.
     """
 
-    def __init__(self, top_k_index: torch.Tensor, num_experts: int):
+    def __init__(self, top_k_index: torch.Tensor, gate_up_proj: torch.Tensor, dtype: torch.dtype):
+        num_experts, of_both, hidden = gate_up_proj.shape
         self.order, self.sizes = group_by_expert(top_k_index, num_experts)
-        self.num_rows = padded_rows(top_k_index.numel())
+        self.shape = top_k_index.shape
+        self.served_here = sum(self.sizes)
         self._tokens = self.order // top_k_index.shape[1]
+        self._costs = [size for size in self.sizes if size]
+        self.products = products_for(self.served_here // max(1, len(self._costs)), gate_up_proj[0], dtype)
+        self.longest = self.products.length(max(self.sizes))
+        # Three matrices of an expert, gate, up and down.
+        self.forward_flops = 2 * self.served_here * (of_both + of_both // 2) * hidden
 
-    def __iter__(self) -> Iterator[_Group]:
-        start = 0
-        for expert, size in enumerate(self.sizes):
-            if size:
-                padded = slice(start, start + _rounded_up(size))
-                yield _Group(expert, self._tokens[start : start + size], slice(start, start + size), padded)
-            start += size
+    def each(self, serve: Callable[[Iterator[_Group]], None], flops: float) -> None:
+        """`serve` all groups, several threads at once where that pays. Its share of them is handed to each call."""
+        places = itertools.accumulate(self.sizes, initial=0)
+        groups = [
+            _Group(expert, self._tokens[start : start + size], slice(start, start + size), size, length)
+            for expert, (start, size) in enumerate(zip(places, self.sizes))
+            if size
+            for length in [self.products.length(size)]
+        ]
+        side_by_side(serve, groups, self._costs, flops)
 
-    def by_choice(self, rows: torch.Tensor) -> torch.Tensor:
-        """(num_rows, ...) in the order of the groups to (N, ...) in the order of the choices."""
-        rows = rows[: self.order.numel()]
-        return torch.empty_like(rows).index_copy_(0, self.order, rows)
+    def multiplied(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """(N, in) in the order of the groups, by their experts' weights (E, out, in), to (N, out)."""
+        if self.products.forward is by_torch and takes_grouped_mm(rows, weights):
+            ends = torch.tensor(tuple(itertools.accumulate(self.sizes)), dtype=torch.int32)
+            return nn.functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+        result = rows.new_zeros(len(rows), weights.shape[1])
+        sizes = [*self.sizes, len(rows) - self.served_here]
+        for weight, left, product in zip(weights, rows.split(sizes), result.split(sizes)):
+            if len(left):
+                self.products.forward(left, weight.to(rows.dtype).t(), product)
+        return result
 
-    def served_here(self) -> int:
-        return sum(self.sizes)
+    def summed(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, H) in the order of the groups to the sums (T, H) over each token's choices, times `weights` (T, K)."""
+        rows[self.served_here :] = 0  # served elsewhere (expert parallelism)
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(self.order.numel(), device=place.device)
+        return nn.functional.embedding_bag(place.view(self.shape), rows, mode="sum", per_sample_weights=weights)
 
-
-def _rounding(size: int) -> int:
-    return max(8, 2 ** (size.bit_length() - 5))
-
-
-def _rounded_up(size: int) -> int:
-    step = _rounding(size)
-    return -(-size // step) * step
-
-
-def padded_rows(choices: int) -> int:
-    """Rows of the pre-activations that are kept: those of the choices, and what the last group may be filled up with."""
-    return choices + 8 + choices // 16  # at least `_rounding`, and the same expression for a symbolic size
+    def by_choice(self, numbers: torch.Tensor) -> torch.Tensor:
+        """(N,) in the order of the groups to (T, K)."""
+        return torch.empty_like(numbers).index_copy_(0, self.order, numbers).view(self.shape)
 
 
 def experts_and_kept(
@@ -152,65 +173,74 @@ def experts_and_kept(
     keep: torch.Tensor | None,
     trains: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over choices of weight * down(silu(gate) * up * keep), and the pre-activations (num_rows, 2I) if it trains.
+    """Sum over choices of weight * down(silu(gate) * up * keep), and the pre-activations (N, 2I) if it trains.
 
     `keep` (N, I) is dropout, by sorted choice.
     """
     if not trains:
         return _inference(hidden_states, weights, gate_up_proj, down_proj, top_k_index), hidden_states.new_empty(0)
-    groups = _Groups(top_k_index, gate_up_proj.shape[0])
-    pre_activation = hidden_states.new_empty(groups.num_rows, gate_up_proj.shape[1])
-    outputs = hidden_states.new_empty(groups.order.numel(), hidden_states.shape[1])
-    for group in groups:
-        gate_up = _linear(group.gathered(hidden_states), gate_up_proj[group.expert])
-        pre_activation[group.rows] = gate_up[: group.tokens.numel()]
-        activation = _activation(gate_up)
-        if keep is not None:
-            activation[: group.tokens.numel()] *= keep[group.rows]
-        outputs[group.rows] = _linear(activation, down_proj[group.expert])[: group.tokens.numel()]
-    # The last groups' padding reads them, and uninitialised memory may hold a NaN.
-    pre_activation[groups.served_here() :] = 0
-    outputs[groups.served_here() :] = 0  # served elsewhere (expert parallelism)
-    return _combined(groups.by_choice(outputs), weights), pre_activation
+    groups = _Groups(top_k_index, gate_up_proj, hidden_states.dtype)
+    pre_activation = hidden_states.new_empty(top_k_index.numel(), gate_up_proj.shape[1])
+    return _forward(groups, hidden_states, weights, gate_up_proj, down_proj, pre_activation, keep), pre_activation
 
 
 def _inference(hidden_states, weights, gate_up_proj, down_proj, top_k_index) -> torch.Tensor:
-    """The same without a trace of it, and without filling up: a token that is decoded costs its own experts only."""
+    """The same without a trace of it."""
     if len(hidden_states) == 1:
         return _one_token(hidden_states, weights, gate_up_proj, down_proj, top_k_index[0].tolist())
-    order, sizes = group_by_expert(top_k_index, gate_up_proj.shape[0])
-    rows = hidden_states[order // top_k_index.shape[1]]
-    outputs = torch.empty_like(rows)
-    start = 0
-    for expert, size in enumerate(sizes):
-        if size:
-            group = slice(start, start + size)
-            _linear_into(outputs[group], _activation(_linear(rows[group], gate_up_proj[expert])), down_proj[expert])
-            start += size
-    outputs[start:] = 0  # served elsewhere (expert parallelism)
-    return _combined(torch.empty_like(outputs).index_copy_(0, order, outputs), weights)
+    groups = _Groups(top_k_index, gate_up_proj, hidden_states.dtype)
+    if groups.forward_flops < LEAST_FLOPS:
+        return _few_tokens(groups, hidden_states, weights, gate_up_proj, down_proj)
+    return _forward(groups, hidden_states, weights, gate_up_proj, down_proj)
+
+
+def _forward(
+    groups: _Groups, hidden_states, weights, gate_up_proj, down_proj, pre_activation=None, keep=None
+) -> torch.Tensor:
+    """The output (T, H). `pre_activation`: where these are left; None if nobody wants them."""
+    multiply, (hidden, width) = groups.products.forward, down_proj.shape[1:]
+    outputs = hidden_states.new_empty(groups.order.numel(), hidden)
+
+    def serve(mine: Iterator[_Group]) -> None:
+        rows = hidden_states.new_empty(groups.longest, hidden)
+        activations = hidden_states.new_empty(groups.longest, width)
+        buffer = hidden_states.new_empty(groups.longest, 2 * width) if pre_activation is None else None
+        for group in mine:
+            gate_up = pre_activation[group.rows] if buffer is None else buffer[: group.size]
+            multiply(group.gather(hidden_states, rows), gate_up_proj[group.expert].to(rows.dtype).t(), gate_up)
+            activation = _activation(gate_up, activations[: group.size])
+            if keep is not None:
+                activation *= keep[group.rows]
+            multiply(group.filled_up(activations), down_proj[group.expert].to(rows.dtype).t(), outputs[group.rows])
+
+    groups.each(serve, groups.forward_flops)
+    return groups.summed(outputs, weights)
+
+
+def _few_tokens(groups: _Groups, hidden_states, weights, gate_up_proj, down_proj) -> torch.Tensor:
+    """What belongs to all of them stays in the cache anyway: fewer operations, and nothing is filled up."""
+    rows = hidden_states[groups.order // groups.shape[1]]
+    activations = rows.new_empty(len(rows), down_proj.shape[2])
+    outputs = groups.multiplied(_activation(groups.multiplied(rows, gate_up_proj), activations), down_proj)
+    return groups.summed(outputs, weights)
 
 
 def _one_token(hidden_states, weights, gate_up_proj, down_proj, experts: list[int]) -> torch.Tensor:
     """Nothing is to be sorted, gathered or put back."""
-    num_experts = gate_up_proj.shape[0]
-    outputs = [
-        _linear(_activation(_linear(hidden_states, gate_up_proj[expert])), down_proj[expert])
-        if expert < num_experts
-        else torch.zeros_like(hidden_states)  # served elsewhere (expert parallelism)
-        for expert in experts
-    ]
-    return weights @ torch.cat(outputs)
+    multiply, dtype = products_for(1, gate_up_proj[0], hidden_states.dtype).forward, hidden_states.dtype
+    gate_up = hidden_states.new_empty(1, gate_up_proj.shape[1])
+    activation = hidden_states.new_empty(1, down_proj.shape[2])
+    outputs = hidden_states.new_zeros(len(experts), hidden_states.shape[1])
+    for output, expert in zip(outputs.split(1), experts):
+        if expert < gate_up_proj.shape[0]:  # others are served elsewhere (expert parallelism)
+            multiply(hidden_states, gate_up_proj[expert].to(dtype).t(), gate_up)
+            multiply(_activation(gate_up, activation), down_proj[expert].to(dtype).t(), output)
+    return weights @ outputs
 
 
-def _activation(gate_up: torch.Tensor) -> torch.Tensor:
+def _activation(gate_up: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return nn.functional.silu(gate).mul_(up)
-
-
-def _combined(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(N, H) by choice and weights (T, K) to their weighted sums (T, H)."""
-    return torch.bmm(weights.unsqueeze(1), outputs.view(*weights.shape, outputs.shape[-1])).squeeze(1)
+    return torch.ops.aten.silu.out(gate, out=result).mul_(up)
 
 
 _experts = torch.library.custom_op("grinmoe::cpu_experts", experts_and_kept, mutates_args=())
@@ -218,8 +248,7 @@ _experts = torch.library.custom_op("grinmoe::cpu_experts", experts_and_kept, mut
 
 @_experts.register_fake
 def _(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep, trains=True):
-    rows = padded_rows(top_k_index.numel())
-    pre_activation = hidden_states.new_empty((rows, gate_up_proj.shape[1]) if trains else 0)
+    pre_activation = hidden_states.new_empty((top_k_index.numel(), gate_up_proj.shape[1]) if trains else 0)
     return torch.empty_like(hidden_states), pre_activation
 
 
@@ -237,44 +266,58 @@ def _experts_backward(
     down_trains: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the input, the weights, gate_up_proj and down_proj; of what does not train, an empty tensor."""
-    groups = _Groups(top_k_index, gate_up_proj.shape[0])
-    row_weight = weights.new_zeros(groups.num_rows, 1)
-    row_weight[: groups.order.numel()] = weights.reshape(-1, 1)[groups.order]
-    grad_row_weight = weights.new_zeros(groups.order.numel())
-    grad_rows = hidden_states.new_empty(groups.order.numel(), hidden_states.shape[1])
-    grad_gate_up = torch.empty_like(gate_up_proj) if gate_up_trains else weights.new_empty(0)
-    grad_down = torch.empty_like(down_proj) if down_trains else weights.new_empty(0)
-    for group in groups:
-        expert, size = group.expert, group.tokens.numel()
-        upstream = group.gathered(grad_output)  # (padded n, H), zeros in the padding: so are the gradients there
-        gate, up = pre_activation[group.padded].chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        activation = silu * up
-        grad_activation = _linear(upstream, down_proj[expert].t())  # (padded n, I), not yet weighted
-        if keep is not None:
-            activation[:size] *= keep[group.rows]
-        grad_row_weight[group.rows] = torch.linalg.vecdot(grad_activation, activation)[:size]
-        grad_activation *= row_weight[group.padded]
-        if keep is not None:
-            grad_activation[:size] *= keep[group.rows]
-        if down_trains:
-            _linear_into(grad_down[expert], (upstream * row_weight[group.padded]).t(), activation.t())
-        grad_pre = torch.empty_like(pre_activation[group.padded])
-        grad_gate_part, grad_up_part = grad_pre.chunk(2, dim=-1)
-        torch.mul(grad_activation, silu, out=grad_up_part)
-        # d silu / d gate = sigmoid + silu * (1 - sigmoid)
-        torch.mul(grad_activation.mul_(up), sigmoid + silu * (1 - sigmoid), out=grad_gate_part)
-        if gate_up_trains:
-            _linear_into(grad_gate_up[expert], grad_pre.t(), group.gathered(hidden_states).t())
-        grad_rows[group.rows] = _linear(grad_pre, gate_up_proj[expert].t())[:size]
+    groups = _Groups(top_k_index, gate_up_proj, hidden_states.dtype)
+    products, longest, (hidden, width) = groups.products, groups.longest, down_proj.shape[1:]
+    row_weights = weights.reshape(-1, 1)[groups.order]
+    grad_row_weights = weights.new_zeros(len(row_weights))
+    grad_rows = hidden_states.new_empty(len(row_weights), hidden)
+    grad_gate_up, grad_down = (
+        empty_in_large_pages(weight.shape, weight.dtype) if trains else weight.new_empty(0)
+        for weight, trains in ((gate_up_proj, gate_up_trains), (down_proj, down_trains))
+    )
+
+    def serve(mine: Iterator[_Group]) -> None:
+        rows = hidden_states.new_empty(longest, hidden)
+        activations, silus, grad_activations = hidden_states.new_empty(3, longest, width)
+        grad_pres = hidden_states.new_empty(longest, 2 * width)
+        for group in mine:
+            expert, size, row_weight = group.expert, group.size, row_weights[group.rows]
+            gate, up = pre_activation[group.rows].chunk(2, dim=-1)
+            activation, silu, grad_activation = activations[:size], silus[:size], grad_activations[:size]
+            grad_gate, grad_up = grad_pres[:size].chunk(2, dim=-1)
+            upstream = group.gather(grad_output, rows)  # (length, H), not yet weighted
+            products.grad_input(upstream, down_proj[expert].to(rows.dtype), grad_activation)
+            torch.ops.aten.silu.out(gate, out=silu)
+            torch.mul(silu, up, out=activation)
+            if keep is not None:
+                activation *= keep[group.rows]
+            grad_row_weights[group.rows] = torch.linalg.vecdot(grad_activation, activation)
+            upstream[:size] *= row_weight
+            if down_trains:
+                _weight_gradient(products, upstream, group.filled_up(activations), grad_down[expert])
+            grad_activation *= row_weight
+            if keep is not None:
+                grad_activation *= keep[group.rows]
+            torch.mul(grad_activation, silu, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad_activation.mul_(up), gate, grad_input=grad_gate)
+            grad_pre = group.filled_up(grad_pres)
+            products.grad_input(grad_pre, gate_up_proj[expert].to(rows.dtype), grad_rows[group.rows])
+            if gate_up_trains:
+                _weight_gradient(products, grad_pre, group.gather(hidden_states, rows), grad_gate_up[expert])
+
+    groups.each(serve, 2 * groups.forward_flops)
     idle = [expert for expert, size in enumerate(groups.sizes) if size == 0]
     for gradient in (grad_gate_up, grad_down):
         if gradient.numel():
             gradient[idle] = 0
-    grad_rows[groups.served_here() :] = 0
-    grad_hidden = groups.by_choice(grad_rows).view(*weights.shape, hidden_states.shape[1]).sum(dim=1)
-    return grad_hidden, groups.by_choice(grad_row_weight).view_as(weights), grad_gate_up, grad_down
+    return groups.summed(grad_rows), groups.by_choice(grad_row_weights), grad_gate_up, grad_down
+
+
+def _weight_gradient(products: Products, upstream: torch.Tensor, inputs: torch.Tensor, result: torch.Tensor) -> None:
+    if result.dtype == inputs.dtype:
+        products.grad_weight(upstream.t(), inputs, result)
+    else:  # under autocast
+        result.copy_(upstream.t() @ inputs)
 
 
 @_experts_backward.register_fake
@@ -322,9 +365,11 @@ def experts_reference(hidden_states, weights, gate_up_proj, down_proj, top_k_ind
     kept = [None] * len(groups) if keep is None else keep.split([*sizes, elsewhere.shape[0]])[:-1]
     outputs = []
     for expert, (group, dropout) in enumerate(zip(groups, kept, strict=True)):
-        gate, up = (group @ gate_up_proj[expert].t()).chunk(2, dim=-1)
+        gate, up = (group @ gate_up_proj[expert].to(group.dtype).t()).chunk(2, dim=-1)
         activation = nn.functional.silu(gate) * up
-        outputs.append((activation if dropout is None else activation * dropout) @ down_proj[expert].t())
+        outputs.append(
+            (activation if dropout is None else activation * dropout) @ down_proj[expert].to(group.dtype).t()
+        )
     outputs.append(torch.zeros_like(elsewhere))
     by_choice = torch.cat(outputs)[order.argsort()]
     return (by_choice.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
@@ -336,29 +381,3 @@ def _gradients(grad_output, inputs, kept, needed):
 
 
 _function = autograd_function(experts_and_kept, _gradients, experts_reference, trainable=4)
-
-
-def _onednn_linear():
-    """oneDNN's float32 product: (n, k) and (m, k) to (n, m), any strides; None where torch is built without it.
-
-    The one use of a private torch operator in this project. torch.mm is MKL in float32, which on AMD processors takes
-    twice the time of oneDNN, and no public function leads there. The operator is what torch's own compiler calls.
-    """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
-    return lambda left, right: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-
-
-_float32_linear = _onednn_linear() or nn.functional.linear
-
-
-def _linear(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """(n, k) and (m, k) to (n, m) = left @ right.T."""
-    return _float32_linear(left, right) if left.dtype == torch.float32 else nn.functional.linear(left, right)
-
-
-def _linear_into(result: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    if left.dtype == torch.float32:
-        result.copy_(_float32_linear(left, right))
-    else:
-        torch.mm(left, right.t(), out=result)

@@ -1,0 +1,109 @@
+"""The experts' groups on several threads of a CPU at once, each group from end to end on its own.
+
+A product of 100 rows is too small to be shared out well: threads wait for each other after every operation, and what one of
+them wrote the next reads from another core's cache. Whole experts side by side need neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+# Below it a forward pass is over before other threads have begun (measured on 2 cores: docs/performance.md).
+LEAST_FLOPS = 2e8
+# How much longer than a fair share the busiest worker may be at it.
+MOST_IMBALANCE = 1.25
+
+
+def side_by_side(
+    work: Callable[[Iterator[Item]], object], items: Iterable[Item], costs: list[int], flops: float
+) -> None:
+    """
+    Call `work` with an iterator over its share of `items`: once here, or on several threads at once.
+
+    Which thread has which item follows from who is free, so results may not depend on it. There is no gradient in `work`.
+
+    Args:
+        work: does everything for every item it is given. Operations inside of it run on its thread's share of the threads.
+        items: with a cost each.
+        costs: of `items`, in any unit.
+        flops: of all together.
+    """
+    items = list(items)
+    threads = torch.get_num_threads()
+    workers = workers_for(costs, threads) if flops >= LEAST_FLOPS else 1
+    if workers == 1:
+        work(iter(items))
+        return
+    # The dearest first, so that what is left at the end is small.
+    waiting = [item for _, item in sorted(zip(costs, items, strict=True), key=lambda pair: pair[0])]
+    inference = torch.is_inference_mode_enabled()
+
+    def share() -> Iterator[Item]:
+        while True:
+            try:
+                yield waiting.pop()
+            except IndexError:
+                return
+
+    def run(_: int) -> None:
+        # A thread has modes of its own.
+        with torch.inference_mode(inference), torch.no_grad():
+            work(share())
+
+    list(_executor(os.getpid(), workers, threads).map(run, range(workers)))
+
+
+def workers_for(costs: list[int], threads: int) -> int:
+    """How many workers share out items of these costs evenly; the others of `threads` help each of them."""
+    if "OpenMP" not in _parallel_backend():
+        return 1  # elsewhere the number of threads is one for the whole process
+    workers, total = min(threads, len(costs)), sum(costs)
+    while workers > 1 and _longest(costs, workers) * workers > MOST_IMBALANCE * total:
+        workers //= 2
+    return max(1, workers)
+
+
+def _longest(costs: list[int], workers: int) -> int:
+    """The busiest worker's cost, when whoever is free takes the dearest item that is left."""
+    busy = [0] * workers
+    for cost in sorted(costs, reverse=True):
+        heapq.heapreplace(busy, busy[0] + cost)
+    return max(busy)
+
+
+@functools.cache
+def _parallel_backend() -> str:
+    return torch.__config__.parallel_info().partition("ATen parallel backend:")[2].strip().splitlines()[0]
+
+
+@functools.cache
+def _executor(process: int, workers: int, threads: int) -> ThreadPoolExecutor:
+    """
+    Threads that have `threads // workers` of torch's threads each.
+
+    Args:
+        process: its number; a forked process has none of its parent's threads.
+    """
+
+    def begin() -> None:
+        # torch sets a thread's number to its default when it first meets the thread: let that be over.
+        torch.get_num_threads()
+        torch.set_num_threads(threads // workers)
+
+    executor = ThreadPoolExecutor(workers, "grinmoe-experts", begin)
+    # All of them start and set their number before the caller sets its own again: threads that torch meets for the first
+    # time get the number that was set last.
+    everyone = threading.Barrier(workers)
+    list(executor.map(lambda _: everyone.wait(), range(workers)))
+    torch.set_num_threads(threads)
+    return executor
