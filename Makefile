@@ -60,8 +60,8 @@ check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 bench: $(VENV)/.stamp  ## measure on this CPU and write dated reports (about 5 minutes; leave the machine alone meanwhile)
 	@$(BIN)/python -m benchmarks cpu
 
-bench-gpu: $(VENV)/.stamp  ## measure on a GPU and write dated reports (9 minutes; needs torch, triton and transformers alone)
-	@$(BIN)/python -m benchmarks gpu
+bench-gpu:  ## measure on a GPU and write dated reports (23 minutes; by python3 with torch, triton and transformers alone)
+	@$(PYTHON) -m benchmarks gpu
 
 clean:  ## remove environments and build output
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo-output worked-example .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -56,6 +56,22 @@ def build_parser() -> argparse.ArgumentParser:
         other.add_argument("--warmup", type=int, default=5, metavar="N", help="uncounted rounds (default: 5)")
         other.add_argument("--rounds", type=int, default=20, metavar="N", help="counted rounds (default: 20)")
         _add_limits(other)
+    correctness = commands.add_parser(
+        "correctness",
+        help="every Triton kernel against the reference, on the GPU",
+        epilog="example: python -m benchmarks correctness",
+    )
+    _add_limits(correctness)
+    experts = commands.add_parser(
+        "experts",
+        help="one layer's experts for 1 to 128 tokens, as in decoding",
+        epilog="example: python -m benchmarks experts --tokens 10 64",
+    )
+    sizes = (1, 8, 10, 16, 32, 64, 128)
+    experts.add_argument("--tokens", type=int, nargs="+", default=sizes, metavar="T", help="default: 1 to 128")
+    experts.add_argument("--warmup", type=int, default=5, metavar="N", help="uncounted rounds (default: 5)")
+    experts.add_argument("--rounds", type=int, default=30, metavar="N", help="counted rounds (default: 30)")
+    _add_limits(experts)
     _add_models(commands)
     _add_suites(commands)
     return parser
@@ -80,19 +96,31 @@ def _add_models(commands: Any) -> None:
     train_step.add_argument("--batch", type=int, default=4, metavar="B", help="rows of a step (default: 4)")
     train_step.add_argument("--sequence", type=int, metavar="S", help="tokens of a row; default: 256, on a GPU 4096")
     _add_limits(train_step)
+    fsdp = commands.add_parser(
+        "fsdp",
+        help="training steps under FSDP2 on one rank, against the same without it",
+        epilog="example: python -m benchmarks fsdp --layers 2",
+    )
+    fsdp.add_argument("--layers", type=int, default=2, metavar="L", help="default: 2")
+    fsdp.add_argument("--batch", type=int, default=4, metavar="B", help="rows of a step (default: 4)")
+    fsdp.add_argument("--sequence", type=int, default=4096, metavar="S", help="default: 4096, on a CPU at most 256")
+    _add_limits(fsdp)
 
 
 def _add_suites(commands: Any) -> None:
-    for device, minutes in (("gpu", 9.0), ("cpu", 5.0)):
+    for device, example in (("gpu", "gpu --part 1 --archive results.tar.gz"), ("cpu", "cpu")):
         suite = commands.add_parser(
             device,
             help=f"all of a {device.upper()}'s benchmarks, and the goals in one table",
-            epilog=f"example: python -m benchmarks {device}",
+            epilog=f"example: python -m benchmarks {example}",
         )
+        suite.add_argument("--minutes", type=float, metavar="M", help="all together (default: what they need)")
+        suite.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these benchmarks (default: all)")
         suite.add_argument(
-            "--minutes", type=float, default=minutes, metavar="M", help=f"all together (default: {minutes:g})"
+            "--archive", metavar="PATH", help="pack this run's results into PATH, a .tar.gz, as they come"
         )
         if device == "gpu":
+            suite.add_argument("--part", type=int, metavar="N", help="1, 2 or 3: under ten minutes each (default: all)")
             suite.add_argument("--toy", action="store_true", help="try the code on a CPU, tiny, kernels interpreted")
 
 
@@ -116,11 +144,25 @@ def run(command: str, options: dict[str, Any]) -> Path:
     if command in ("gpu", "cpu"):
         from benchmarks import suite
 
+        options["only"] = tuple(options["only"])
         return suite.run(suite.SuiteSettings(device=command, **options))
     if command == "block":
         from benchmarks import bench_block
 
         return bench_block.run(bench_block.BlockSettings(**options))
+    if command == "correctness":
+        from benchmarks import bench_correctness
+
+        return bench_correctness.run(bench_correctness.CorrectnessSettings(**options))
+    if command == "experts":
+        from benchmarks import bench_experts
+
+        options["tokens"] = tuple(options["tokens"])
+        return bench_experts.run(bench_experts.ExpertsSettings(**options))
+    if command == "fsdp":
+        from benchmarks import bench_fsdp
+
+        return bench_fsdp.run(bench_fsdp.FsdpSettings(**options))
     if command == "router":
         from benchmarks import bench_router
 

@@ -4,16 +4,18 @@
     python -m benchmarks decode --layers 4 --batches 1
     TRITON_INTERPRET=1 python -m benchmarks decode --toy
 
-Greedy, from prompts of 16 random tokens, 128 new ones, prompt included in the time. Random weights; on a GPU the released
-size in bfloat16 with as many layers as memory allows, on a CPU a small model in float32. Before anything is timed, every arm
-that is not compiled must give the same tokens as the others, in float32 at a small size on the same device; at full size
+Greedy, from prompts of 16 random tokens, 128 new ones. The time is that of a call of `generate` on the host's clock, prompt
+included. Random weights; on a GPU the released size in bfloat16 with as many layers as memory allows, on a CPU a small model
+in float32. Before anything is timed, every arm that is not compiled must give the reference loop's tokens in float32 at a
+small size on the same device. An arm that gives another token is not timed, and neither is its compiled form. At full size
 rounding in bfloat16 decides between near-equal tokens, and the share of equal ones is reported instead.
 
 The floor is the time to read, at the measured copy rate, what a step must read: attention, router and head, the experts that
 were really chosen (counted, a mean over layers and steps), and the keys and values.
 
 Compiled arms use a static cache, as `generate` does by itself on a GPU, and CUDA graphs. They compile anew for every batch,
-which is not in the time. Arms that no time is left for are left out; most of the compiled ones come last.
+which is not in the time. On a GPU the arms run one by one, the most important first, and the report is written after each;
+arms that no time is left for are left out.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 from transformers import CompileConfig, PhimoeConfig, PhimoeForCausalLM
 
+from benchmarks.block_arms import describe
 from benchmarks.protocol import Report, best_device, rates
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
 from grinmoe.modeling_grinmoe import GrinMoeRouter
@@ -96,18 +99,20 @@ class Arm:
         return f"{self.library}, {self.implementation}{', static and compiled' if self.compiled else ''}"
 
 
-def arms_for(device: torch.device, toy: bool) -> list[Arm]:
-    """What is measured on `device`, those that compile last.
+REFERENCE = Arm(OURS, "eager")
 
-    Of phimoe's implementations `generate` itself exchanges grouped_mm for batched_mm when it decodes on a GPU.
+
+def arms_for(device: torch.device, toy: bool) -> list[Arm]:
+    """What is measured on `device`, on a GPU the most important first.
+
+    Of phimoe's implementations `generate` itself exchanges grouped_mm for batched_mm when it decodes on a GPU, where its
+    eager loop waits for the device in every layer and is left out.
     """
-    arms = [Arm(PHIMOE, "eager"), Arm(PHIMOE, "grouped_mm"), Arm(OURS, "grinmoe")]
-    if device.type != "cuda":
-        arms.insert(2, Arm(PHIMOE, "batched_mm"))
+    theirs, default, kernels = Arm(PHIMOE, "grouped_mm"), Arm(OURS, "grinmoe"), Arm(OURS, "grinmoe_triton")
     if device.type == "cuda" or toy:
-        arms.append(Arm(OURS, "grinmoe_triton"))
-        arms += [replace(arm, compiled=True) for arm in (arms[-1], Arm(PHIMOE, "grouped_mm"), arms[-2])]
-    return arms
+        compiled = [replace(arm, compiled=True) for arm in (kernels, theirs, default)]
+        return [compiled[0], kernels, theirs, default, *compiled[1:]]
+    return [Arm(PHIMOE, "eager"), theirs, Arm(PHIMOE, "batched_mm"), default]
 
 
 def model_config(layers: int, released: bool, toy: bool = False) -> GrinMoeConfig:
@@ -205,21 +210,34 @@ def draw_prompts(config: GrinMoeConfig, batch: int, options: DecodeSettings, dev
     return torch.randint(2, config.vocab_size, (batch, options.prompt_tokens), generator=generator).to(device)
 
 
-def gate(device: torch.device, options: DecodeSettings) -> None:
-    """Every arm that is not compiled gives the same greedy tokens, in float32 at a small size; raises if one does not."""
+def gate(device: torch.device, options: DecodeSettings) -> dict[str, str]:
+    """
+    Generate with every arm that is not compiled, in float32 at a small size.
+
+    Returns:
+        By name the arms whose greedy tokens are not the reference loop's, or that do not run, and why.
+    """
     config = model_config(2, released=False, toy=options.toy)
     models = build_pair(config, device, torch.float32)
     prompts = draw_prompts(config, min(8, max(options.batches)), options, device)
     small = replace(options, new_tokens=min(options.new_tokens, 16))
-    arms = [arm for arm in arms_for(device, options.toy) if not arm.compiled]
-    expected = runner(models, arms[0], small)(prompts)
-    for arm in arms[1:]:
-        found = runner(models, arm, small)(prompts)
+    expected = runner(models, REFERENCE, small)(prompts)
+    refused = {}
+    for arm in dict.fromkeys(replace(arm, compiled=False) for arm in arms_for(device, options.toy)):
+        try:
+            found = runner(models, arm, small)(prompts)
+        # Of a kernel that this device does not take: the others are measured all the same.
+        except Exception as raised:
+            refused[arm.name] = describe(raised)
+            continue
         if not torch.equal(found, expected):
+            row, step = (found != expected).nonzero()[0].tolist()
             share = (found == expected).float().mean().item()
-            raise RuntimeError(
-                f"{arm.name}: only {share:.0%} of its tokens are those of {arms[0].name}; nothing was timed"
+            refused[arm.name] = (
+                f"in float32 {share:.1%} of its tokens are the reference loop's; the first that is not is token {step} of "
+                f"row {row}, {found[row, step]} and not {expected[row, step]}"
             )
+    return refused
 
 
 def experts_per_step(models: dict[str, Any], prompts: torch.Tensor, options: DecodeSettings) -> float:
@@ -275,8 +293,7 @@ def warm_up(models: dict[str, Any], arm: Arm, prompts: torch.Tensor, options: De
         runner(models, arm, options)(prompts)
     # What compilers, kernels and allocators raise; the other arms are measured all the same.
     except Exception as error:
-        message = (str(error).splitlines() or [""])[0][:200]
-        return {"left_out": f"{type(error).__name__}: {message}"}
+        return {"left_out": describe(error)}
     finally:
         if prompts.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -286,20 +303,27 @@ def warm_up(models: dict[str, Any], arm: Arm, prompts: torch.Tensor, options: De
 def table(
     found: dict[str, dict[str, Any]], batch: int, options: DecodeSettings, floor_tokens_per_s: float | None
 ) -> str:
-    first = next((one for one in found.values() if one.get("seconds")), {})
+    timed = {name: one for name, one in found.items() if one.get("seconds")}
+    # The default where it was timed: what a user gets without asking.
+    base_name = next((name for name in (Arm(OURS, "grinmoe").name, *timed) if name in timed), None)
     rows = []
     for name, one in found.items():
-        if "left_out" in one:
-            rows.append([name, one["left_out"], "-", "-", "-", "-"])
+        if name not in timed or base_name is None:
+            rows.append([name, one.get("left_out", "not timed"), "-", "-", "-", "-", "-"])
             continue
+        base = timed[base_name]
         rate = batch * options.new_tokens / statistics.median(one["seconds"])
-        equal = (torch.tensor(one["tokens"]) == torch.tensor(first["tokens"])).float().mean().item()
+        equal = torch.tensor(one["tokens"]) == torch.tensor(base["tokens"])  # (B, new tokens)
         share = "-" if floor_tokens_per_s is None else f"{rate / floor_tokens_per_s:.1%}"
         spread = f"{min(one['seconds']):.2f} to {max(one['seconds']):.2f}"
-        times = statistics.median(first["seconds"]) / statistics.median(one["seconds"])
-        rows.append([name, f"{rate:.1f}", spread, f"{times:.2f}", share, f"{equal:.1%}"])
-    header = ["arm", "tokens/s", "seconds, least to most", "times the first arm's rate", "of the floor's rate"]
-    return markdown_table([*header, "tokens equal to the first arm's"], rows)
+        times = statistics.median(base["seconds"]) / statistics.median(one["seconds"])
+        alike = int(equal.all(dim=0).long().cumprod(0).sum())
+        rows.append(
+            [name, f"{rate:.1f}", spread, f"{times:.2f}", share, f"{equal.float().mean().item():.1%}", str(alike)]
+        )
+    header = ["arm", "tokens/s", "seconds, least to most", f"times the rate of {base_name or '-'}"]
+    header += ["of the floor's rate", "tokens equal to its", "steps before the first difference"]
+    return markdown_table(header, rows)
 
 
 def run(options: DecodeSettings) -> Path:
@@ -311,7 +335,8 @@ def run(options: DecodeSettings) -> Path:
     report = Report("decode", asdict(options), options.toy)
     best = rates(device)
     report.add("rates", best)
-    gate(device, options)
+    refused = gate(device, options)
+    report.add("refused", refused, "\n\n".join(f"{name} is not timed: {reason}." for name, reason in refused.items()))
     assert options.layers is not None
     config = model_config(options.layers, on_gpu, options.toy)
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -322,11 +347,12 @@ def run(options: DecodeSettings) -> Path:
         f"{options.layers} layers, H {config.hidden_size}, I {config.intermediate_size}, E {config.num_local_experts}, "
         f"K {config.num_experts_per_tok}, vocabulary {config.vocab_size}, {str(dtype).removeprefix('torch.')}.{note} "
         f"Prompts of {options.prompt_tokens} tokens, {options.new_tokens} new ones, greedy. "
-        f"Copy rate {best['tb_per_s']:.3g} TB/s."
+        f"Copy rate {best['tb_per_s']:.3g} TB/s. Arms that compile took their warm-up besides."
     )
     report.add("description", text, text)
+    arms = [arm for arm in arms_for(device, options.toy) if replace(arm, compiled=False).name not in refused]
     results: dict[str, Any] = {}
-    for batch, arms in stages(arms_for(device, options.toy), options):
+    for batch, stage in stages(arms, options, one_by_one=on_gpu or options.toy):
         prompts = draw_prompts(config, batch, options, device)
         one = results.setdefault(f"batch {batch}", {"arms": {}})
         if "floor_ms" not in one:
@@ -334,33 +360,38 @@ def run(options: DecodeSettings) -> Path:
             cached = options.prompt_tokens + options.new_tokens / 2
             one["bytes_read"] = bytes_read(config, dtype.itemsize, batch, one["experts_read"], cached)
             one["floor_ms"] = 1e3 * one["bytes_read"] / (best["tb_per_s"] * 1e12)
-        one["arms"] |= measure(models, arms, prompts, options, deadline)
-        report.add("batches", results)
-        for name in (arm.name for arm in arms):
-            print(
-                f"batch {batch}, {name}: {one['arms'][name].get('left_out') or one['arms'][name]['seconds']}",
-                flush=True,
-            )
+        one["arms"] |= measure(models, stage, prompts, options, deadline)
+        report.update("batches", results, {f"batch {batch}": section(batch, one, options, on_gpu)})
+        for name in (arm.name for arm in stage):
+            measured = one["arms"][name]
+            print(f"batch {batch}, {name}: {measured.get('left_out') or measured['seconds']}", flush=True)
         gc.collect()
-    sections = [section(int(name.split()[1]), one, options, on_gpu) for name, one in results.items()]
-    report.add("batches", results, "\n\n".join(sections))
-    return report.finish()
+    path = report.finish()
+    if refused:
+        raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
+    return path
 
 
-def stages(arms: list[Arm], options: DecodeSettings) -> list[tuple[int, list[Arm]]]:
-    """Batches and arms in the order of their importance.
-
-    Arms take turns, but for compiled ones: what the one compiled is dropped for the next.
+def stages(arms: list[Arm], options: DecodeSettings, one_by_one: bool) -> list[tuple[int, list[Arm]]]:
     """
-    plain, compiled = ([arm for arm in arms if arm.compiled == chosen] for chosen in (False, True))
-    # It copies the weights of every choice, which takes a CPU seconds a step when rows are many.
-    few = [arm for arm in plain if arm.implementation != "batched_mm"]
-    order = [
-        (batch, group) for batch in options.batches for group in (plain if batch == 1 else few, compiled[:1]) if group
-    ]
-    order += [(batch, [arm]) for batch in options.batches for arm in compiled[1:]]
+    Batches and arms in the order of their importance.
+
+    Args:
+        arms: the most important first.
+        one_by_one: one arm after the other, each with all batches; else the arms of a batch take turns.
+    """
+    if not one_by_one:
+        # It copies the weights of every choice, which takes a CPU seconds a step when rows are many.
+        few = [arm for arm in arms if arm.implementation != "batched_mm"]
+        return [(batch, arms if batch == 1 else few) for batch in options.batches]
     # A trial of the code need not compile twice.
-    return [stage for stage in order if not (options.toy and stage[1][0].compiled and stage[0] != options.batches[0])]
+    first = options.batches[0]
+    return [
+        (batch, [arm])
+        for arm in (arms if not options.toy else [arm for arm in arms if not arm.compiled or arm == arms[0]])
+        for batch in options.batches
+        if not (options.toy and arm.compiled and batch != first)
+    ]
 
 
 def section(batch: int, one: dict[str, Any], options: DecodeSettings, on_gpu: bool) -> str:

@@ -179,18 +179,16 @@ def run(options: LayerSettings) -> Path:
     timings = interleave(arms, options.warmup, options.rounds, device, deadline)
     floor = layer_floor_seconds(config, tokens, sequence, best["tflops"])
     facts: dict[str, dict[str, Any]] = {
-        name: {
-            "seconds": timings[name].seconds,
-            "forward_seconds": timings[f"{name}, forward"].seconds,
-            "relative_error": errors[name],
-        }
+        name: timings[name].facts()
+        | {"forward_seconds": timings[f"{name}, forward"].seconds, "relative_error": errors[name]}
         for name in timed
     }
     text = (
         f"{tokens} tokens in sequences of {sequence}, H {config.hidden_size}, I {config.intermediate_size}, E "
         f"{config.num_local_experts}, {str(dtype).removeprefix('torch.')}, sdpa where not said otherwise. Floor: "
         f"{1e3 * floor['forward']:.2f} ms forward, {1e3 * floor['step']:.2f} ms step, at the measured "
-        f"{best['tflops']:.3g} TFLOP/s. `error`: against the reference loop in evaluation mode."
+        f"{best['tflops']:.3g} TFLOP/s. `host`: until Python has launched the step, on a GPU. `error`: against the "
+        "reference loop in evaluation mode."
     )
     reasons = [f"{name} was not timed. {reason}" for name, reason in refused.items()]
     report.add("floor_seconds", floor)
@@ -212,7 +210,8 @@ def table(facts: dict[str, dict[str, Any]], floor_seconds: float) -> str:
         if base is not None:
             pairs = (forward, base["forward_seconds"]), (timing, base["seconds"])
             ratios = [f"{own.ratio_to(Timing(others)):.3f}" for own, others in pairs]
-        times = [f"{forward.median_ms:.2f}", f"{timing.median_ms:.2f}", f"{low:.2f} to {high:.2f}"]
+        host = f"{1e3 * arm['host_seconds']:.2f}" if "host_seconds" in arm else "-"
+        times = [f"{forward.median_ms:.2f}", f"{timing.median_ms:.2f}", f"{low:.2f} to {high:.2f}", host]
         error = "-" if arm["relative_error"] is None else f"{arm['relative_error']:.1e}"
         rows.append([name, *times, *ratios, f"{floor_seconds / (1e-3 * timing.median_ms):.0%}", error])
     header = [
@@ -220,8 +219,9 @@ def table(facts: dict[str, dict[str, Any]], floor_seconds: float) -> str:
         "forward, ms",
         "step, ms",
         "quartiles, ms",
+        "host, ms",
         "speed over dense, forward",
-        "step",
+        "speed over dense, step",
         "of the floor",
         "error",
     ]

@@ -30,7 +30,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.bench_layer import make_dense
-from benchmarks.block_arms import DENSE
+from benchmarks.block_arms import DENSE, describe
 from benchmarks.protocol import FEWEST_ROUNDS, Report, best_device, rates
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
 from grinmoe.planning import Step, flops_per_token
@@ -179,8 +179,9 @@ def take_turns(
                 model = build(name, config, device)
                 measured.parameters = sum(parameter.numel() for parameter in model.parameters())
                 train(model, options, device, measured)
-            except torch.OutOfMemoryError:
-                measured.failure = "out of memory"
+            # What kernels and allocators raise; the other arms are measured all the same.
+            except Exception as error:
+                measured.failure = describe(error)
             model = None
             gc.collect()
             if device.type == "cuda":
@@ -198,7 +199,7 @@ def table(arms: dict[str, Measured], tokens: int, flops: float, tflops: float | 
             rows.append([name, f"{measured.parameters / 1e6:,.0f} M", measured.failure or "not run", *["-"] * 6])
             continue
         median = statistics.median(measured.seconds)
-        low, _, high = statistics.quantiles(measured.seconds, n=4)
+        low, _, high = statistics.quantiles(measured.seconds, n=4, method="inclusive")
         optimizer = statistics.median(measured.optimizer_seconds)
         ratio = statistics.median(dense.seconds) / median if dense.seconds else float("nan")
         rows.append(
@@ -219,7 +220,12 @@ def table(arms: dict[str, Measured], tokens: int, flops: float, tflops: float | 
 
 
 def run(options: TrainStepSettings) -> Path:
-    """Measure all arms, print the table, and return the path of the report."""
+    """
+    Measure all arms, print the table, and return the path of the report.
+
+    Raises:
+        RuntimeError: an arm does not run here. The report is written all the same.
+    """
     device = best_device()
     options = options.for_device(device)
     config = model_config(options, device)
@@ -241,7 +247,10 @@ def run(options: TrainStepSettings) -> Path:
         {name: asdict(one) | {"tokens_per_step": tokens} for name, one in arms.items()},
         f"{text}\n\n{table(arms, tokens, flops, best['tflops'] if on_gpu else None)}",
     )
-    return report.finish()
+    path = report.finish()
+    if failed := {name: one.failure for name, one in arms.items() if one.failure}:
+        raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    return path
 
 
 __all__ = ["TrainStepSettings", "run"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,13 +67,28 @@ def profile(run: Callable[[int], Any], device: torch.device, rounds: int = 3) ->
         if device.type == "cuda":
             torch.cuda.synchronize()
     spent: dict[str, float] = {}
-    for event in profiler.key_averages():
-        # On a GPU only what ran there: operators on the host would count it again.
-        on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
-        if on_gpu or device.type != "cuda":
-            microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            spent[event.key] = 1e-6 * microseconds / rounds
+    if device.type == "cuda":
+        for event in on_device(profiler.key_averages()):
+            spent[event.key] = 1e-6 * event.self_device_time_total / rounds
+    else:
+        spent = {event.key: 1e-6 * event.self_cpu_time_total / rounds for event in profiler.key_averages()}
     return dict(sorted(spent.items(), key=lambda pair: -pair[1]))
+
+
+def on_device(events: Iterable[Any]) -> Iterator[Any]:
+    """Of a profiler's events those that a GPU ran: no operators of the host and no named regions, which contain others."""
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            yield event
+
+
+def count_launches(run: Callable[[int], object]) -> tuple[int, float]:
+    """Number of the kernels, copies and fills that one `run` has a GPU do, and the seconds that the longest takes there."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run(0)
+        torch.cuda.synchronize()
+    seconds = [1e-6 * event.self_device_time_total for event in on_device(profiler.events())]
+    return len(seconds), max(seconds, default=0.0)
 
 
 def grouped(kernels: dict[str, float], step_seconds: float | None = None) -> dict[str, float]:
@@ -109,4 +124,15 @@ def profile_table(profiles: dict[str, dict[str, float]], groups: dict[str, dict[
     return "\n\n".join(sections)
 
 
-__all__ = ["GLUE", "IDLE", "OTHER", "PRODUCTS", "ROUTER", "grouped", "profile", "profile_table"]
+__all__ = [
+    "GLUE",
+    "IDLE",
+    "OTHER",
+    "PRODUCTS",
+    "ROUTER",
+    "count_launches",
+    "grouped",
+    "on_device",
+    "profile",
+    "profile_table",
+]

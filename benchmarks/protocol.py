@@ -3,12 +3,17 @@
 Arms run in one process, interleaved round by round, so that a machine that slows down slows all of them; the ratio of two
 arms is taken round by round, and its median reported. A result is written with what it was measured on: hardware,
 versions, commit and command. A number that has no such file under `benchmarks/results/` is not claimed anywhere.
+
+On a GPU the seconds of an arm are the device's. Before each run the device gets enough other work to be busy until the host
+has queued the run; otherwise the time of short kernels would be the time that Python takes to launch them. The host's time
+is reported beside it.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -30,13 +35,29 @@ RESULTS = CHECKOUT / "benchmarks" / "results"
 
 # Rounds that a median and quartiles are taken of at least, when time runs out.
 FEWEST_ROUNDS = 5
+# The device is kept busy for this many times the host's time before each run, and for no longer than this many seconds: an
+# arm that waits for the device itself cannot be hidden behind other work.
+BUSY_OVER_HOST, MOST_BUSY_SECONDS = 2.0, 0.03
+# Bytes of the buffer whose filling keeps a GPU busy: 0.25 ms each at 4 TB/s.
+BUSY_BYTES = 2**30
 
 
 @dataclass
 class Timing:
-    """Seconds of one arm, one value per round."""
+    """
+    Times of one arm.
+
+    Attributes:
+        seconds: one value per counted round; on a GPU the device's.
+        host_seconds: on a GPU, until the call returned while the device was idle: one value per uncounted round. The first
+            contains what is compiled.
+        queued: on a GPU, for each counted round, whether the host had queued the whole run before the device began it. If
+            not, `seconds` contains time of the host.
+    """
 
     seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)
+    queued: list[bool] = field(default_factory=list)
 
     @property
     def median_ms(self) -> float:
@@ -44,12 +65,26 @@ class Timing:
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:
-        low, _, high = statistics.quantiles(self.seconds, n=4)
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return 1e3 * low, 1e3 * high
+
+    @property
+    def host_ms(self) -> float | None:
+        """The least of the host's times; None on a CPU."""
+        return 1e3 * min(self.host_seconds) if self.host_seconds else None
 
     def ratio_to(self, other: Timing) -> float:
         """How many times longer `other` takes: median over rounds."""
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+    def facts(self) -> dict[str, Any]:
+        """For a report: `seconds`, and on a GPU `host_seconds` (the least) and `queued` (the share of rounds)."""
+        facts: dict[str, Any] = {"seconds": self.seconds}
+        if self.host_seconds:
+            facts["host_seconds"] = min(self.host_seconds)
+        if self.queued:
+            facts["queued"] = sum(self.queued) / len(self.queued)
+        return facts
 
 
 def interleave(
@@ -73,7 +108,7 @@ def interleave(
         A `Timing` of equally many values per arm.
     """
     timings = {name: Timing() for name in arms}
-    measure = _on_gpu(device) if device is not None and device.type == "cuda" else _by_clock
+    clock = DeviceClock.of(device) if device is not None and device.type == "cuda" else None
     counted = 0
     for number in range(warmup + rounds):
         late = deadline is not None and time.monotonic() > deadline
@@ -82,9 +117,17 @@ def interleave(
         counts = number >= warmup or (late and number > 0)
         counted += counts
         for name, run in arms.items():
-            seconds = measure(functools.partial(run, number))
+            timing, once = timings[name], functools.partial(run, number)
+            if clock is None:
+                seconds = _by_clock(once)
+            elif counts:
+                # Without an uncounted round, the first one's time stands for the host's.
+                seconds, queued = clock.measure(once, min(timing.host_seconds, default=MOST_BUSY_SECONDS))
+                timing.queued.append(queued)
+            else:
+                timing.host_seconds.append(clock.host_seconds(once))
             if counts:
-                timings[name].seconds.append(seconds)
+                timing.seconds.append(seconds)
     return timings
 
 
@@ -94,21 +137,58 @@ def _by_clock(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _on_gpu(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    import torch
+class DeviceClock:
+    """
+    Times runs by a GPU's events, behind other work that keeps it busy until the host has queued the run.
 
-    cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+    Args:
+        fill: queues work of a fixed length, which also empties the device's cache.
+        event: makes an event with the methods of `torch.cuda.Event`.
+        synchronize: waits for the device.
+    """
 
-    def measure(run: Callable[[], Any]) -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cache.zero_()
+    def __init__(self, fill: Callable[[], Any], event: Callable[[], Any], synchronize: Callable[[], Any]):
+        self.fill, self.event, self.synchronize = fill, event, synchronize
+        self.fill_seconds = statistics.median(self._time_fill() for _ in range(5))
+
+    @classmethod
+    def of(cls, device: torch.device) -> DeviceClock:
+        import torch
+
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        buffer = torch.empty(max(2 * cache_bytes, BUSY_BYTES), dtype=torch.int8, device=device)
+        return cls(buffer.zero_, lambda: torch.cuda.Event(enable_timing=True), lambda: torch.cuda.synchronize(device))
+
+    def _time_fill(self) -> float:
+        start, stop = self.event(), self.event()
+        self.fill()  # so that the host is ahead
         start.record()
-        run()
+        self.fill()
         stop.record()
         stop.synchronize()
         return 1e-3 * start.elapsed_time(stop)
 
-    return measure
+    def host_seconds(self, run: Callable[[], Any]) -> float:
+        """Seconds until `run` returns on an idle device."""
+        self.synchronize()
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        self.synchronize()
+        return seconds
+
+    def measure(self, run: Callable[[], Any], host_seconds: float) -> tuple[float, bool]:
+        """The device's seconds of `run`, and whether all of it was queued before the device came to it."""
+        start, stop = self.event(), self.event()
+        busy = min(BUSY_OVER_HOST * host_seconds, MOST_BUSY_SECONDS)
+        for _ in range(max(1, math.ceil(busy / self.fill_seconds))):
+            self.fill()
+        start.record()
+        run()
+        queued = not start.query()
+        stop.record()
+        stop.synchronize()
+        return 1e-3 * start.elapsed_time(stop), queued
 
 
 def best_device() -> torch.device:
@@ -178,6 +258,7 @@ class Report:
         self.path = RESULTS / f"{self.stamp['date'][:10]}-{name}-{device}{'-toy' if toy else ''}"
         self.facts: dict[str, Any] = {"settings": settings, "complete": False}
         self.sections: list[str] = []
+        self.growing: dict[str, str] = {}
 
     def add(self, key: str, facts: Any, section: str = "") -> None:
         """Enter measured `facts`, print their Markdown `section`, and write both."""
@@ -187,10 +268,18 @@ class Report:
             print(f"\n{self.sections[-1]}", flush=True)
         self._write()
 
+    def update(self, key: str, facts: Any, sections: dict[str, str]) -> None:
+        """As `add`, for `sections` that grow: each takes the place of the former one of its name, and is printed last."""
+        self.facts[key] = facts
+        self.growing |= {name: section.strip() for name, section in sections.items()}
+        self._write()
+
     def finish(self) -> Path:
         """Mark the result as complete. Returns the path of the Markdown file."""
         self.facts["complete"] = True
         self._write()
+        for section in self.growing.values():
+            print(f"\n{section}", flush=True)
         return self.path.with_suffix(".md")
 
     def _write(self) -> None:
@@ -201,7 +290,9 @@ class Report:
         if not self.facts["complete"]:
             title += "\n\n**Cut off: what follows was measured until then.**"
         rows = "\n".join(f"| {key} | {value} |" for key, value in self.stamp.items() if value is not None)
-        body = "\n\n".join([title, *self.sections, f"## Measured on\n\n| | |\n|---|---|\n{rows}"])
+        body = "\n\n".join(
+            [title, *self.sections, *self.growing.values(), f"## Measured on\n\n| | |\n|---|---|\n{rows}"]
+        )
         atomic_write_text(self.path.with_suffix(".md"), body + "\n")
 
 

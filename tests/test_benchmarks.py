@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import benchmarks.bench_block as bench_block
+import benchmarks.bench_correctness as bench_correctness
 import benchmarks.bench_decode as bench_decode
+import benchmarks.bench_experts as bench_experts
+import benchmarks.bench_fsdp as bench_fsdp
 import benchmarks.bench_layer as bench_layer
 import benchmarks.bench_load as bench_load
 import benchmarks.bench_lora as bench_lora
@@ -24,6 +32,7 @@ import benchmarks.block_arms as block_arms
 import benchmarks.figure as figure
 import benchmarks.floors as floors
 import benchmarks.goals as goals
+import benchmarks.predictions as predictions
 import benchmarks.profiling as profiling
 import benchmarks.protocol as protocol
 import benchmarks.suite as suite
@@ -43,7 +52,23 @@ def results(tmp_path, monkeypatch):
     return tmp_path / "results"
 
 
-@pytest.mark.parametrize("name", ["", "block", "load", "lora", "router", "layer", "decode", "train_step", "gpu", "cpu"])
+COMMANDS = [
+    "block",
+    "correctness",
+    "cpu",
+    "decode",
+    "experts",
+    "fsdp",
+    "gpu",
+    "layer",
+    "load",
+    "lora",
+    "router",
+    "train_step",
+]
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_is_instant_and_shows_an_example(name):
     script = (
         "import sys, runpy; sys.argv = ['benchmarks', *sys.argv[1:], '--help']\n"
@@ -168,6 +193,27 @@ def test_kernels_are_grouped_by_what_they_do():
     assert profiling.IDLE not in profiling.grouped(kernels)
 
 
+def test_named_regions_are_no_launches():
+    """torch.compile names what it calls, and the profiler shows the name on the device as well."""
+    gpu = torch.autograd.DeviceType.CUDA
+    kernel = SimpleNamespace(device_type=gpu, is_user_annotation=False)
+    region = SimpleNamespace(device_type=gpu, is_user_annotation=True)
+    operator = SimpleNamespace(device_type=torch.autograd.DeviceType.CPU, is_user_annotation=False)
+    assert list(profiling.on_device([kernel, region, operator])) == [kernel]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.ones(2).sum()
+    assert not list(profiling.on_device(profiler.events()))  # the fields exist
+
+
+@pytest.mark.gpu
+def test_launches_are_those_of_the_device():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    values = torch.ones(2**20, device="cuda")
+    launches, longest = profiling.count_launches(lambda _: (values.mul(2), values.add(1)))
+    assert launches == 2 and 0 < longest < 1e-3
+
+
 @pytest.mark.parametrize(
     "tokens, forward_ms, step_ms", [(8192, 3.26, 9.79), (16384, 6.52, 19.57), (32768, 13.05, 39.14)]
 )
@@ -204,6 +250,18 @@ def test_a_report_that_is_cut_off_holds_what_was_measured(results):
     assert "Cut off" not in report.finish().read_text()
 
 
+def test_sections_that_grow_are_in_a_report_that_is_cut_off(results, capsys):
+    report = protocol.Report("decode", {})
+    report.update("batches", {"batch 1": 1}, {"batch 1": "## batch 1\n\none arm"})
+    report.update("batches", {"batch 1": 2}, {"batch 1": "## batch 1\n\ntwo arms"})
+    report.update("batches", {"batch 1": 2, "batch 8": 1}, {"batch 8": "## batch 8"})
+    text = report.path.with_suffix(".md").read_text()
+    assert "Cut off" in text and "one arm" not in text and text.index("two arms") < text.index("batch 8")
+    assert capsys.readouterr().out == ""
+    report.finish()
+    assert capsys.readouterr().out.count("two arms") == 1
+
+
 def test_a_block_s_report_that_is_cut_off_holds_the_first_load(results, monkeypatch):
     class Killed(BaseException):
         pass
@@ -229,6 +287,88 @@ def test_a_block_s_report_that_is_cut_off_holds_the_first_load(results, monkeypa
 def test_a_deadline_ends_the_rounds_alike_for_all_arms():
     timings = protocol.interleave({"a": lambda _: None, "b": lambda _: None}, 2, 50, deadline=time.monotonic() - 1)
     assert [len(t.seconds) for t in timings.values()] == [protocol.FEWEST_ROUNDS] * 2
+
+
+class SimulatedGpu:
+    """A device with one queue beside a host, both with clocks of their own."""
+
+    def __init__(self):
+        self.now = self.free_at = 0.0
+
+    def launch(self, device_seconds: float, host_seconds: float = 5e-6) -> None:
+        self.now += host_seconds
+        self.free_at = max(self.free_at, self.now) + device_seconds
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.free_at)
+
+    def event(self):
+        gpu = self
+
+        class Event:
+            def record(self):
+                self.at = max(gpu.free_at, gpu.now)
+
+            def query(self) -> bool:
+                return gpu.now >= self.at
+
+            def synchronize(self):
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, other) -> float:
+                return 1e3 * (other.at - self.at)
+
+        return Event()
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> SimulatedGpu:
+    device = SimulatedGpu()
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: device.now)
+    return device
+
+
+def test_the_host_s_time_is_not_charged_to_short_kernels(gpu):
+    """50 kernels of 3 us that the host needs 20 us each to launch take 150 us of the device, not a millisecond."""
+    clock = protocol.DeviceClock(lambda: gpu.launch(250e-6), gpu.event, gpu.synchronize)
+    assert clock.fill_seconds == pytest.approx(250e-6)
+
+    def short_kernels():
+        for _ in range(50):
+            gpu.launch(3e-6, host_seconds=20e-6)
+
+    host_seconds = clock.host_seconds(short_kernels)
+    assert host_seconds == pytest.approx(1e-3)
+    seconds, queued = clock.measure(short_kernels, host_seconds)
+    assert seconds == pytest.approx(150e-6) and queued
+
+
+def test_an_arm_that_waits_for_the_device_is_told_apart(gpu):
+    clock = protocol.DeviceClock(lambda: gpu.launch(250e-6), gpu.event, gpu.synchronize)
+
+    def waits():
+        for _ in range(10):
+            gpu.launch(3e-6, host_seconds=20e-6)
+            gpu.synchronize()
+
+    seconds, queued = clock.measure(waits, clock.host_seconds(waits))
+    assert seconds > 180e-6 and not queued
+
+
+def test_rounds_on_a_gpu_have_the_device_s_and_the_host_s_time(gpu, monkeypatch):
+    clock = protocol.DeviceClock(lambda: gpu.launch(250e-6), gpu.event, gpu.synchronize)
+    monkeypatch.setattr(protocol.DeviceClock, "of", lambda device: clock)
+    arms = {"a": lambda _: gpu.launch(1e-3, 2e-4), "b": lambda _: gpu.launch(2e-3, 1e-4)}
+    timings = protocol.interleave(arms, 2, 6, torch.device("cuda"))
+    assert [len(timing.seconds) for timing in timings.values()] == [6, 6]
+    assert timings["a"].host_ms == pytest.approx(0.2) and timings["a"].median_ms == pytest.approx(1.0)
+    facts = timings["b"].facts()
+    assert facts["seconds"] == pytest.approx([2e-3] * 6) and facts["queued"] == 1.0
+    assert facts["host_seconds"] == pytest.approx(1e-4)
+
+
+def test_quartiles_of_few_rounds_lie_within_them():
+    assert protocol.Timing([1.0, 3.0]).quartiles_ms == (1500.0, 2500.0)
 
 
 def test_ratios_are_taken_round_by_round():
@@ -295,15 +435,137 @@ def test_whole_steps_run_at_toy_size(results):
     assert [arm["parameters"] - dense["parameters"] for arm in sparse] == [6 * 3 * 64 * 32 + 8 * 64] * 2
 
 
-@pytest.mark.integration
-def test_decoding_runs_at_toy_size(results, monkeypatch):
+@pytest.fixture
+def plain_decode(monkeypatch):
     """Without the compiled arms, which take long to compile."""
     arms_for = bench_decode.arms_for
     monkeypatch.setattr(bench_decode, "arms_for", lambda *size: [arm for arm in arms_for(*size) if not arm.compiled])
+
+
+@pytest.mark.integration
+def test_decoding_runs_at_toy_size(results, plain_decode):
     path = bench_decode.run(bench_decode.DecodeSettings(toy=True))
     facts = json.loads(path.with_suffix(".json").read_text())
     assert facts["complete"] and {"batch 1", "batch 2"} == facts["batches"].keys()
-    assert len(goals.gpu_decode(facts)) == 2
+    assert facts["refused"] == {} and "## batch 2" in path.read_text()
+    assert [goal.name for goal in goals.gpu_decode(facts)] == [
+        "G6 decode, batch 1, 1 layers, share of the floor",
+        "decode over Transformers' phimoe, batch 1",
+        "G6 decode, batch 2, 1 layers, share of the floor",
+        "decode over Transformers' phimoe, batch 2",
+    ]
+
+
+@pytest.mark.integration
+def test_an_arm_with_another_token_is_refused_and_the_others_are_timed(results, plain_decode, monkeypatch):
+    whole = bench_decode.runner
+
+    def with_one_other_token(models, arm, options):
+        generate = whole(models, arm, options)
+
+        def flipped(prompts):
+            tokens = generate(prompts)
+            if arm.implementation == "grinmoe_triton":
+                tokens[1, 2] ^= 1
+            return tokens
+
+        return flipped
+
+    monkeypatch.setattr(bench_decode, "runner", with_one_other_token)
+    with pytest.raises(RuntimeError, match="grinmoe, grinmoe_triton: in float32 .* token 2 of row 1"):
+        bench_decode.run(bench_decode.DecodeSettings(toy=True))
+    (file,) = results.glob("*.json")
+    facts = json.loads(file.read_text())
+    assert facts["complete"] and list(facts["refused"]) == ["grinmoe, grinmoe_triton"]
+    for batch in facts["batches"].values():
+        assert list(batch["arms"]) == ["transformers phimoe, grouped_mm", "grinmoe, grinmoe"]
+        assert all(len(arm["seconds"]) == 1 for arm in batch["arms"].values())
+
+
+def test_decoding_on_a_gpu_begins_with_what_its_goal_is_about():
+    """No arm of Transformers' eager loop, and the compiled kernels at every batch before anything else."""
+    arms = bench_decode.arms_for(torch.device("cuda"), toy=False)
+    stages = bench_decode.stages(arms, bench_decode.DecodeSettings(), one_by_one=True)
+    assert [(batch, arm.name) for batch, (arm,) in stages[:3]] == [
+        (batch, "grinmoe, grinmoe_triton, static and compiled") for batch in (1, 8, 32)
+    ]
+    assert "transformers phimoe, eager" not in {arm.name for arm in arms}
+
+
+@pytest.mark.integration
+def test_every_kernel_is_right_in_the_interpreter(results):
+    path = bench_correctness.run(bench_correctness.CorrectnessSettings(toy=True))
+    facts = json.loads(path.with_suffix(".json").read_text())
+    assert facts["complete"] and len(facts["checks"]) > 60
+    (goal,) = goals.correctness(facts)
+    assert goal.met and goal.name in predictions.PREDICTIONS
+
+
+def test_a_kernel_that_is_wrong_is_refused_by_name_and_the_others_are_checked(results, monkeypatch):
+    def raises():
+        raise ValueError("no such kernel\nand more")
+
+    wrong = [
+        bench_correctness.Check("right", lambda: 1e-6, 2e-5),
+        bench_correctness.Check("raises", raises, 2e-5),
+        bench_correctness.Check("not a number", lambda: float("nan"), 2e-5),
+        bench_correctness.Check("too far", lambda: 1e-3, 0.0),
+        bench_correctness.Check("right too", lambda: 0.0, 0.0),
+    ]
+    monkeypatch.setattr(bench_correctness, "checks", lambda device, toy: iter(wrong))
+    with pytest.raises(RuntimeError, match="^3 of 5 checks were refused: raises; not a number; too far$"):
+        bench_correctness.run(bench_correctness.CorrectnessSettings(toy=True))
+    (file,) = results.glob("*.json")
+    facts = json.loads(file.read_text())
+    assert facts["complete"] and facts["checks"]["raises"]["refused"] == "ValueError: no such kernel"
+    assert "| too far | 1.0e-03 | exact |" in file.with_suffix(".md").read_text()
+    assert [goal.met for goal in goals.correctness(facts)] == [False]
+
+
+@pytest.mark.parametrize("kernel", ["combine", "gather_rows", "swiglu", "place_rows", "swiglu_backward"])
+def test_a_check_sees_a_wrong_kernel(kernel, monkeypatch):
+    import grinmoe.kernels.permute_kernels as kernels
+
+    right = getattr(kernels, kernel)
+
+    def a_little_wrong(*arguments, **options):
+        result = right(*arguments, **options)
+        (result[0] if isinstance(result, tuple) else result).view(-1)[:1].add_(1)
+        return result
+
+    error = bench_correctness.PERMUTE_ERRORS[kernel]
+    arguments = bench_correctness.SMALL, 5, torch.float32, torch.device("cpu"), False
+    assert error(*arguments) < 1e-6
+    monkeypatch.setattr(kernels, kernel, a_little_wrong)
+    assert not error(*arguments) < 1e-3
+
+
+def test_an_error_that_is_not_a_number_is_seen():
+    ones, nan, zeros = torch.ones(2), torch.tensor([1.0, float("nan")]), torch.zeros(2)
+    assert bench_correctness.error_of([ones], [ones]) == 0.0
+    assert bench_correctness.error_of([ones, nan], [ones, ones]) != bench_correctness.error_of([ones], [ones])
+    assert bench_correctness.error_of([ones / 4], [zeros]) == 0.25
+    assert bench_correctness.error_of([torch.empty(0)], [torch.empty(0)]) == 0.0
+
+
+@pytest.mark.integration
+def test_experts_of_few_tokens_run_at_toy_size(results):
+    path = bench_experts.run(bench_experts.ExpertsSettings(toy=True))
+    facts = json.loads(path.with_suffix(".json").read_text())
+    assert facts["complete"] and list(facts["cases"]) == ["1 tokens", "10 tokens"]
+    for case in facts["cases"].values():
+        assert case["arms"].keys() == {"grinmoe_triton", "batched_mm", "grouped_mm", "grinmoe"}
+        assert case["bytes_read"] == case["experts_read"] * 4 * 3 * 64 * 32
+    assert len(goals.experts(facts)) == 6
+
+
+@pytest.mark.integration
+def test_fsdp_on_one_rank_runs_at_toy_size(results):
+    path = bench_fsdp.run(bench_fsdp.FsdpSettings(toy=True))
+    facts = json.loads(path.with_suffix(".json").read_text())
+    plain, sharded = facts["arms"].values()
+    assert facts["complete"] and plain["losses"] == pytest.approx(sharded["losses"], abs=1e-3)
+    assert len(goals.fsdp(facts)) == 1 and not torch.distributed.is_initialized()
 
 
 def measured_block(kernels: float) -> dict:
@@ -333,7 +595,7 @@ def measured_block(kernels: float) -> dict:
 def test_goals_of_a_gpu_are_ratios_of_what_was_measured(kernels, met):
     found = {goal.name: goal for goal in goals.goals_of({"block": measured_block(kernels)}, "gpu")}
     dense = found["G1 block over dense, even load, 32768 tokens"]
-    assert dense == ("G1 block over dense, even load, 32768 tokens", "at least 0.97", f"{9 / kernels:.3g}", met)
+    assert dense[:4] == ("G1 block over dense, even load, 32768 tokens", "at least 0.97", f"{9 / kernels:.3g}", met)
     assert found["G1 block over dense, even load, 8192 tokens"].met is not False or not met
     assert found["G3 over Transformers' grouped_mm, even load, 16384 tokens"].met is True
     assert found["G3 over Transformers' eager, even load, 8192 tokens"].met == (kernels <= 10)
@@ -365,10 +627,14 @@ def test_goals_of_router_and_decoding():
     }
     found = goals.goals_of({"router": router, "decode": decode}, "gpu")
     assert [goal.met for goal in found] == [True, True, False, True]
-    assert found[-1].measured == "213" and found[-1].wanted == "at least 200"
+    assert found[-1].measured == "213 (grinmoe, grinmoe_triton)" and found[-1].wanted == "at least 200"
     decode["settings"]["layers"] = 16
     (scaled,) = goals.gpu_decode(decode)
-    assert scaled.measured == "0.64" and scaled.wanted == "at least 0.6"
+    assert scaled.value == pytest.approx(0.64) and scaled.wanted == "at least 0.6"
+    refused = goals.router(
+        {"settings": router["settings"], "arms": {}, "refused": {"fused kernel": "relative error 1"}}
+    )
+    assert [(goal.measured, goal.met) for goal in refused] == [("relative error 1", False)]
 
 
 def test_goals_of_a_cpu():
@@ -402,8 +668,8 @@ def test_a_picture_has_the_goals_or_says_why_there_is_none(tmp_path, monkeypatch
 def test_the_suite_goes_on_after_a_part_that_fails(results, monkeypatch):
     """Killed, failed or missing parts are named, and the goals come from what the others, and the killed one, wrote."""
 
-    def child(command, environment, seconds):
-        assert environment["TRITON_INTERPRET"] == "1" and "--toy" in command and 0 < seconds <= 120
+    def child(command, environment, seconds, look):
+        assert environment["TRITON_INTERPRET"] == "1" and "--toy" in command and 0 < seconds <= 240
         name = command[3]
         report = protocol.Report(name, {"tokens": 8}, toy=True)
         if name == "block":
@@ -413,11 +679,11 @@ def test_the_suite_goes_on_after_a_part_that_fails(results, monkeypatch):
         report.finish()
         return int(name == "layer")
 
-    parts = [suite.Part("block", 1), suite.Part("layer", 1), suite.Part("lora", 1, package="no_such_package")]
+    parts = [suite.Part("block", 1), suite.Part("layer", 1), suite.Part("lora", 1, packages=("no_such_package",))]
     monkeypatch.setitem(suite.PARTS, "gpu", (*parts, suite.Part("router", 1)))
     monkeypatch.setattr(suite, "run_limited", child)
     with pytest.raises(RuntimeError, match="^layer failed"):
-        suite.run(suite.SuiteSettings("gpu", minutes=2.0, toy=True))
+        suite.run(suite.SuiteSettings("gpu", minutes=4.0, toy=True))
     (file,) = results.glob("*-suite-*.json")
     facts = json.loads(file.read_text())
     outcomes = {name: outcome.split()[0] for name, outcome in facts["outcomes"].items()}
@@ -457,3 +723,219 @@ def test_without_a_gpu_its_benchmarks_are_refused():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="no GPU is visible"):
         suite.run(suite.SuiteSettings("gpu"))
+
+
+def everything_measured() -> dict[str, dict]:
+    """Reports of all of a GPU's benchmarks at full size, with made-up numbers."""
+    seconds = {"seconds": [1.0] * 3, "failure": None}
+    experts = dict.fromkeys(("grinmoe_triton", "batched_mm", "grouped_mm"), seconds)
+    decode = {name: {"seconds": [1.0]} for name in ("grinmoe, grinmoe_triton", "transformers phimoe, grouped_mm")}
+    router = seconds | {"launches": 2, "longest_launch_seconds": 1e-6}
+    block = measured_block(9.0)
+    for arms in block["arms"].values():
+        arms |= {block_arms.DENSE_FUSED: arms["dense"], block_arms.QUACK: arms[block_arms.KERNELS]}
+    return {
+        "correctness": {"checks": {"one": {"error": 0.0}}},
+        "block": block,
+        "router": {"settings": {"tokens": 32768}, "arms": {"fused kernel": router, "torch operators": seconds}},
+        "experts": {
+            "cases": {
+                f"{tokens} tokens": {"arms": experts, "refused": {}, "floor_seconds": 0.5}
+                for tokens in bench_experts.ExpertsSettings().tokens
+            }
+        },
+        "layer": {"settings": {"tokens": 16384}, "arms": {"dense": seconds, "grinmoe_triton": seconds}},
+        "decode": {
+            "settings": {"layers": 32, "new_tokens": 128},
+            "batches": {f"batch {batch}": {"floor_ms": 3.0, "arms": decode} for batch in (1, 8, 32)},
+        },
+        "lora": {"arms": {"ExpertLora, grouped_mm": {"ratio_to_peft": 1.5}}},
+        "finetune": {"method": "qlora", "layers": 32, "peak_gib": 25.0, "tokens_per_s": 4000.0},
+        "train_step": {"arms": {"dense": seconds, "grinmoe": seconds, "grinmoe_triton": seconds}},
+        "fsdp": {"arms": {"autocast, no FSDP": {"seconds": [1.0]}, "FSDP2 on one rank": {"seconds": [1.0]}}},
+    }
+
+
+def test_every_prediction_is_of_something_that_is_measured():
+    reports = everything_measured()
+    assert reports.keys() == {part.name for part in suite.PARTS["gpu"]}
+    names = {goal.name for goal in goals.goals_of(reports, "gpu")}
+    names |= {goal.name for goal in goals.finetune(reports["finetune"] | {"method": "lora"})}
+    assert predictions.PREDICTIONS.keys() <= names
+    # And every goal with a number has its prediction, QuACK's but for the first.
+    asked = {goal.name for goal in goals.goals_of(reports, "gpu") if goal.wanted != "-"}
+    asked = {name for name in asked if "quack" not in name}
+    small = {name for name in asked if name.startswith("G4") and "32768" not in name}
+    assert asked - small <= predictions.PREDICTIONS.keys()
+
+
+@pytest.mark.parametrize("name", [part.name for part in suite.PARTS["gpu"]])
+def test_goals_of_a_report_that_was_cut_off_at_once(name):
+    whole = everything_measured()[name]
+    begun = {key: whole[key] for key in ("settings", "method", "layers") if key in whole}
+    assert goals.goals_of({name: begun}, "gpu") == []
+
+
+def test_predictions_in_the_documentation_are_those_that_the_suite_prints():
+    assert predictions.table() in (ROOT / "docs" / "performance.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "measured, said", [(0.849, "below"), (0.866, "yes"), (0.9, "yes"), (0.951, "above"), (None, "-")]
+)
+def test_a_measurement_is_held_against_its_prediction(measured, said):
+    assert predictions.verdict(predictions.Prediction("a", 0.87, 0.94, ""), measured) == said
+
+
+def test_the_suite_shows_predictions_beside_measurements():
+    shown = suite.table(goals.goals_of({"block": measured_block(9.0)}, "gpu"), toy=False)
+    name = "G1 block over dense, even load, 16384 tokens"
+    prediction = predictions.PREDICTIONS[name]
+    assert f"| {name} | at least 0.95 | {prediction.text} | 1 | yes | above |" in shown
+
+
+def test_three_commands_of_a_gpu_fit_into_their_time():
+    """Each of at most ten minutes with a reserve, and 25 together."""
+    minutes = [suite.SuiteSettings("gpu", part=number).usual_minutes for number in (1, 2, 3)]
+    assert max(minutes) <= 9 and sum(minutes) <= 25
+    assert {part.name for part in suite.PARTS["gpu"]} >= {"correctness", "decode", "finetune", "fsdp"}
+    decode = next(part for part in suite.PARTS["gpu"] if part.name == "decode")
+    assert decode.minutes == 4.0
+
+
+def test_minutes_are_shared_and_starting_is_not():
+    parts = (suite.Part("a", 3.0), suite.Part("b", 1.0))
+    assert suite.share_of(parts, 4.0 + 2 * suite.START_MINUTES) == pytest.approx(3.0)
+    # The first took longer: the rest is the second's.
+    assert suite.share_of(parts[1:], 0.5 + suite.START_MINUTES) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"part": 4}, "--part 4: give 1 to 3"), ({"only": ("blocks",)}, "--only blocks: ch")]
+)
+def test_parts_that_do_not_exist_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        suite.run(suite.SuiteSettings("gpu", toy=True, **options))
+
+
+def test_results_are_packed_whenever_one_was_written(results, tmp_path):
+    results.mkdir()
+    (results / "2020-01-01-block-gpu.json").write_text("{}")
+    os.utime(results / "2020-01-01-block-gpu.json", (0, 0))
+    began, path = time.time() - 10, tmp_path / "out" / "results.tar.gz"
+    archive = suite.Archive(str(path), began)
+    archive.update()
+    assert not path.exists()
+    for name in ("2026-01-01-block-gpu.json", "2026-01-01-block-gpu.partial.md"):
+        (results / name).write_text("{}")
+    archive.update()
+    with tarfile.open(path) as packed:
+        assert packed.getnames() == ["results/2026-01-01-block-gpu.json"]
+    written = path.stat().st_mtime_ns
+    archive.update()
+    assert path.stat().st_mtime_ns == written
+    (results / "2026-01-01-decode-gpu.json").write_text("{}")
+    archive.update()
+    with tarfile.open(path) as packed:
+        assert len(packed.getnames()) == 2
+    assert [file.name for file in path.parent.iterdir()] == ["results.tar.gz"]
+
+
+def test_results_of_a_part_that_is_killed_are_packed(results, tmp_path, monkeypatch):
+    """The archive is written while the part runs, not when it has ended."""
+    seen = []
+    path = tmp_path / "results.tar.gz"
+
+    def child(command, environment, seconds, look):
+        protocol.Report(command[3], {"tokens": 96}, toy=True).add("first", 1)
+        look()
+        with tarfile.open(path) as packed:
+            seen.extend(packed.getnames())
+        return None
+
+    monkeypatch.setattr(suite, "run_limited", child)
+    suite.run(suite.SuiteSettings("gpu", only=("router",), archive=str(path), toy=True))
+    assert any(name.endswith("-router-cpu-toy.json") for name in seen)
+    with tarfile.open(path) as packed:
+        assert any("-suite-router-cpu-toy.md" in name for name in packed.getnames())
+
+
+def test_a_part_is_looked_at_while_it_runs(monkeypatch):
+    monkeypatch.setattr(suite, "POLL_SECONDS", 0.05)
+    looks = []
+    command = [sys.executable, "-S", "-c", "import time; time.sleep(0.5)"]
+    assert suite.run_limited(command, dict(os.environ), 600.0, lambda: looks.append(1)) == 0
+    assert looks
+
+
+BARE = ("torch", "triton", "transformers", "accelerate", "peft", "safetensors", "numpy")
+
+
+def installed_with(*packages: str) -> set[str]:
+    """Names of these distributions and of all that they require."""
+    found, ahead = set(), list(packages)
+    while ahead:
+        name = re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", ahead.pop())[0]).lower()
+        if name in found:
+            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            requirements = importlib.metadata.requires(name) or []
+            found.add(name)
+            ahead += [one for one in requirements if "extra ==" not in one]
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare_environment(tmp_path_factory) -> dict[str, str]:
+    """Variables of a process in which only `BARE` can be imported, with what those need; not rich and typer either."""
+    allowed = installed_with(*BARE)
+    hidden = {"rich", "typer"}
+    for module, owners in importlib.metadata.packages_distributions().items():
+        if not {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners} & allowed:
+            hidden.add(module)
+    hidden -= {"grinmoe", "grinmoe_cli"}
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.machinery, sys\n"
+        f"HIDDEN = {sorted(hidden)!r}\n"
+        "class Finder(importlib.machinery.PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        return None if name.partition('.')[0] in HIDDEN else super().find_spec(name, path, target)\n"
+        "sys.meta_path[:] = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]\n"
+    )
+    return {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+
+
+def test_the_bare_environment_is_bare(bare_environment):
+    names = ["rich", "typer", "datasets", "trl", "matplotlib", "bitsandbytes", "pytest", *BARE]
+    script = f"import importlib.util as u; print([n for n in {names} if u.find_spec(n)])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=bare_environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(list(BARE))
+
+
+@pytest.mark.integration
+def test_a_gpu_s_benchmarks_need_torch_triton_and_transformers_alone(bare_environment, tmp_path):
+    """All of them, as small as possible, in a copy of the checkout that writes its own results."""
+    checkout = tmp_path / "checkout"
+    left_out = shutil.ignore_patterns("results", "__pycache__")
+    for folder in ("benchmarks", "grinmoe", "scripts"):
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=left_out)
+    archive = tmp_path / "results.tar.gz"
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--toy", "--archive", str(archive)]
+    done = subprocess.run(command, cwd=checkout, env=bare_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    outcomes = dict(re.findall(r"^\| (\w+) \| (.*) \|$", done.stdout, re.MULTILINE))
+    for part in suite.PARTS["gpu"]:
+        assert outcomes[part.name].startswith("done in"), outcomes
+    with tarfile.open(archive) as packed:
+        assert len(packed.getnames()) == 2 * len(suite.PARTS["gpu"]) + 2
+
+
+def test_make_bench_gpu_needs_no_environment_of_ours():
+    recipe = subprocess.run(
+        ["make", "-n", "bench-gpu", "PYTHON=some-python"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert recipe.split() == ["some-python", "-m", "benchmarks", "gpu"]
