@@ -60,37 +60,81 @@ def autograd_function(
         def vmap(info, in_dims, *arguments):
             return _sample_by_sample(Gradient.apply, info.batch_size, in_dims, arguments)
 
-    class Function(torch.autograd.Function):
+    def keep(ctx, inputs, output):
+        ctx.num_inputs = len(inputs)
+        ctx.save_for_backward(*inputs, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def pull_back(ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * ctx.num_inputs
+        needed, tensors = tuple(ctx.needs_input_grad[:trainable]), ctx.saved_tensors
+        if torch.is_grad_enabled() or is_transformed():
+            found = Gradient.apply(needed, ctx.num_inputs, grad_output, *tensors)
+        else:  # nobody differentiates further
+            found = backward(grad_output, tensors[: ctx.num_inputs], tensors[ctx.num_inputs :], needed)
+        wanted = (gradient if need else None for gradient, need in zip(found, needed))
+        return *wanted, *(None,) * (ctx.num_inputs - trainable)
+
+    class Transformed(torch.autograd.Function):
+        """As `torch.func` asks for it."""
+
         @staticmethod
         def forward(*inputs):
             return forward(*inputs)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.num_inputs = len(inputs)
-            ctx.save_for_backward(*inputs, *output[1:])
-            ctx.mark_non_differentiable(*output[1:])
-            ctx.set_materialize_grads(False)
+            keep(ctx, inputs, output)
 
         @staticmethod
-        def backward(ctx, grad_output, *_):
-            if grad_output is None:
-                return (None,) * ctx.num_inputs
-            needed = tuple(ctx.needs_input_grad[:trainable])
-            found = Gradient.apply(needed, ctx.num_inputs, grad_output, *ctx.saved_tensors)
-            wanted = (gradient if need else None for gradient, need in zip(found, needed))
-            return *wanted, *(None,) * (ctx.num_inputs - trainable)
+        def backward(ctx, *upstream):
+            return pull_back(ctx, *upstream)
 
         @staticmethod
         def vmap(info, in_dims, *inputs):
-            return _sample_by_sample(Function.apply, info.batch_size, in_dims, inputs)
+            return _sample_by_sample(Transformed.apply, info.batch_size, in_dims, inputs)
 
-    return Function.apply
+    eager = eager_function(forward, keep, pull_back)
+    return lambda *inputs: (Transformed.apply if is_transformed() else eager)(*inputs)
+
+
+def eager_function(
+    forward: Callable[..., Tensors], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Tensors]:
+    """
+    A differentiable function of what an operator of torch.library is registered with, for eager mode.
+
+    A call of such an operator takes the host longer, and so does an autograd function with a `setup_context` of its own,
+    whose arguments torch binds by name. Not for `torch.func`.
+    """
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = forward(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+    Eager.backward = staticmethod(backward)
+    return Eager.apply
 
 
 def takes_operator(tensor: torch.Tensor) -> bool:
-    """Whether the operator serves for this input: compiled code, and subclasses of tensors (fake ones have no values)."""
-    return torch.compiler.is_compiling() or type(tensor) is not torch.Tensor
+    """Whether the operator serves for this input: compiled code, tensors without values (fake, meta) or of a subclass."""
+    return torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.is_meta
+
+
+def gradient_takes_operator(gradient: torch.Tensor) -> bool:
+    """Whether the operator of a backward serves for this gradient: also for a batch of several (`is_grads_batched`)."""
+    if takes_operator(gradient):
+        return True
+    try:
+        gradient.data_ptr()
+    except RuntimeError:  # a batch has no memory of its own, and an operator is called for one after the other
+        return True
+    return False
 
 
 def is_transformed() -> bool:

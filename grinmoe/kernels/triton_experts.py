@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import is_triton_available
 
 from ..quantization_grinmoe import in_forward_mode
-from .autograd import autograd_function, is_transformed, takes_operator
+from .autograd import autograd_function, gradient_takes_operator, is_transformed, takes_operator
 from .cpu import SILU, experts_reference
 
 HAS_TRITON = is_triton_available()  # asked once: in compiled code the question warns
@@ -246,8 +246,7 @@ def _(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep):
     return output, pre_activation, numbers(choices), numbers(choices), numbers(experts)
 
 
-@torch.library.custom_op("grinmoe::triton_experts_backward", mutates_args=())
-def _experts_backward(
+def experts_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor,
     weights: torch.Tensor,
@@ -276,6 +275,9 @@ def _experts_backward(
     )
     nothing = grad_output.new_empty(0)
     return *gradients, *(nothing.clone() if g is None else g for g in (grad_gate_up, grad_down))
+
+
+_experts_backward = torch.library.custom_op("grinmoe::triton_experts_backward", experts_backward, mutates_args=())
 
 
 @_experts_backward.register_fake
@@ -321,7 +323,8 @@ _experts.register_autograd(_backward, setup_context=_save)
 
 def _gradients(grad_output, inputs, kept, needed):
     *tensors, _, keep = inputs
-    return _experts_backward(grad_output, *tensors, keep, *kept, *needed[2:4])
+    function: Callable = _experts_backward if gradient_takes_operator(grad_output) else experts_backward
+    return function(grad_output, *tensors, keep, *kept, *needed[2:4])
 
 
 def _reference(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep) -> torch.Tensor:

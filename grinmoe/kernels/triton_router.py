@@ -10,6 +10,9 @@ Imported only where Triton is.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 
@@ -26,7 +29,7 @@ from ..routing_grinmoe import (
     own_credit,
     route,
 )
-from .autograd import is_transformed
+from .autograd import eager_function, gradient_takes_operator, is_transformed, takes_operator
 from .launching import DTYPES, MAX_EXPERTS, interpreted, launch_kernel
 from .philox import STRIPE, STRIPES, counter_jitter, counter_noise
 from .router_kernels import jitter_kernel, router_backward_kernel, router_kernel
@@ -44,9 +47,10 @@ def _tile(num_experts: int) -> tuple[int, int]:
     return min(_MOST_TOKENS, _MOST_LOGITS // columns), columns
 
 
-def _in_dtype(number: float, tensor: torch.Tensor) -> float:
-    """What torch makes of a number beside a tensor."""
-    return torch.tensor(number, dtype=tensor.dtype).item()
+@functools.lru_cache
+def _in_dtype(number: float, dtype: torch.dtype) -> float:
+    """What torch makes of a number beside a tensor of that dtype."""
+    return torch.tensor(number, dtype=dtype).item()
 
 
 def router_forward(
@@ -78,8 +82,8 @@ def router_forward(
             expert_scale,
             stream,
             num_tokens,
-            _in_dtype(threshold, router_logits),
-            _in_dtype(spec.third, router_logits),
+            _in_dtype(threshold, router_logits.dtype),
+            _in_dtype(spec.third, router_logits.dtype),
             1.0 - spec.full_probability,
             spec.expert_gradient or 1.0,
             NUM_EXPERTS=num_experts,
@@ -135,7 +139,7 @@ def router_backward(
             grad_weights.contiguous(),
             grad_logits,
             num_tokens,
-            _in_dtype(threshold, router_logits),
+            _in_dtype(threshold, router_logits.dtype),
             NUM_EXPERTS=num_experts,
             COLUMNS=columns,
             TOP_K=experts.shape[1],
@@ -167,11 +171,15 @@ def _keep_for_backward(ctx, inputs, output) -> None:
 def _router_gradient(ctx, grad_weights, _experts, _scale):
     gradient = None
     if grad_weights is not None:
-        gradient = _router_backward(*ctx.saved_tensors, grad_weights, *ctx.options)
+        # The operator also tells who wants a second derivative that there is none.
+        by_operator = torch.is_grad_enabled() or gradient_takes_operator(grad_weights)
+        function: Callable = _router_backward if by_operator else router_backward
+        gradient = function(*ctx.saved_tensors, grad_weights, *ctx.options)
     return gradient, *(None,) * 9
 
 
 _router.register_autograd(_router_gradient, setup_context=_keep_for_backward)
+_eager_router = eager_function(router_forward, _keep_for_backward, _router_gradient)
 
 
 def fused_route(
@@ -216,7 +224,13 @@ def fused_route(
             noise = counter_noise(seed, stream, num_tokens, num_experts, top_k, router_logits.device)
         return route(router_logits, top_k, jitter_eps, training, noise, estimator)
     options = (stream, top_k, 2.0 * jitter_eps, estimator, training)
-    weights, experts, expert_scale = _router(
+    if takes_operator(router_logits):
+        function = _router
+    elif torch.is_grad_enabled() and router_logits.requires_grad:
+        function = _eager_router
+    else:
+        function = router_forward
+    weights, experts, expert_scale = function(
         router_logits.contiguous(), exponential, uniform, on_device, number, *options
     )
     scales_experts = training and ESTIMATORS[estimator].expert_gradient is not None
@@ -224,8 +238,8 @@ def fused_route(
 
 
 def _check_arguments(router_logits, top_k: int, jitter_eps: float, noise: RoutingNoise | None, estimator: str) -> None:
-    kernels = [name for name, spec in ESTIMATORS.items() if spec.kernel]
-    if estimator not in kernels:
+    if estimator not in ESTIMATORS or not ESTIMATORS[estimator].kernel:
+        kernels = [name for name, spec in ESTIMATORS.items() if spec.kernel]
         raise ValueError(f"estimator={estimator!r} has no kernel; choose one of {', '.join(kernels)}")
     # The kernel would read beyond noise of another shape.
     check_arguments(router_logits, top_k, jitter_eps, noise, estimator)
@@ -291,11 +305,14 @@ def _keep_seed(ctx, inputs, output) -> None:
 
 
 def _jitter_gradient(ctx, gradient):
-    # The product with the same factors.
-    return _jitter(gradient, *ctx.saved_tensors, *ctx.draw), None, None, None, None
+    # The product with the same factors. The operator is differentiable in turn.
+    by_operator = torch.is_grad_enabled() or gradient_takes_operator(gradient)
+    function = _jitter if by_operator else jitter
+    return function(gradient, *ctx.saved_tensors, *ctx.draw), None, None, None, None
 
 
 _jitter.register_autograd(_jitter_gradient, setup_context=_keep_seed)
+_eager_jitter = eager_function(jitter, _keep_seed, _jitter_gradient)
 
 
 def fused_input_jitter(
@@ -321,7 +338,13 @@ def fused_input_jitter(
         seed = number if on_device is None else on_device
         sizes = (*hidden_states.shape, jitter_eps, hidden_states.dtype, hidden_states.device)
         return hidden_states * counter_jitter(seed, stream, *sizes)
-    return _jitter(hidden_states, on_device, number, stream, jitter_eps)
+    if takes_operator(hidden_states):
+        function = _jitter
+    elif torch.is_grad_enabled() and hidden_states.requires_grad:
+        function = _eager_jitter
+    else:
+        function = jitter
+    return function(hidden_states, on_device, number, stream, float(jitter_eps))
 
 
 ROUTERS["grinmoe_triton"] = FusedRouter(fused_route, fused_input_jitter)

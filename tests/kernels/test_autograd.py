@@ -68,6 +68,45 @@ def test_experts_function_under_vmap_computes_sample_by_sample(module):
         torch.testing.assert_close(stacked, torch.stack(samples), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("module", [cpu, triton_experts], ids=["cpu", "triton"])
+def test_batch_of_gradients_is_one_after_the_other(module):
+    tensors, rest, _, _ = inputs_of(CHOICES["spread"], False)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    output, upstream = module._function(*leaves, *rest)[0], torch.randn(3, 5, 16)
+    batched = torch.autograd.grad(output, leaves, upstream, retain_graph=True, is_grads_batched=True)
+    alone = [torch.autograd.grad(output, leaves, one, retain_graph=True) for one in upstream]
+    for found, expected in zip(batched, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_eager_training_calls_no_operator(monkeypatch):
+    """An operator of torch.library takes the host longer than an autograd function."""
+
+    def refuse(*_):
+        raise AssertionError("an operator was called")
+
+    for name in ("_experts", "_experts_backward"):
+        monkeypatch.setattr(triton_experts, name, refuse)
+    tensors, rest, _, _ = inputs_of(CHOICES["spread"], False)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    triton_experts._function(*leaves, *rest)[0].sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+def test_first_derivative_alone_goes_straight_to_the_backward(monkeypatch):
+    """An autograd function inside of the backward is for those who differentiate further."""
+    applied = []
+    apply = torch.autograd.Function.apply.__func__
+    recorded = classmethod(lambda cls, *arguments: applied.append(cls.__name__) or apply(cls, *arguments))
+    monkeypatch.setattr(torch.autograd.Function, "apply", recorded)
+    function = cpu.autograd_function(lambda x: (x * 2,), lambda grad, *_: (grad * 2,), lambda x: x * 2, trainable=1)
+    leaf = torch.ones(3, requires_grad=True)
+    torch.autograd.grad(function(leaf)[0].sum(), leaf)
+    assert len(applied) == 1
+    (gradient,) = torch.autograd.grad(function(leaf)[0].sum(), leaf, create_graph=True)
+    assert len(applied) == 3 and gradient.requires_grad
+
+
 def test_frozen_weights_get_no_gradient():
     """With LoRA their gradient would be as large as all experts."""
     tensors, rest, _, _ = inputs_of(CHOICES["spread"], False)

@@ -206,6 +206,49 @@ def test_the_jitter_is_the_reference_s_and_keeps_nothing(tokens, hidden, dtype):
     assert torch.equal(gradient, factors) and sum(kept) <= 1
 
 
+def test_eager_mode_calls_no_operator(monkeypatch):
+    """An operator of torch.library takes the host several times as long as an autograd function."""
+
+    def refuse(*_):
+        raise AssertionError("an operator was called")
+
+    for name in ("_router", "_router_backward", "_jitter"):
+        monkeypatch.setattr(triton_router, name, refuse)
+    logits, hidden_states = logits_of(9, 4), torch.randn(9, 8, requires_grad=True)
+    for training in (True, False):
+        fused_route(logits, 2, 0.01, training, seed=1).routing_weights.sum().backward()
+    fused_input_jitter(hidden_states, 0.01, seed=1).sum().backward()
+    assert logits.grad is not None and hidden_states.grad is not None
+    with torch.no_grad():
+        assert not fused_route(logits, 2, 0.01, False).routing_weights.requires_grad
+        assert not fused_input_jitter(hidden_states, 0.01, seed=1).requires_grad
+
+
+def test_a_batch_of_gradients_is_one_after_the_other():
+    logits, hidden_states = logits_of(9, 4), torch.randn(9, 8, requires_grad=True)
+    weights = fused_route(logits, 2, 0.3, True, seed=SEED).routing_weights
+    jittered = fused_input_jitter(hidden_states, 0.1, SEED)
+    for output, leaf in ((weights, logits), (jittered, hidden_states)):
+        upstream = torch.randn(3, *output.shape)
+        batched = torch.autograd.grad(output, leaf, upstream, retain_graph=True, is_grads_batched=True)[0]
+        alone = [torch.autograd.grad(output, leaf, one, retain_graph=True)[0] for one in upstream]
+        assert torch.equal(batched, torch.stack(alone))
+
+
+def test_the_jitter_s_gradient_is_differentiable():
+    hidden_states = torch.randn(9, 8, requires_grad=True)
+    output = fused_input_jitter(hidden_states, 0.1, SEED)
+    (gradient,) = torch.autograd.grad((output**2).sum(), hidden_states, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), hidden_states)
+    torch.testing.assert_close(second, 2 * counter_jitter(SEED, 0, 9, 8, 0.1) ** 2)
+
+
+def test_tensors_without_values_have_shapes():
+    found = fused_route(torch.empty(9, 4, device="meta"), 2, 0.01, False)
+    assert found.routing_weights.shape == (9, 2) and found.selected_experts.dtype == torch.int64
+    assert fused_input_jitter(torch.empty(9, 8, device="meta"), 1, seed=1).shape == (9, 8)
+
+
 def test_operators_keep_their_word():
     arguments = (logits_of(9, 4), None, None, torch.tensor([5]), 0, 1, 2, 0.2)
     torch.library.opcheck(triton_router._router, (*arguments, "sparsemixer_v2", True))
