@@ -19,7 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ..modeling_grinmoe import group_by_expert
 from ..quantization_grinmoe import in_forward_mode
 from .autograd import autograd_function, is_transformed, takes_operator
-from .cpu_products import Products, by_torch, empty_in_large_pages, products_for
+from .cpu_products import Products, by_torch, products_for
+from .large_memory import empty_like_on_cpu
 from .side_by_side import LEAST_FLOPS, side_by_side
 
 # Names that a config may give to x * sigmoid(x).
@@ -272,7 +273,7 @@ def _experts_backward(
     grad_row_weights = weights.new_zeros(len(row_weights))
     grad_rows = hidden_states.new_empty(len(row_weights), hidden)
     grad_gate_up, grad_down = (
-        empty_in_large_pages(weight.shape, weight.dtype) if trains else weight.new_empty(0)
+        empty_like_on_cpu(weight) if trains else weight.new_empty(0)
         for weight, trains in ((gate_up_proj, gate_up_trains), (down_proj, down_trains))
     )
 

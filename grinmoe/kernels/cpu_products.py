@@ -1,4 +1,4 @@
-"""The experts' matrix products on a CPU: torch's own, or oneDNN's where that is faster; and memory for their results.
+"""The experts' matrix products on a CPU: torch's own, or oneDNN's where that is faster.
 
 In float32 `torch.mm` calls the BLAS that torch is built with, on x86 MKL. MKL is ahead of oneDNN on an Intel Xeon, and on
 AMD processors it was level with oneDNN or took twice its time (docs/performance.md names the reports). So both are timed,
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import mmap
 import os
 import tempfile
 import time
@@ -176,26 +175,3 @@ def time_products(kind: str, rows: int, out_features: int, in_features: int) -> 
                 seconds[name] = min(seconds[name], time.perf_counter() - started)
     taken = "onednn" if seconds["onednn"] * ADVANTAGE < seconds["torch"] else "torch"
     return {**{f"{name}_us": round(1e6 * value, 1) for name, value in seconds.items()}, "taken": taken}
-
-
-LARGE_PAGE = 2**21
-# From here on glibc, whatever was freed before, takes new memory from the system.
-ALWAYS_NEW_BYTES = 2**25
-
-
-def empty_in_large_pages(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """
-    Uninitialised memory on the CPU, contiguous; if there is much of it, on Linux, in large pages.
-
-    All experts' gradients are new memory in every step, and by pages of 4 KB the system takes longer to hand it out than a
-    product to fill it. numpy does the same for its large arrays.
-    """
-    num_bytes = shape.numel() * dtype.itemsize
-    if num_bytes <= ALWAYS_NEW_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without large pages gives small ones
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % LARGE_PAGE
-    return whole[start : start + num_bytes].view(dtype).view(shape)

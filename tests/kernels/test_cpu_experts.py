@@ -159,9 +159,7 @@ def test_experts_without_tokens_have_a_gradient_of_zero(tiny_config, way, names)
     """Also where their part of the new memory holds something else."""
     experts, choices = build(tiny_config(), "grinmoe_cpu"), torch.tensor([[0, 2], [2, 0]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            cpu_experts, "empty_in_large_pages", lambda shape, dtype: torch.full(shape, torch.nan, dtype=dtype)
-        )
+        patch.setattr(cpu_experts, "empty_like_on_cpu", lambda weight: torch.full_like(weight, torch.nan))
         experts(torch.randn(2, 32), choices, torch.ones(2, 2)).sum().backward()
     for name in names:
         gradient = getattr(experts, name).grad

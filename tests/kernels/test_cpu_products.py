@@ -1,9 +1,8 @@
-"""Which product is taken on a CPU, that the answer is kept, and memory in large pages."""
+"""Which product is taken on a CPU, and that the answer is kept."""
 
 from __future__ import annotations
 
 import json
-import mmap
 import threading
 
 import pytest
@@ -18,7 +17,6 @@ from grinmoe.kernels.cpu_products import (
     by_onednn,
     by_torch,
     class_of,
-    empty_in_large_pages,
     products_for,
     time_products,
 )
@@ -168,15 +166,3 @@ def test_lengths_are_rounded_up_for_onednn_alone():
     lengths = [of_onednn.length(size) for size in range(1, 2049)]
     assert all(0 <= length - size < max(8, size / 8) for size, length in enumerate(lengths, 1))
     assert len(set(lengths)) < 110
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_memory_in_large_pages(dtype):
-    shape = torch.Size((3, 4096, 4096))
-    memory = empty_in_large_pages(shape, dtype)
-    assert memory.shape == shape and memory.dtype == dtype and memory.is_contiguous()
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        assert memory.data_ptr() % cpu_products.LARGE_PAGE == 0
-    memory.view(-1)[[0, -1]] = 7.0
-    assert memory.view(-1)[[0, -1]].tolist() == [7.0, 7.0]
-    assert empty_in_large_pages(torch.Size((4, 0)), dtype).shape == (4, 0)
