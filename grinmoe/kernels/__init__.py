@@ -15,6 +15,8 @@ from .triton_experts import ALIGNMENT_BYTES
 
 if is_triton_available():
     from . import triton_router
+    from .small_batch_gemm import down_tiles, few_tokens_experts, gate_up_tiles
+    from .small_batch_gemm import launch as launch_few_tokens
 else:
     # Nothing of `grinmoe_triton` runs, and the error says what is missing.
     ROUTERS["grinmoe_triton"] = FusedRouter(*[lambda tensor, *_: triton_experts.check_triton(tensor.device)] * 2)

@@ -18,6 +18,7 @@ Imported only where Triton is. Under TRITON_INTERPRET=1 the kernels run on a CPU
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -185,6 +186,23 @@ def down_tile(tokens: int, dtype: torch.dtype) -> Tile:
     six steps of 4 KB under way, 6.3 MB in all.
     """
     return _tile(tokens, dtype, stages=8)
+
+
+def gate_up_tiles(tokens: int) -> list[Tile]:
+    """Tiles of the first product to measure in 16 bits for up to 32 tokens, the one in use first."""
+    return _tiles(tokens, gate_up_tile, [(16, 256, 4, 4), (32, 64, 4, 6), (32, 128, 8, 4), (64, 64, 4, 5)])
+
+
+def down_tiles(tokens: int) -> list[Tile]:
+    """Tiles of the second product to measure, as `gate_up_tiles`."""
+    return _tiles(tokens, down_tile, [(16, 128, 4, 8), (16, 512, 8, 3), (32, 128, 4, 6)])
+
+
+def _tiles(tokens: int, in_use: Callable[[int, torch.dtype], Tile], others: list[tuple[int, ...]]) -> list[Tile]:
+    if tokens > 32:
+        raise ValueError(f"tiles to measure are for up to 32 tokens, not {tokens}")
+    first = in_use(tokens, torch.bfloat16)
+    return [first, *(Tile(first.tokens, *sizes) for sizes in others)]
 
 
 def _tile(tokens: int, dtype: torch.dtype, stages: int) -> Tile:

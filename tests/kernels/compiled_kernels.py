@@ -123,18 +123,25 @@ def launch_experts() -> None:
 
 
 def launch_decoding() -> None:
-    from grinmoe.kernels.small_batch_gemm import launch
+    from grinmoe.kernels.small_batch_gemm import down_tiles, gate_up_tiles, launch
 
     gate_up_proj, down_proj = empty(EXPERTS, 2 * WIDTH, HIDDEN), empty(EXPERTS, HIDDEN, WIDTH)
-    for tokens, top_k in ((1, 1), (1, TOP_K), (8, TOP_K), (32, TOP_K)):
+    for tokens, top_k in ((1, 1), *((tokens, TOP_K) for tokens in (1, 8, 32, 64)), (128, 1)):
         selected = empty(tokens, top_k, dtype=torch.int64)
         launch(empty(tokens, HIDDEN), selected, empty(tokens, top_k), gate_up_proj, down_proj)
+    # What is to be measured; at batch 1 tiles are those of 8.
+    for tokens in (8, 32):
+        given = empty(tokens, HIDDEN), empty(tokens, TOP_K, dtype=torch.int64), empty(tokens, TOP_K)
+        for first in gate_up_tiles(tokens)[1:]:
+            launch(*given, gate_up_proj, down_proj, first=first)
+        for second in down_tiles(tokens)[1:]:
+            launch(*given, gate_up_proj, down_proj, second=second)
 
 
 def machine_facts(kernel) -> dict:
     """
-    Registers, bytes on the stack (what registers are spilled to), the widest access to global memory in bits, whether
-    products and sums were fused where they could be, and how many are in the end.
+    Registers, bytes on the stack (what registers are spilled to), bytes of shared memory (those that a launch asks for too),
+    the widest access to global memory in bits, whether products and sums were fused where they could be, and how many are.
     """
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
@@ -147,7 +154,7 @@ def machine_facts(kernel) -> dict:
     return {
         "registers": usage["REG"],
         "stack_bytes": usage["STACK"],
-        "shared_bytes": usage["SHARED"],
+        "shared_bytes": max(usage["SHARED"], kernel.metadata.shared),
         "widest_access_bits": max(int(count or 1) * int(bits) for count, bits in accesses),
         "fp_fusion": kernel.metadata.enable_fp_fusion,
         "fused": len(re.findall(r"\bfma\.\S*f32", kernel.asm["ptx"])),

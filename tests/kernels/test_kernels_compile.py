@@ -58,6 +58,12 @@ def test_none_spills_registers(kernels):
     assert not [facts for variants in kernels.values() for facts in variants if facts["stack_bytes"]]
 
 
+def test_decoding_fits_into_the_shared_memory_of_every_card_from_sm_80_on(kernels):
+    """A program may have 99 KB on sm_86, sm_89 and sm_120, and more on the others."""
+    decoding = [facts for name in ("_gate_up_kernel", "_down_kernel") for facts in kernels[name]]
+    assert 0 < max(facts["shared_bytes"] for facts in decoding) <= 99 * 1024
+
+
 @pytest.mark.parametrize("name", STREAMING)
 def test_what_memory_bounds_moves_sixteen_bytes_at_once(kernels, name):
     assert all(facts["widest_access_bits"] == 128 for facts in kernels[name])

@@ -7,7 +7,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grinmoe.kernels import small_batch_gemm
-from grinmoe.kernels.small_batch_gemm import MAX_CHOICES, Tile, few_tokens_experts, launch
+from grinmoe.kernels.small_batch_gemm import (
+    MAX_CHOICES,
+    Tile,
+    down_tile,
+    down_tiles,
+    few_tokens_experts,
+    gate_up_tile,
+    gate_up_tiles,
+    launch,
+)
 from tests.tolerances import FAST_PATH_BFLOAT16, FAST_PATH_FLOAT32
 
 HIDDEN, WIDTH = 40, 24
@@ -98,6 +107,22 @@ def test_several_blocks_of_rows_and_columns():
     given = arguments(distinct(3, 2, 5), 5, hidden=70, width=50)
     tile = Tile(tokens=16, rows=32, columns=16, warps=1, stages=1)
     assert_close(launch(*given, first=tile, second=tile), dense(*given), FAST_PATH_FLOAT32)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 32])
+def test_tiles_to_measure_compute_the_same(tokens):
+    given = arguments(distinct(tokens, 2, 16), 16, dtype=torch.bfloat16)
+    assert gate_up_tiles(tokens)[0] == gate_up_tile(tokens, torch.bfloat16)
+    assert down_tiles(tokens)[0] == down_tile(tokens, torch.bfloat16)
+    for first in gate_up_tiles(tokens):
+        assert_close(launch(*given, first=first), dense(*given), FAST_PATH_BFLOAT16)
+    for second in down_tiles(tokens):
+        assert_close(launch(*given, second=second), dense(*given), FAST_PATH_BFLOAT16)
+
+
+def test_tiles_to_measure_are_for_few_tokens():
+    with pytest.raises(ValueError, match="up to 32 tokens, not 33"):
+        gate_up_tiles(33)
 
 
 def test_what_was_not_computed_is_not_read(monkeypatch):
