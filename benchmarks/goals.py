@@ -14,6 +14,7 @@ from benchmarks.figure import GOAL_OVER_EAGER, GOALS_OVER_DENSE
 # Speed over Transformers' grouped_mm and eager (G3) and of a layer over the dense one (G2), at so many tokens.
 GOALS_OVER_GROUPED, GOALS_OVER_EAGER, GOALS_OF_LAYER = {2048: 1.3, 16384: 1.15}, {8192: 3.0}, {16384: 0.95}
 KEPT_AT_MOST = 1.1
+GOAL_OVER_GROUPED_ON_CPU = 1.15
 ROUTER_LAUNCHES, ROUTER_SECONDS, ROUTER_OVER_OPERATORS, ROUTER_TOKENS = 2, 15e-6, 10.0, 32768
 # Tokens per second by batch (G6), with all of the released model's layers; with fewer, the same share of the floor.
 DECODE_TOKENS_PER_S, DECODE_SHARE, DECODE_LAYERS = {1: 200.0, 8: 370.0, 32: 1000.0}, 0.6, 32
@@ -257,7 +258,7 @@ def cpu_block(facts: dict[str, Any]) -> list[Goal]:
     for name, arms in facts.get("arms", {}).items():
         if DEFAULT not in arms:
             continue
-        for other, wanted in ((PHIMOE_EAGER, GOAL_OVER_EAGER), (PHIMOE_GROUPED, 1.0)):
+        for other, wanted in ((PHIMOE_EAGER, GOAL_OVER_EAGER), (PHIMOE_GROUPED, GOAL_OVER_GROUPED_ON_CPU)):
             if other in arms:
                 label = f"G8 block over {other.replace('transformers', 'Transformers')}, {name}"
                 goals.append(at_least(label, speed_over(arms[other], arms[DEFAULT]), wanted))

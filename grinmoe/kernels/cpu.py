@@ -21,7 +21,7 @@ from ..quantization_grinmoe import in_forward_mode
 from .autograd import autograd_function, is_transformed, takes_operator
 from .cpu_products import Products, by_torch, products_for
 from .large_memory import empty_like_on_cpu
-from .side_by_side import LEAST_FLOPS, side_by_side
+from .side_by_side import LEAST_FLOPS, side_by_side, workers_for
 
 # Names that a config may give to x * sigmoid(x).
 SILU = ("silu", "swish")
@@ -125,12 +125,14 @@ class _Groups:
         self.served_here = sum(self.sizes)
         self._tokens = self.order // top_k_index.shape[1]
         self._costs = [size for size in self.sizes if size]
-        self.products = products_for(self.served_here // max(1, len(self._costs)), gate_up_proj[0], dtype)
-        self.longest = self.products.length(max(self.sizes))
         # Three matrices of an expert, gate, up and down.
         self.forward_flops = 2 * self.served_here * (of_both + of_both // 2) * hidden
+        self._workers = workers_for(self._costs, self.forward_flops)
+        rows, threads = self.served_here // max(1, len(self._costs)), torch.get_num_threads() // self._workers
+        self.products = products_for(rows, gate_up_proj[0], dtype, threads)
+        self.longest = self.products.length(max(self.sizes))
 
-    def each(self, serve: Callable[[Iterator[_Group]], None], flops: float) -> None:
+    def each(self, serve: Callable[[Iterator[_Group]], None]) -> None:
         """`serve` all groups, several threads at once where that pays. Its share of them is handed to each call."""
         places = itertools.accumulate(self.sizes, initial=0)
         groups = [
@@ -139,7 +141,7 @@ class _Groups:
             if size
             for length in [self.products.length(size)]
         ]
-        side_by_side(serve, groups, self._costs, flops)
+        side_by_side(serve, groups, self._costs, self._workers)
 
     def multiplied(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """(N, in) in the order of the groups, by their experts' weights (E, out, in), to (N, out)."""
@@ -214,7 +216,7 @@ def _forward(
                 activation *= keep[group.rows]
             multiply(group.filled_up(activations), down_proj[group.expert].to(rows.dtype).t(), outputs[group.rows])
 
-    groups.each(serve, groups.forward_flops)
+    groups.each(serve)
     return groups.summed(outputs, weights)
 
 
@@ -228,7 +230,10 @@ def _few_tokens(groups: _Groups, hidden_states, weights, gate_up_proj, down_proj
 
 def _one_token(hidden_states, weights, gate_up_proj, down_proj, experts: list[int]) -> torch.Tensor:
     """Nothing is to be sorted, gathered or put back."""
-    multiply, dtype = products_for(1, gate_up_proj[0], hidden_states.dtype).forward, hidden_states.dtype
+    multiply, dtype = (
+        products_for(1, gate_up_proj[0], hidden_states.dtype, torch.get_num_threads()).forward,
+        hidden_states.dtype,
+    )
     gate_up = hidden_states.new_empty(1, gate_up_proj.shape[1])
     activation = hidden_states.new_empty(1, down_proj.shape[2])
     outputs = hidden_states.new_zeros(len(experts), hidden_states.shape[1])
@@ -306,7 +311,7 @@ def _experts_backward(
             if gate_up_trains:
                 _weight_gradient(products, grad_pre, group.gather(hidden_states, rows), grad_gate_up[expert])
 
-    groups.each(serve, 2 * groups.forward_flops)
+    groups.each(serve)
     idle = [expert for expert, size in enumerate(groups.sizes) if size == 0]
     for gradient in (grad_gate_up, grad_down):
         if gradient.numel():

@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ KINDS = Products._fields
 BY_TORCH = Products(by_torch, by_torch, by_torch)
 
 
-def products_for(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> Products:
+def products_for(rows: int, weight: torch.Tensor, dtype: torch.dtype, threads: int) -> Products:
     """
     The products to take for groups of about `rows` rows.
 
@@ -88,10 +88,11 @@ def products_for(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> Product
     Args:
         weight: (out features, in features) of one expert.
         dtype: that is multiplied in.
+        threads: that a product has.
     """
     if dtype != torch.float32 or torch.are_deterministic_algorithms_enabled():
         return BY_TORCH
-    return _products_for(class_of(rows), *weight.shape, torch.get_num_threads())
+    return _products_for(class_of(rows), *weight.shape, threads)
 
 
 def class_of(rows: int) -> int:
@@ -112,11 +113,11 @@ def _taken(kind: str, rows: int, out_features: int, in_features: int, threads: i
     with contextlib.suppress(OSError):  # nothing can be written there: then every process times anew
         file = _folder(threads) / f"{kind}-{rows}x{out_features}x{in_features}.json"
         if (taken := _read(file)) is None:
-            _write_once(file, json.dumps(time_products(kind, rows, out_features, in_features)))
+            _write_once(file, json.dumps(time_products(kind, rows, out_features, in_features, threads)))
             taken = _read(file)
         if taken is not None:
             return taken
-    return time_products(kind, rows, out_features, in_features)["taken"]
+    return time_products(kind, rows, out_features, in_features, threads)["taken"]
 
 
 def _folder(threads: int) -> Path:
@@ -162,16 +163,27 @@ def operands(
     }[kind]
 
 
-@torch.no_grad()
-def time_products(kind: str, rows: int, out_features: int, in_features: int) -> dict:
-    """The least seconds of each product, in turn, by name; and under "taken" the name of the one to take."""
-    left, right, result = operands(kind, rows, out_features, in_features)
+def time_products(kind: str, rows: int, out_features: int, in_features: int, threads: int) -> dict:
+    """The least microseconds of each product, in turn; and under "taken" the name of the one to take."""
+    arguments = operands(kind, rows, out_features, in_features)
     seconds = dict.fromkeys(PRODUCTS, float("inf"))
-    for number in range(WARM_UPS + ROUNDS):
-        for name, multiply in PRODUCTS.items():
-            started = time.perf_counter()
-            multiply(left, right, result)
-            if number >= WARM_UPS:
-                seconds[name] = min(seconds[name], time.perf_counter() - started)
+    with torch.no_grad(), with_threads(threads):
+        for number in range(WARM_UPS + ROUNDS):
+            for name, multiply in PRODUCTS.items():
+                started = time.perf_counter()
+                multiply(*arguments)
+                if number >= WARM_UPS:
+                    seconds[name] = min(seconds[name], time.perf_counter() - started)
     taken = "onednn" if seconds["onednn"] * ADVANTAGE < seconds["torch"] else "torch"
     return {**{f"{name}_us": round(1e6 * value, 1) for name, value in seconds.items()}, "taken": taken}
+
+
+@contextlib.contextmanager
+def with_threads(threads: int) -> Iterator[None]:
+    """Within it torch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

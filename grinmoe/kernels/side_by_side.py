@@ -24,23 +24,39 @@ LEAST_FLOPS = 2e8
 MOST_IMBALANCE = 1.25
 
 
+def workers_for(costs: list[int], flops: float) -> int:
+    """
+    How many workers to share out items among; torch's threads are shared out among the workers.
+
+    Args:
+        costs: of the items, in any unit.
+        flops: of all together.
+
+    Returns:
+        1 if there is too little to do, or if the items cannot be shared out evenly.
+    """
+    if flops < LEAST_FLOPS or "OpenMP" not in _parallel_backend():
+        return 1  # without OpenMP the number of threads is one for the whole process
+    workers, total = min(torch.get_num_threads(), len(costs)), sum(costs)
+    while workers > 1 and _longest(costs, workers) * workers > MOST_IMBALANCE * total:
+        workers //= 2
+    return max(1, workers)
+
+
 def side_by_side(
-    work: Callable[[Iterator[Item]], object], items: Iterable[Item], costs: list[int], flops: float
+    work: Callable[[Iterator[Item]], object], items: Iterable[Item], costs: list[int], workers: int
 ) -> None:
     """
-    Call `work` with an iterator over its share of `items`: once here, or on several threads at once.
+    Call `work` with an iterator over its share of `items`: once here, or in `workers` threads at once.
 
     Which thread has which item follows from who is free, so results may not depend on it. There is no gradient in `work`.
 
     Args:
-        work: does everything for every item it is given. Operations inside of it run on its thread's share of the threads.
+        work: does everything for every item it is given.
         items: with a cost each.
         costs: of `items`, in any unit.
-        flops: of all together.
+        workers: from `workers_for`.
     """
-    items = list(items)
-    threads = torch.get_num_threads()
-    workers = workers_for(costs, threads) if flops >= LEAST_FLOPS else 1
     if workers == 1:
         work(iter(items))
         return
@@ -60,17 +76,7 @@ def side_by_side(
         with torch.inference_mode(inference), torch.no_grad():
             work(share())
 
-    list(_executor(os.getpid(), workers, threads).map(run, range(workers)))
-
-
-def workers_for(costs: list[int], threads: int) -> int:
-    """How many workers share out items of these costs evenly; the others of `threads` help each of them."""
-    if "OpenMP" not in _parallel_backend():
-        return 1  # elsewhere the number of threads is one for the whole process
-    workers, total = min(threads, len(costs)), sum(costs)
-    while workers > 1 and _longest(costs, workers) * workers > MOST_IMBALANCE * total:
-        workers //= 2
-    return max(1, workers)
+    list(_executor(os.getpid(), workers, torch.get_num_threads()).map(run, range(workers)))
 
 
 def _longest(costs: list[int], workers: int) -> int:

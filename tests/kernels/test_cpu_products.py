@@ -74,20 +74,20 @@ def test_the_private_onednn_operator_is_still_there():
 @pytest.mark.parametrize("onednn_s, taken", [(0.5, "onednn"), (0.95, "torch"), (1.0, "torch"), (2.0, "torch")])
 def test_the_faster_one_is_taken_and_torchs_own_near_a_tie(monkeypatch, onednn_s, taken):
     pretend(monkeypatch, 1.0, onednn_s)
-    found = time_products("forward", 8, 4, 4)
+    found = time_products("forward", 8, 4, 4, 1)
     assert found == {"torch_us": 1e6, "onednn_us": round(1e6 * onednn_s, 1), "taken": taken}
 
 
 def test_the_answer_is_kept_for_later_processes(monkeypatch, kept):
     """Two products round differently: a run that is resumed should go on with the same."""
     calls = pretend(monkeypatch, 1.0, 0.5)
-    first = products_for(8, BIG, torch.float32)
+    first = products_for(8, BIG, torch.float32, 1)
     assert calls and all(product is cpu_products.PRODUCTS["onednn"] for product in first)
     assert {file.name for file in kept.iterdir()} == {f"{kind}-8x400x300.json" for kind in KINDS}
     cpu_products._products_for.cache_clear()  # another process, to which the machine looks different
     calls.clear()
     slower = pretend(monkeypatch, 1.0, 3.0)
-    assert all(product is cpu_products.PRODUCTS["onednn"] for product in products_for(8, BIG, torch.float32))
+    assert all(product is cpu_products.PRODUCTS["onednn"] for product in products_for(8, BIG, torch.float32, 1))
     assert not calls and not slower
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_says_nothing_is_written_anew(monkeypatch, kept, text):
     pretend(monkeypatch, 1.0, 0.5)
     file = kept / "forward-8x400x300.json"
     file.write_text(text)
-    products_for(8, BIG, torch.float32)
+    products_for(8, BIG, torch.float32, 1)
     assert json.loads(file.read_text())["taken"] == "onednn"
     assert not [path for path in kept.iterdir() if path.name.startswith(".")]
 
@@ -108,7 +108,7 @@ def test_where_nothing_can_be_written_the_process_times_for_itself(monkeypatch, 
     pretend(monkeypatch, 1.0, 0.5)
     monkeypatch.setattr(cpu_products, "_folder", refuse)
     cpu_products._products_for.cache_clear()
-    assert products_for(8, BIG, torch.float32).forward is cpu_products.PRODUCTS["onednn"]
+    assert products_for(8, BIG, torch.float32, 1).forward is cpu_products.PRODUCTS["onednn"]
     cpu_products._products_for.cache_clear()
 
 
@@ -133,8 +133,8 @@ def test_the_first_to_write_is_right_for_all(monkeypatch, kept):
 
 def test_small_products_and_other_dtypes_are_torchs_own(monkeypatch, kept):
     calls = pretend(monkeypatch, 1.0, 0.1)
-    assert products_for(1, BIG, torch.float32) is BY_TORCH
-    assert products_for(8, BIG, torch.bfloat16) is BY_TORCH
+    assert products_for(1, BIG, torch.float32, 1) is BY_TORCH
+    assert products_for(8, BIG, torch.bfloat16, 1) is BY_TORCH
     assert not calls and not list(kept.iterdir())
 
 
@@ -142,7 +142,7 @@ def test_nothing_is_timed_where_results_must_repeat(monkeypatch, kept):
     calls = pretend(monkeypatch, 1.0, 0.1)
     torch.use_deterministic_algorithms(True)
     try:
-        assert products_for(8, BIG, torch.float32) is BY_TORCH
+        assert products_for(8, BIG, torch.float32, 1) is BY_TORCH
     finally:
         torch.use_deterministic_algorithms(False)
     assert not calls
@@ -151,7 +151,7 @@ def test_nothing_is_timed_where_results_must_repeat(monkeypatch, kept):
 def test_timing_draws_nothing_from_torchs_generator(kept):
     before = torch.get_rng_state()
     with torch.device("meta"):  # nor does it follow the caller's default device
-        products_for(8, BIG, torch.float32)
+        products_for(8, BIG, torch.float32, 1)
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -36,11 +36,20 @@ def threads():
 )
 def test_as_many_workers_as_are_evenly_busy(costs, threads, expected, monkeypatch):
     monkeypatch.setattr(module, "MOST_IMBALANCE", 1.34)
-    assert workers_for(costs, threads) == expected
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert workers_for(costs, MUCH) == expected
 
 
-def test_an_uneven_load_has_fewer_workers():
-    assert workers_for([4, 4, 4, 4, 4, 4], 4) == 2
+def test_an_uneven_load_has_fewer_workers(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert workers_for([4, 4, 4, 4, 4, 4], MUCH) == 2
+
+
+def test_little_work_has_one_worker_and_so_has_a_torch_without_openmp(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert workers_for([1, 1, 1, 1], 1.0) == 1
+    monkeypatch.setattr(module, "_parallel_backend", lambda: "native thread pool")
+    assert workers_for([1, 1, 1, 1], MUCH) == 1
 
 
 def test_every_item_is_served_once_the_dearest_first(threads):
@@ -53,23 +62,23 @@ def test_every_item_is_served_once_the_dearest_first(threads):
             served.append(item)
             busy.add(threading.current_thread().name)
 
-    side_by_side(work, range(30), [30 - item for item in range(30)], MUCH)
+    side_by_side(work, range(30), [30 - item for item in range(30)], 3)
     assert sorted(served) == list(range(30))
     assert served[0] in (0, 1, 2)
     assert all(name.startswith("grinmoe-experts") for name in busy)
 
 
-def test_little_work_stays_in_the_callers_thread(threads):
+def test_one_worker_is_the_callers_thread(threads):
     threads(2)
     seen = []
-    side_by_side(lambda mine: seen.append((list(mine), threading.current_thread())), range(4), [1] * 4, 1.0)
+    side_by_side(lambda mine: seen.append((list(mine), threading.current_thread())), range(4), [1] * 4, 1)
     assert seen == [([0, 1, 2, 3], threading.current_thread())]
 
 
 def test_the_number_of_torchs_threads_is_shared_out_and_left_as_it_was(threads):
     threads(5)
     found = []
-    side_by_side(lambda mine: found.append((list(mine), torch.get_num_threads())), range(2), [1, 1], MUCH)
+    side_by_side(lambda mine: found.append((list(mine), torch.get_num_threads())), range(2), [1, 1], 2)
     assert {number for _, number in found} == {2}
     assert torch.get_num_threads() == 5
     # What torch meets first after that is not one of the workers.
@@ -89,13 +98,13 @@ def test_an_error_reaches_the_caller(threads):
                 raise ArithmeticError("at three")
 
     with pytest.raises(ArithmeticError, match="at three"):
-        side_by_side(work, range(8), [1] * 8, MUCH)
-    side_by_side(list, range(8), [1] * 8, MUCH)  # and the workers are still there
+        side_by_side(work, range(8), [1] * 8, 2)
+    side_by_side(list, range(8), [1] * 8, 2)  # and the workers are still there
 
 
 def _in_a_fork(queue):
     total = []
-    side_by_side(lambda mine: total.extend(mine), range(8), [1] * 8, MUCH)
+    side_by_side(lambda mine: total.extend(mine), range(8), [1] * 8, 2)
     queue.put(sum(total))
 
 
@@ -103,7 +112,7 @@ def _in_a_fork(queue):
 def test_a_forked_process_has_workers_of_its_own(threads):
     """Threads do not live on in a fork: waiting for the parent's would never end."""
     threads(2)
-    side_by_side(list, range(8), [1] * 8, MUCH)
+    side_by_side(list, range(8), [1] * 8, 2)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     process = context.Process(target=_in_a_fork, args=(queue,))
