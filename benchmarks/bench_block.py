@@ -293,7 +293,7 @@ def introduction(options: BlockSettings, best: dict[str, float], left_out: dict[
         f"One sparse block, {dtype}, forward and backward with all weight gradients; H {options.hidden_size}, I "
         f"{options.intermediate_size}, E {options.experts}, K {TOP_K}. Arms interleaved, {options.warmup} warm-up and up to "
         f"{options.rounds} counted rounds; ratios are medians over rounds. `TFLOP/s` counts the products that the step "
-        f"needs; the floor is their time at the measured {best['tflops']:.3g} TFLOP/s of a {dtype} product (copies: "
+        f"needs; the floor is their time at the fastest {dtype} product that was measured (copies: "
         f"{best['tb_per_s']:.3g} TB/s). `kept` is what autograd saves, parameters left out. `error` is the largest relative "
         "error of output and gradients against more precision."
     )
@@ -365,8 +365,8 @@ class Floor:
         best = [max(same, key=lambda rate: rate.tflops) for same in zip(*self.rates, strict=True)]
         hidden, width = self.size.hidden_size, self.size.intermediate_size
         text = (
-            f"## Products\n\nGFLOP/s for a weight of {2 * width} x {hidden}, float32, the best of all rounds. What the default "
-            f"takes is bold, the floor is the fastest: {self.tflops:.3g} TFLOP/s.\n\n"
+            f"## Products\n\nGFLOP/s for a weight of {2 * width} x {hidden}, float32, the best of all rounds. Bold: what the "
+            f"default takes. The floor is the fastest, {self.tflops:.3g} TFLOP/s.\n\n"
             f"{rates_table(best, hidden, width)}"
         )
         report.add("products", [rate._asdict() for rate in best], text)
