@@ -365,8 +365,8 @@ class Floor:
         best = [max(same, key=lambda rate: rate.tflops) for same in zip(*self.rates, strict=True)]
         hidden, width = self.size.hidden_size, self.size.intermediate_size
         text = (
-            f"## Products\n\nGFLOP/s for a weight of {2 * width} x {hidden}, float32, the best of all rounds. Bold: what the "
-            f"default takes. The floor is the fastest, {self.tflops:.3g} TFLOP/s.\n\n"
+            f"## Products\n\nGFLOP/s for a weight of {2 * width} x {hidden}, float32, the best of all rounds. Bold: what "
+            f"the default takes. The floor is the fastest, {self.tflops:.3g} TFLOP/s.\n\n"
             f"{rates_table(best, hidden, width)}"
         )
         report.add("products", [rate._asdict() for rate in best], text)
