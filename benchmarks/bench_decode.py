@@ -13,9 +13,10 @@ rounding in bfloat16 decides between near-equal tokens, and the share of equal o
 The floor is the time to read, at the measured copy rate, what a step must read: attention, router and head, the experts that
 were really chosen (counted, a mean over layers and steps), and the keys and values.
 
-Compiled arms use a static cache, as `generate` does by itself on a GPU, and CUDA graphs. They compile anew for every batch,
-which is not in the time. On a GPU the arms run one by one, the most important first, and the report is written after each;
-arms that no time is left for are left out.
+Arms with a static cache compile, as `generate` does by itself on a GPU, and use CUDA graphs. Captured arms are
+`grinmoe.serving`'s `CapturedDecoder`, one CUDA graph a token, of the kernels as they are or of what torch.compile makes of
+them. Compiling and capturing, anew for every batch, are not in the time. On a GPU the arms run one by one, the most
+important first, and the report is written after each; arms that no time is left for are left out.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from benchmarks.protocol import Report, best_device, rates
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM
 from grinmoe.modeling_grinmoe import GrinMoeRouter
 from grinmoe.provenance import markdown_table
+from grinmoe.serving import CapturedDecoder
 
 PHIMOE, OURS = "transformers phimoe", "grinmoe"
+PLAIN, STATIC, CAPTURED, CAPTURED_COMPILED = "plain", "static and compiled", "captured", "captured and compiled"
 RELEASED_LAYERS = 32
 # Of a GPU's memory; the rest is for caches, activations and what compiling and graphs take.
 WEIGHTS_SHARE = 0.8
@@ -88,18 +91,33 @@ class DecodeSettings:
 
 @dataclass(frozen=True)
 class Arm:
-    """`library`: PHIMOE or OURS. `implementation`: of the experts. `compiled`: with a static cache."""
+    """
+    Attributes:
+        library: PHIMOE or OURS.
+        implementation: of the experts.
+        form: of the step: PLAIN, STATIC (compiled, by `generate`), CAPTURED, or CAPTURED_COMPILED.
+    """
 
     library: str
     implementation: str
-    compiled: bool = False
+    form: str = "plain"
 
     @property
     def name(self) -> str:
-        return f"{self.library}, {self.implementation}{', static and compiled' if self.compiled else ''}"
+        return ", ".join([self.library, self.implementation, *([] if self.form == PLAIN else [self.form])])
+
+    @property
+    def compiled(self) -> bool:
+        return self.form in (STATIC, CAPTURED_COMPILED)
 
 
 REFERENCE = Arm(OURS, "eager")
+UNCOMPILED = {STATIC: PLAIN, CAPTURED_COMPILED: CAPTURED}
+
+
+def uncompiled(arm: Arm) -> Arm:
+    """The arm with the same kernels that does not compile."""
+    return replace(arm, form=UNCOMPILED.get(arm.form, arm.form))
 
 
 def arms_for(device: torch.device, toy: bool) -> list[Arm]:
@@ -110,8 +128,9 @@ def arms_for(device: torch.device, toy: bool) -> list[Arm]:
     """
     theirs, default, kernels = Arm(PHIMOE, "grouped_mm"), Arm(OURS, "grinmoe"), Arm(OURS, "grinmoe_triton")
     if device.type == "cuda" or toy:
-        compiled = [replace(arm, compiled=True) for arm in (kernels, theirs, default)]
-        return [compiled[0], kernels, theirs, default, *compiled[1:]]
+        # Capturing takes seconds and compiling a minute.
+        captured, static, both = (replace(kernels, form=form) for form in (CAPTURED, STATIC, CAPTURED_COMPILED))
+        return [captured, static, kernels, theirs, default, both, replace(theirs, form=STATIC)]
     return [Arm(PHIMOE, "eager"), theirs, Arm(PHIMOE, "batched_mm"), default]
 
 
@@ -186,8 +205,23 @@ def build_pair(config: GrinMoeConfig, device: torch.device, dtype: torch.dtype) 
 
 
 def runner(models: dict[str, Any], arm: Arm, options: DecodeSettings) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Generates from prompts (B, S); returns the new tokens (B, new_tokens) on the host, which waits for the device."""
+    """
+    Generates from prompts (B, S); returns the new tokens (B, new_tokens) on the host, which waits for the device.
+
+    Captured arms capture in their first call, for prompts of its shape.
+    """
     model = models[arm.library]
+    count = options.new_tokens
+    decoders: list[CapturedDecoder] = []
+
+    def captured(prompts: torch.Tensor) -> torch.Tensor:
+        if not decoders:
+            model.set_experts_implementation(arm.implementation)
+            # On a CPU nothing can be captured: the same step, launched by the host.
+            mode = "compiled" if arm.compiled else "graph" if prompts.is_cuda else "eager"
+            lengths = prompts.shape[0], prompts.shape[1] + count
+            decoders.append(CapturedDecoder(model, *lengths, mode=mode, eos_token_id=None, pad_token_id=0))
+        return decoders[0].generate(prompts, max_new_tokens=count)[:, prompts.shape[1] :].cpu()
 
     def generate(prompts: torch.Tensor) -> torch.Tensor:
         model.set_experts_implementation(arm.implementation)
@@ -198,11 +232,11 @@ def runner(models: dict[str, Any], arm: Arm, options: DecodeSettings) -> Callabl
             kind["compile_config"]._compile_all_devices = True
         # An end-of-text token would end some arms' rows before others'.
         ends = {"eos_token_id": None, "pad_token_id": 0}
-        mask, count = torch.ones_like(prompts), options.new_tokens
+        mask = torch.ones_like(prompts)
         output = model.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=count, **ends, **kind)
         return output[:, prompts.shape[1] :].cpu()
 
-    return generate
+    return captured if arm.form in (CAPTURED, CAPTURED_COMPILED) else generate
 
 
 def draw_prompts(config: GrinMoeConfig, batch: int, options: DecodeSettings, device: torch.device) -> torch.Tensor:
@@ -223,7 +257,7 @@ def gate(device: torch.device, options: DecodeSettings) -> dict[str, str]:
     small = replace(options, new_tokens=min(options.new_tokens, 16))
     expected = runner(models, REFERENCE, small)(prompts)
     refused = {}
-    for arm in dict.fromkeys(replace(arm, compiled=False) for arm in arms_for(device, options.toy)):
+    for arm in dict.fromkeys(uncompiled(arm) for arm in arms_for(device, options.toy)):
         try:
             found = runner(models, arm, small)(prompts)
         # Of a kernel that this device does not take: the others are measured all the same.
@@ -265,9 +299,10 @@ def measure(
         if is_late(deadline):
             found[arm.name] = {"left_out": "no time was left"}
             continue
-        found[arm.name] = warm_up(models, arm, prompts, options)
+        run = runner(models, arm, options)
+        found[arm.name] = warm_up(models, arm, run, prompts, options)
         if "left_out" not in found[arm.name]:
-            ready[arm.name] = runner(models, arm, options)
+            ready[arm.name] = run
     for number in range(options.rounds or 1):
         if number and is_late(deadline):
             break
@@ -282,15 +317,21 @@ def is_late(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() > deadline
 
 
-def warm_up(models: dict[str, Any], arm: Arm, prompts: torch.Tensor, options: DecodeSettings) -> dict[str, Any]:
-    """A run that is not counted; a compiled arm's is whole, so that it compiles for what is then measured."""
+def warm_up(
+    models: dict[str, Any],
+    arm: Arm,
+    run: Callable[[torch.Tensor], torch.Tensor],
+    prompts: torch.Tensor,
+    options: DecodeSettings,
+) -> dict[str, Any]:
+    """A call that is not counted; a whole one where it compiles or captures, so that it does so for what is measured."""
     if arm.compiled:
         torch.compiler.reset()
-    else:
-        options = replace(options, new_tokens=min(options.new_tokens, 8))
+    elif arm.form == PLAIN:
+        run = runner(models, arm, replace(options, new_tokens=min(options.new_tokens, 8)))
     started = time.perf_counter()
     try:
-        runner(models, arm, options)(prompts)
+        run(prompts)
     # What compilers, kernels and allocators raise; the other arms are measured all the same.
     except Exception as error:
         return {"left_out": describe(error)}
@@ -350,7 +391,7 @@ def run(options: DecodeSettings) -> Path:
         f"Copy rate {best['tb_per_s']:.3g} TB/s. Arms that compile took their warm-up besides."
     )
     report.add("description", text, text)
-    arms = [arm for arm in arms_for(device, options.toy) if replace(arm, compiled=False).name not in refused]
+    arms = [arm for arm in arms_for(device, options.toy) if uncompiled(arm).name not in refused]
     results: dict[str, Any] = {}
     for batch, stage in stages(arms, options, one_by_one=on_gpu or options.toy):
         prompts = draw_prompts(config, batch, options, device)
@@ -388,7 +429,7 @@ def stages(arms: list[Arm], options: DecodeSettings, one_by_one: bool) -> list[t
     first = options.batches[0]
     return [
         (batch, [arm])
-        for arm in (arms if not options.toy else [arm for arm in arms if not arm.compiled or arm == arms[0]])
+        for arm in (arms if not options.toy else [arm for arm in arms if not arm.compiled or arm == arms[1]])
         for batch in options.batches
         if not (options.toy and arm.compiled and batch != first)
     ]

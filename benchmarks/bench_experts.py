@@ -10,6 +10,8 @@ reference loop in float64 (on a GPU float32).
 
 The floor is the time to read the experts that were chosen, once, at the measured copy rate.
 
+At the end the tiles that `small_batch_gemm` lists are measured for 1, 8 and 32 tokens, each in the place of the one in use.
+
 Shapes: T tokens, K = 2 experts per token, N = T * K assignments, E experts, H hidden size, I expert width.
 """
 
@@ -36,6 +38,8 @@ TOP_K = 2
 KERNELS, COPIES, GROUPED, DEFAULT, REFERENCE = "grinmoe_triton", "batched_mm", "grouped_mm", "grinmoe", "eager"
 # Relative error in the maximum norm: float32 against float64, bfloat16 against float32.
 GATE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+IN_USE = "tiles in use"
+TILE_TOKENS = (1, 8, 32)
 # Of a GPU's memory, what copies of weights may take.
 COPIES_SHARE = 0.4
 
@@ -117,6 +121,13 @@ def run(options: ExpertsSettings) -> Path:
         cases[f"{tokens} tokens"] = case = measure(arms, reference, tokens, options, deadline)
         case["floor_seconds"] = case["bytes_read"] / (best["tb_per_s"] * 1e12)
         report.update("cases", cases, {f"{tokens} tokens": section(tokens, case)})
+    tiles: dict[str, Any] = {}
+    for tokens in (options.tokens[:1] if options.toy else TILE_TOKENS) if KERNELS in arms else ():
+        if deadline is not None and time.monotonic() > deadline:
+            tiles[f"{tokens} tokens"] = {"arms": {}, "refused": {"all tiles": "no time was left"}}
+        else:
+            tiles[f"{tokens} tokens"] = measure_tiles(reference, tokens, options, deadline)
+        report.update("tiles", tiles, {f"tiles, {tokens} tokens": tiles_section(tokens, tiles[f"{tokens} tokens"])})
     path = report.finish()
     if wrong := {f"{name}, {size}": why for size, case in cases.items() for name, why in case["refused"].items()}:
         raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in wrong.items()))
@@ -169,6 +180,57 @@ def measure(
     timings = interleave(runs, options.warmup, options.rounds, device, deadline)
     found["arms"] = {name: timing.facts() | {"relative_error": errors[name]} for name, timing in timings.items()}
     return found
+
+
+@torch.no_grad()
+def measure_tiles(
+    reference: GrinMoeExperts, tokens: int, options: ExpertsSettings, deadline: float | None
+) -> dict[str, Any]:
+    """Each listed tile of one product with the other's in use. Facts: arms, and what was refused and why."""
+    from grinmoe.kernels.small_batch_gemm import down_tiles, gate_up_tiles, launch
+
+    weights = reference.gate_up_proj, reference.down_proj
+    device, dtype = weights[0].device, weights[0].dtype
+    torch.manual_seed(tokens)
+    chosen = choose_experts(tokens, reference.num_experts, skewed=False).to(device)
+    hidden_states = torch.randn(tokens, reference.hidden_dim, device=device).to(dtype)
+    given = hidden_states, chosen, torch.rand(chosen.shape, device=device).to(dtype), *weights
+
+    def run_of(**tiles) -> Callable[[int], torch.Tensor]:
+        return lambda _: launch(*given, **tiles)
+
+    arms = {IN_USE: run_of()}
+    for name, argument, tiles in (("gate, up", "first", gate_up_tiles), ("down", "second", down_tiles)):
+        for tile in tiles(tokens)[1:]:
+            label = f"{name}: {tile.rows} rows, {tile.columns} columns, {tile.warps} warps, {tile.stages} stages"
+            arms[label] = run_of(**{argument: tile})
+    expected = arms[IN_USE](0)
+    runs, refused = {}, {}
+    for name, run in arms.items():
+        try:
+            error = relative_error([run(0)], [expected])
+        # Of a tile that this device has no room for: the others are measured all the same.
+        except Exception as raised:
+            refused[name] = describe(raised)
+            continue
+        if error <= GATE[dtype]:
+            runs[name] = run
+        else:
+            refused[name] = f"relative error {error:.2g} against the tiles in use"
+    timings = interleave(runs, options.warmup, options.rounds, device, deadline)
+    return {"arms": {name: timing.facts() for name, timing in timings.items()}, "refused": refused}
+
+
+def tiles_section(tokens: int, found: dict[str, Any]) -> str:
+    timings = {name: Timing(arm["seconds"]) for name, arm in found["arms"].items()}
+    rows = [
+        [name, f"{1e3 * timing.median_ms:.1f}", f"{timing.ratio_to(timings[IN_USE]):.3f}"]
+        for name, timing in timings.items()
+    ]
+    parts = [f"## tiles, {tokens} tokens", *(f"{name}: {why}" for name, why in found["refused"].items())]
+    if rows:
+        parts.insert(1, markdown_table(["tile", "median, us, both products", "times faster than those in use"], rows))
+    return "\n\n".join(parts)
 
 
 def runner(experts: GrinMoeExperts, hidden_states, chosen, routing_weights) -> Callable[[int], torch.Tensor]:

@@ -58,7 +58,7 @@ class Part(NamedTuple):
 
 # Most important first, in case that time runs out. A GPU's are in three commands of at most ten minutes each.
 GPU_PARTS = (
-    (Part("correctness", 1.5), Part("block", 3.5), Part("router", 0.5), Part("experts", 1.0)),
+    (Part("correctness", 1.5), Part("block", 3.5), Part("router", 0.5), Part("experts", 1.5)),
     (Part("layer", 1.2), Part("decode", 4.0), Part("lora", 0.6, packages=("peft",))),
     (
         Part("finetune", 4.0, packages=("accelerate", "peft"), module="scripts.finetune_42b"),

@@ -476,18 +476,21 @@ def test_an_arm_with_another_token_is_refused_and_the_others_are_timed(results, 
         bench_decode.run(bench_decode.DecodeSettings(toy=True))
     (file,) = results.glob("*.json")
     facts = json.loads(file.read_text())
-    assert facts["complete"] and list(facts["refused"]) == ["grinmoe, grinmoe_triton"]
+    kernels = ["grinmoe, grinmoe_triton, captured", "grinmoe, grinmoe_triton"]
+    assert facts["complete"] and list(facts["refused"]) == kernels
     for batch in facts["batches"].values():
         assert list(batch["arms"]) == ["transformers phimoe, grouped_mm", "grinmoe, grinmoe"]
         assert all(len(arm["seconds"]) == 1 for arm in batch["arms"].values())
 
 
 def test_decoding_on_a_gpu_begins_with_what_its_goal_is_about():
-    """No arm of Transformers' eager loop, and the compiled kernels at every batch before anything else."""
+    """No arm of Transformers' eager loop. The captured step, which takes seconds, then the compiled one, at every batch."""
     arms = bench_decode.arms_for(torch.device("cuda"), toy=False)
     stages = bench_decode.stages(arms, bench_decode.DecodeSettings(), one_by_one=True)
-    assert [(batch, arm.name) for batch, (arm,) in stages[:3]] == [
-        (batch, "grinmoe, grinmoe_triton, static and compiled") for batch in (1, 8, 32)
+    assert [(batch, arm.name) for batch, (arm,) in stages[:6]] == [
+        (batch, f"grinmoe, grinmoe_triton, {form}")
+        for form in ("captured", "static and compiled")
+        for batch in (1, 8, 32)
     ]
     assert "transformers phimoe, eager" not in {arm.name for arm in arms}
 
@@ -557,6 +560,8 @@ def test_experts_of_few_tokens_run_at_toy_size(results):
         assert case["arms"].keys() == {"grinmoe_triton", "batched_mm", "grouped_mm", "grinmoe"}
         assert case["bytes_read"] == case["experts_read"] * 4 * 3 * 64 * 32
     assert len(goals.experts(facts)) == 6
+    (tiles,) = facts["tiles"].values()
+    assert tiles["refused"] == {} and len(tiles["arms"]) == 1 + 4 + 3
 
 
 @pytest.mark.integration
