@@ -99,7 +99,7 @@ def test_a_block_report_is_written_whole(results, capsys):
     path = bench_block.run(TINY)
     assert path.parent == results and path.name.endswith("-block-cpu.md")
     facts = json.loads(path.with_suffix(".json").read_text())
-    assert set(facts["environment"]) >= {"date", "commit", "command", "cpu", "torch", "transformers"}
+    assert set(facts["environment"]) >= {"date", "commit", "command", "cpu", "torch", "transformers", "triton"}
     for load in ("even load, 32 tokens", "4:1 skewed load, 32 tokens"):
         assert f"## {load}" in path.read_text()
         assert set(facts["arms"][load]) == set(block_arms.block_arms(TINY.size, torch.device("cpu"))[0])
