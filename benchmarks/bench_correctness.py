@@ -218,7 +218,7 @@ def precise(tensor: torch.Tensor) -> torch.dtype:
 
 
 def few_tokens_error(size: Sizes, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    from grinmoe.kernels.small_batch_gemm import few_tokens_experts
+    from grinmoe.kernels import few_tokens_experts
 
     experts = build_experts(size, 2, dtype, device, "eager").requires_grad_(False)
     # Past the last expert: served elsewhere.
@@ -419,7 +419,7 @@ PERMUTE_ERRORS = {
 
 def captured_error(device: torch.device) -> float:
     """Of a replayed graph over other inputs than it was captured with, against the same launches."""
-    from grinmoe.kernels.small_batch_gemm import few_tokens_experts
+    from grinmoe.kernels import few_tokens_experts
 
     experts = build_experts(SMALL, 2, torch.bfloat16, device, "eager").requires_grad_(False)
     fused = experts.gate_up_proj, experts.down_proj

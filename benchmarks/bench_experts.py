@@ -187,7 +187,7 @@ def measure_tiles(
     reference: GrinMoeExperts, tokens: int, options: ExpertsSettings, deadline: float | None
 ) -> dict[str, Any]:
     """Each listed tile of one product with the other's in use. Facts: arms, and what was refused and why."""
-    from grinmoe.kernels.small_batch_gemm import down_tiles, gate_up_tiles, launch
+    from grinmoe.kernels import down_tiles, gate_up_tiles, launch_few_tokens
 
     weights = reference.gate_up_proj, reference.down_proj
     device, dtype = weights[0].device, weights[0].dtype
@@ -197,7 +197,7 @@ def measure_tiles(
     given = hidden_states, chosen, torch.rand(chosen.shape, device=device).to(dtype), *weights
 
     def run_of(**tiles) -> Callable[[int], torch.Tensor]:
-        return lambda _: launch(*given, **tiles)
+        return lambda _: launch_few_tokens(*given, **tiles)
 
     arms = {IN_USE: run_of()}
     for name, argument, tiles in (("gate, up", "first", gate_up_tiles), ("down", "second", down_tiles)):
