@@ -100,11 +100,6 @@ class _Group(NamedTuple):
         return buffer[: self.length]
 
 
-def takes_grouped_mm(rows: torch.Tensor, weights: torch.Tensor) -> bool:
-    """Whether torch's grouped product does: it asks for one dtype, and for rows of whole multiples of 16 bytes."""
-    return rows.dtype == weights.dtype and all(size * weights.itemsize % 16 == 0 for size in weights.shape[1:])
-
-
 class _Groups:
     """
     The choices of all tokens, sorted by expert.
@@ -119,15 +114,12 @@ class _Groups:
     """
 
     def __init__(self, top_k_index: torch.Tensor, gate_up_proj: torch.Tensor, dtype: torch.dtype):
-        num_experts, of_both, hidden = gate_up_proj.shape
-        self.order, self.sizes = group_by_expert(top_k_index, num_experts)
+        self.order, self.sizes = group_by_expert(top_k_index, gate_up_proj.shape[0])
         self.shape = top_k_index.shape
         self.served_here = sum(self.sizes)
         self._tokens = self.order // top_k_index.shape[1]
         self._costs = [size for size in self.sizes if size]
-        # Three matrices of an expert, gate, up and down.
-        self.forward_flops = 2 * self.served_here * (of_both + of_both // 2) * hidden
-        self._workers = workers_for(self._costs, self.forward_flops)
+        self._workers = workers_for(self._costs, _flops(self.served_here, gate_up_proj))
         rows, threads = self.served_here // max(1, len(self._costs)), torch.get_num_threads() // self._workers
         self.products = products_for(rows, gate_up_proj[0], dtype, threads)
         self.longest = self.products.length(max(self.sizes))
@@ -143,18 +135,6 @@ class _Groups:
         ]
         side_by_side(serve, groups, self._costs, self._workers)
 
-    def multiplied(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """(N, in) in the order of the groups, by their experts' weights (E, out, in), to (N, out)."""
-        if self.products.forward is by_torch and takes_grouped_mm(rows, weights):
-            ends = torch.tensor(tuple(itertools.accumulate(self.sizes)), dtype=torch.int32)
-            return nn.functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
-        result = rows.new_zeros(len(rows), weights.shape[1])
-        sizes = [*self.sizes, len(rows) - self.served_here]
-        for weight, left, product in zip(weights, rows.split(sizes), result.split(sizes)):
-            if len(left):
-                self.products.forward(left, weight.to(rows.dtype).t(), product)
-        return result
-
     def summed(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """(N, H) in the order of the groups to the sums (T, H) over each token's choices, times `weights` (T, K)."""
         rows[self.served_here :] = 0  # served elsewhere (expert parallelism)
@@ -165,6 +145,12 @@ class _Groups:
     def by_choice(self, numbers: torch.Tensor) -> torch.Tensor:
         """(N,) in the order of the groups to (T, K)."""
         return torch.empty_like(numbers).index_copy_(0, self.order, numbers).view(self.shape)
+
+
+def _flops(choices: int, gate_up_proj: torch.Tensor) -> float:
+    """Of a forward pass, through the gate's, the up's and the down's matrix."""
+    _, of_both, hidden = gate_up_proj.shape
+    return 2.0 * choices * (of_both + of_both // 2) * hidden
 
 
 def experts_and_kept(
@@ -191,9 +177,9 @@ def _inference(hidden_states, weights, gate_up_proj, down_proj, top_k_index) -> 
     """The same without a trace of it."""
     if len(hidden_states) == 1:
         return _one_token(hidden_states, weights, gate_up_proj, down_proj, top_k_index[0].tolist())
+    if _flops(top_k_index.numel(), gate_up_proj) < LEAST_FLOPS:
+        return _few_tokens(hidden_states, weights, gate_up_proj, down_proj, top_k_index)
     groups = _Groups(top_k_index, gate_up_proj, hidden_states.dtype)
-    if groups.forward_flops < LEAST_FLOPS:
-        return _few_tokens(groups, hidden_states, weights, gate_up_proj, down_proj)
     return _forward(groups, hidden_states, weights, gate_up_proj, down_proj)
 
 
@@ -220,12 +206,38 @@ def _forward(
     return groups.summed(outputs, weights)
 
 
-def _few_tokens(groups: _Groups, hidden_states, weights, gate_up_proj, down_proj) -> torch.Tensor:
-    """What belongs to all of them stays in the cache anyway: fewer operations, and nothing is filled up."""
-    rows = hidden_states[groups.order // groups.shape[1]]
-    activations = rows.new_empty(len(rows), down_proj.shape[2])
-    outputs = groups.multiplied(_activation(groups.multiplied(rows, gate_up_proj), activations), down_proj)
-    return groups.summed(outputs, weights)
+def _few_tokens(hidden_states, weights, gate_up_proj, down_proj, top_k_index) -> torch.Tensor:
+    """Here every operation counts. What belongs to all choices stays in the cache anyway, and nothing is filled up."""
+    order, sizes = group_by_expert(top_k_index, gate_up_proj.shape[0])
+    served_here, threads = sum(sizes), torch.get_num_threads()
+    rows_each = served_here // max(1, len(sizes) - sizes.count(0))
+    multiply = products_for(rows_each, gate_up_proj[0], hidden_states.dtype, threads).forward
+    rows = hidden_states[order // top_k_index.shape[1]]
+    ends = None
+    if multiply is by_torch and _takes_grouped_mm(rows, gate_up_proj) and _takes_grouped_mm(rows, down_proj):
+        ends = torch.tensor(tuple(itertools.accumulate(sizes)), dtype=torch.int32)
+
+    def multiplied(left: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(N, in) by their experts' weights (E, out, in) to (N, out)."""
+        if ends is not None:
+            return nn.functional.grouped_mm(left, weight.transpose(1, 2), offs=ends)
+        result = left.new_empty(len(left), weight.shape[1])
+        for one, group, product in zip(weight, left[:served_here].split(sizes), result[:served_here].split(sizes)):
+            if len(group):
+                multiply(group, one.to(left.dtype).t(), product)
+        return result
+
+    gate, up = multiplied(rows, gate_up_proj).chunk(2, dim=-1)
+    outputs = multiplied(nn.functional.silu(gate).mul_(up), down_proj)
+    if served_here < len(outputs):
+        outputs[served_here:] = 0  # served elsewhere (expert parallelism)
+    by_choice = torch.empty_like(outputs).index_copy_(0, order, outputs)
+    return torch.bmm(weights.unsqueeze(1), by_choice.view(*weights.shape, -1)).squeeze(1)
+
+
+def _takes_grouped_mm(rows: torch.Tensor, weights: torch.Tensor) -> bool:
+    """Whether torch's grouped product does: it asks for one dtype, and for rows of whole multiples of 16 bytes."""
+    return rows.dtype == weights.dtype and weights.shape[2] * weights.itemsize % 16 == 0
 
 
 def _one_token(hidden_states, weights, gate_up_proj, down_proj, experts: list[int]) -> torch.Tensor:
@@ -244,9 +256,12 @@ def _one_token(hidden_states, weights, gate_up_proj, down_proj, experts: list[in
     return weights @ outputs
 
 
+_silu_into = torch.ops.aten.silu.out
+
+
 def _activation(gate_up: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.ops.aten.silu.out(gate, out=result).mul_(up)
+    return _silu_into(gate, out=result).mul_(up)
 
 
 _experts = torch.library.custom_op("grinmoe::cpu_experts", experts_and_kept, mutates_args=())
@@ -293,7 +308,7 @@ def _experts_backward(
             grad_gate, grad_up = grad_pres[:size].chunk(2, dim=-1)
             upstream = group.gather(grad_output, rows)  # (length, H), not yet weighted
             products.grad_input(upstream, down_proj[expert].to(rows.dtype), grad_activation)
-            torch.ops.aten.silu.out(gate, out=silu)
+            _silu_into(gate, out=silu)
             torch.mul(silu, up, out=activation)
             if keep is not None:
                 activation *= keep[group.rows]
