@@ -337,9 +337,7 @@ class GrinMoeAttention(_Recorded):
             refuse_trained_tokens(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        query, key, value = (x.view(heads_shape).transpose(1, 2) for x in self.project(hidden_states))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             # kwargs: a paged cache (continuous batching, since 5.24) puts there what its attention function reads.
@@ -359,6 +357,10 @@ class GrinMoeAttention(_Recorded):
             **kwargs,
         )
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), probs
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, S, H) to queries (B, S, heads * head), keys and values (B, S, kv_heads * head)."""
+        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
 
 def fused_router(config: GrinMoeConfig) -> FusedRouter | None:

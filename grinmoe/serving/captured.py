@@ -13,11 +13,14 @@ Shapes: B rows, S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, StaticLayer
 
@@ -59,7 +62,7 @@ class CapturedDecoder:
     A step of generation for B rows of up to `max_length` tokens, prompt included. It serves any number of batches, in turn.
 
     Args:
-        model: in evaluation mode, on one device, with attention "sdpa" or "eager".
+        model: in evaluation mode, on one device, with attention "sdpa", or "eager" where `mode` is not "graph".
         batch_size: B.
         max_length: keys of the static cache.
         sampling: None takes the most probable token.
@@ -70,11 +73,14 @@ class CapturedDecoder:
         pad_token_id: what follows the end of a row; by default that of `model.generation_config`, else the first end.
         read_every: after how many tokens the host asks whether all rows have ended. Up to twice as many are computed for
             nothing; they are not returned.
+        fused_qkv: compute queries, keys and values of a layer as one product. Their weights then lie in one storage, under
+            the names that they have.
         backend: of `torch.compile`.
 
     Raises:
         ValueError: a model in training mode, on several devices, or of another class; attention, experts or frequencies
-            that the mode cannot capture; a mode that the device does not have; sampling values out of range.
+            that the mode cannot capture; a mode that the device does not have; sampling values out of range; with
+            `fused_qkv` projections that something adapts, quantises or hooks.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class CapturedDecoder:
         eos_token_id: int | Sequence[int] | Literal["default"] | None = "default",
         pad_token_id: int | None = None,
         read_every: int = 16,
+        fused_qkv: bool = False,
         backend: str | Callable = "inductor",
     ):
         _check(model, mode)
@@ -118,12 +125,14 @@ class CapturedDecoder:
         self.finished = numbers(batch_size, dtype=torch.bool)
         vocabulary = model.config.vocab_size if sampling is not None else 0
         self.noise = numbers(batch_size, vocabulary, dtype=torch.float32)
+        self.projections = _FusedProjections(model) if fused_qkv else contextlib.nullcontext()
         self.compute: Callable[[], None] = self._compute
         if mode == "compiled":
             self.compute = torch.compile(self._compute, fullgraph=True, dynamic=False, backend=backend)
         self.step: Callable[[], None] = self._step
         if device.type == "cuda" and mode != "eager":
             self.step = self._captured().replay
+        self.addresses = _addresses(model)
 
     @torch.no_grad()
     def generate(
@@ -146,9 +155,12 @@ class CapturedDecoder:
             (B, S + n) int64, n the length of the longest answer.
 
         Raises:
-            ValueError: another batch size, more than `max_length` tokens, padding elsewhere, or an answer that reaches a
-                length at which LongRoPE or dynamic RoPE changes the frequencies of what is cached.
+            ValueError: another batch size, more than `max_length` tokens, padding elsewhere, an answer that reaches a
+                length at which LongRoPE or dynamic RoPE changes the frequencies of what is cached, or weights that have
+                been exchanged or moved since the decoder was made. (They may change in place.)
         """
+        if _addresses(self.model) != self.addresses:
+            raise ValueError("the model's weights are no longer where they were captured; make a new CapturedDecoder")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
         self._check_prompts(input_ids, mask, max_new_tokens)
         length = input_ids.shape[1]
@@ -221,7 +233,8 @@ class CapturedDecoder:
     def _step(self) -> None:
         # Outside of what is compiled, which knows no generator but torch's default one.
         self._draw_noise()
-        self.compute()
+        with self.projections:
+            self.compute()
 
     def _draw_noise(self) -> None:
         if self.generator is not None:
@@ -239,7 +252,7 @@ class CapturedDecoder:
                 scores = warper(cast(Any, None), scores)
             # Exponential races: what torch.multinomial computes, without its checks, for which the host waits.
             scores = scores.softmax(dim=-1) / self.noise
-        tokens = torch.where(self.finished, self.pad_token_id, scores.argmax(dim=-1))
+        tokens = scores.argmax(dim=-1).masked_fill(self.finished, self.pad_token_id)
         self.finished.logical_or_((tokens[:, None] == self.ends).any(dim=-1))
         self.output.index_copy_(1, self.column, tokens[:, None])
         self.token.copy_(tokens[:, None])
@@ -266,6 +279,75 @@ def generate_captured(
     batch_size, length = input_ids.shape
     decoder = CapturedDecoder(model, batch_size, length + max_new_tokens, **options)
     return decoder.generate(input_ids, attention_mask, max_new_tokens=max_new_tokens, seed=seed)
+
+
+class _FusedProjections:
+    """A context in which each layer's queries, keys and values are one product, of weights that are views of one tensor."""
+
+    def __init__(self, model: GrinMoeForCausalLM):
+        self.attentions = [layer.self_attn for layer in model.model.layers]
+        self.products: list[Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = []
+        for attention in self.attentions:
+            _check_projections(attention)
+        for attention in self.attentions:
+            linears = _projections(attention)
+            widths = [linear.out_features for linear in linears]
+            weight = _as_one([linear.weight for linear in linears])
+            bias = None if linears[0].bias is None else _as_one([linear.bias for linear in linears])
+            self.products.append(functools.partial(_product, widths, weight, bias))
+
+    def __enter__(self) -> None:
+        for attention, product in zip(self.attentions, self.products, strict=True):
+            attention.project = product
+
+    def __exit__(self, *error: object) -> None:
+        for attention in self.attentions:
+            del attention.project
+
+
+def _projections(attention: nn.Module) -> list[nn.Linear]:
+    return [cast(nn.Linear, getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
+
+
+def _check_projections(attention: nn.Module) -> None:
+    linears = _projections(attention)
+    plain = all(type(linear) is nn.Linear and type(linear.weight) is nn.Parameter for linear in linears)
+    if not plain or any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+        kinds = sorted({type(linear).__name__ for linear in linears})
+        raise ValueError(
+            f"fused_qkv=True needs q_proj, k_proj and v_proj to be plain linear layers without hooks, not {kinds}: merge "
+            "adapters, dequantise, or leave it out"
+        )
+    if len({linear.weight.dtype for linear in linears}) > 1:
+        raise ValueError("fused_qkv=True needs q_proj, k_proj and v_proj in one dtype")
+
+
+def _as_one(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """The parameters one below the other; they become views of it, so that nothing is there twice."""
+    first, sizes = parameters[0].data, [len(parameter) for parameter in parameters]
+    if _is_one(parameters):  # for another decoder of this model, which goes on reading them there
+        return first.as_strided((sum(sizes), *first.shape[1:]), first.stride(), first.storage_offset())
+    joint = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, joint.split(sizes), strict=True):
+        parameter.data = part
+    return joint
+
+
+def _is_one(parameters: list[torch.Tensor]) -> bool:
+    storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    ends = [parameter.data_ptr() + parameter.nbytes for parameter in parameters[:-1]]
+    contiguous = all(parameter.is_contiguous() for parameter in parameters)
+    return contiguous and len(storages) == 1 and ends == [parameter.data_ptr() for parameter in parameters[1:]]
+
+
+def _product(
+    widths: list[int], weight: torch.Tensor, bias: torch.Tensor | None, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return nn.functional.linear(hidden_states, weight, bias).split(widths, dim=-1)
+
+
+def _addresses(model: nn.Module) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.parameters()]
 
 
 class _LateFlag:
@@ -301,7 +383,8 @@ def _check(model: GrinMoeForCausalLM, mode: Mode) -> None:
         raise ValueError(f"the model lies on {sorted(map(str, devices))}, and a captured step runs on one device")
     if mode not in ("eager", "graph", "compiled"):
         raise ValueError(f"mode={mode!r}; choose 'eager', 'graph' or 'compiled'")
-    if model.config._attn_implementation not in ("sdpa", "eager"):
+    # The library's mask for "eager" copies numbers to the device, where the compiler writes them into its kernels.
+    if model.config._attn_implementation not in (("sdpa",) if mode == "graph" else ("sdpa", "eager")):
         raise ValueError(
             f"attn_implementation={model.config._attn_implementation!r} does not go with a captured step; choose 'sdpa'"
         )

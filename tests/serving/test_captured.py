@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.serving import CapturedDecoder, Sampling, generate_captured
@@ -141,6 +143,10 @@ def test_what_a_step_cannot_hold_is_refused(tiny_model, golden_models):
     looping.set_experts_implementation("eager")
     with pytest.raises(ValueError, match="experts_implementation='eager' loops on the host"):
         CapturedDecoder(looping, 1, 8, mode="compiled")
+    flash = tiny_model()
+    flash.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' does not go with a captured step"):
+        CapturedDecoder(flash, 1, 8, mode="eager")
     decoder = CapturedDecoder(model, 2, 12, mode="eager")
     prompts = padded_prompts(96)
     for wrong, message in (
@@ -154,15 +160,76 @@ def test_what_a_step_cannot_hold_is_refused(tiny_model, golden_models):
         generate_captured(golden_models["golden-c"], **padded_prompts(96), max_new_tokens=30, mode="eager")
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_queries_keys_and_values_are_one_product(tiny_model, compiled, bias):
+    torch.compiler.reset()
+    model = tiny_model(initializer_range=0.3, attention_bias=bias)
+    prompts = padded_prompts(model.config.vocab_size)
+    expected = model.generate(**prompts, **GREEDY, max_new_tokens=12)
+    counts = []
+
+    def backend(graph, inputs):
+        counts.append(sum(node.target is torch._C._nn.linear for node in graph.graph.nodes))
+        return graph.forward
+
+    decoder = CapturedDecoder(
+        model, 2, 23, mode="compiled" if compiled else "eager", backend=backend, fused_qkv=True, **ENDLESS
+    )
+    assert torch.equal(decoder.generate(**prompts, max_new_tokens=12), expected)
+    # In each of two layers a product, that of the output and the router's; and the head.
+    assert counts == [7] * compiled
+    assert torch.equal(model.generate(**prompts, **GREEDY, max_new_tokens=12), expected)
+
+
+def test_fused_weights_are_there_once_and_keep_their_names(tiny_model, tmp_path):
+    model, plain = tiny_model(initializer_range=0.3), tiny_model(initializer_range=0.3)
+    parameters = dict(model.named_parameters())
+    decoder = CapturedDecoder(model, 1, 20, mode="eager", fused_qkv=True, **ENDLESS)
+    attention = model.model.layers[0].self_attn
+    storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in ("q_proj", "k_proj", "v_proj")}
+    assert len(storages) == 1 and attention.q_proj.weight.untyped_storage().nbytes() == 64 * 32 * 4
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert "project" not in vars(attention)
+    again = CapturedDecoder(model, 1, 20, mode="eager", fused_qkv=True, **ENDLESS)
+    assert all(map(torch.equal, again.projections.products[0].args[1:], decoder.projections.products[0].args[1:]))
+    # Saved, copied and loaded as before.
+    model.save_pretrained(tmp_path)
+    for other in (GrinMoeForCausalLM.from_pretrained(tmp_path), copy.deepcopy(model)):
+        assert all(map(torch.equal, other.state_dict().values(), plain.state_dict().values()))
+    prompt = torch.arange(5, 10)[None]
+    trained = tiny_model(seed=1, initializer_range=0.3)
+    expected = trained.generate(prompt, **GREEDY, max_new_tokens=9)
+    model.load_state_dict(trained.state_dict())
+    assert all(torch.equal(one.generate(prompt, max_new_tokens=9), expected) for one in (decoder, again))
+    attention.q_proj.weight.data = attention.q_proj.weight.data.clone()
+    with pytest.raises(ValueError, match="no longer where they were"):
+        decoder.generate(prompt, max_new_tokens=9)
+
+
+def test_projections_that_are_not_plain_are_refused(tiny_model):
+    hooked, mixed, adapted = tiny_model(), tiny_model(), tiny_model()
+    hooked.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *_: None)
+    mixed.model.layers[1].self_attn.v_proj.bfloat16()
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), adapted)
+    for model, message in ((hooked, "without hooks"), (mixed, "one dtype"), (adapted.eval(), "merge adapters")):
+        before = model.model.layers[0].self_attn.k_proj.weight.data_ptr()
+        with pytest.raises(ValueError, match=message):
+            CapturedDecoder(model, 1, 8, mode="eager", fused_qkv=True)
+        assert model.model.layers[0].self_attn.k_proj.weight.data_ptr() == before
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["graph", "compiled"])
 @pytest.mark.parametrize("implementation", ["grinmoe", "grinmoe_triton"])
 @pytest.mark.parametrize("sampling", [None, Sampling(0.9, 20, 0.9)], ids=["greedy", "sampling"])
-def test_a_captured_step_gives_the_tokens_of_an_eager_one(tiny_model, mode, implementation, sampling):
+@pytest.mark.parametrize("fused_qkv", [False, True], ids=["three products", "one product"])
+def test_a_captured_step_gives_the_tokens_of_an_eager_one(tiny_model, mode, implementation, sampling, fused_qkv):
     model = tiny_model(initializer_range=0.3).cuda()
     model.set_experts_implementation(implementation)
     prompts = {name: tensor.cuda() for name, tensor in padded_prompts(model.config.vocab_size).items()}
-    eager, captured = (CapturedDecoder(model, 2, 60, sampling=sampling, mode=how, **ENDLESS) for how in ("eager", mode))
+    options = {"sampling": sampling, "fused_qkv": fused_qkv, **ENDLESS}
+    eager, captured = (CapturedDecoder(model, 2, 60, mode=how, **options) for how in ("eager", mode))
     for seed in (1, 2):
         expected = eager.generate(**prompts, max_new_tokens=49, seed=seed)
         assert torch.equal(captured.generate(**prompts, max_new_tokens=49, seed=seed), expected)
