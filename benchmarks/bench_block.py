@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -231,9 +232,8 @@ def measure(
     steps = {name: step_of(block) for name, block in blocks.items()}
     timings = interleave(forwards | steps, options.warmup, options.rounds, device, deadline)
     for name in blocks:
-        seconds, forward_seconds = timings[name].seconds, timings[f"{name}, forward"].seconds
-        measured = {"seconds": seconds, "forward_seconds": forward_seconds, "relative_error": errors[name]}
-        case.arms[name] = measured | memory[name]
+        of_forward = {"forward_seconds": timings[f"{name}, forward"].seconds, "relative_error": errors[name]}
+        case.arms[name] = timings[name].facts() | of_forward | memory[name]
     if not case.skewed:
         for name in PROFILED:
             if name in blocks:
@@ -278,12 +278,22 @@ def table(case: Case, options: BlockSettings, tflops: float) -> str:
                 f"{reached / tflops:.0%}",
                 *ratios,
                 f"{arm['saved_bytes'] / 2**20:.4g}",
-                *([f"{arm['peak_bytes'] / 2**30:.2f}"] if on_gpu else []),
+                *(
+                    [f"{arm['peak_bytes'] / 2**30:.2f}", f"{1e3 * arm.get('host_seconds', math.nan):.2f}"]
+                    if on_gpu
+                    else []
+                ),
                 f"{arm['relative_error']:.1e}",
             ]
         )
     header = ["arm", "forward, ms", "step, ms", "quartiles, ms", "TFLOP/s", "of the floor", "times faster than dense"]
-    header += ["than phimoe grouped_mm", "than phimoe eager", "kept, MiB", *(["peak, GiB"] if on_gpu else []), "error"]
+    header += [
+        "than phimoe grouped_mm",
+        "than phimoe eager",
+        "kept, MiB",
+        *(["peak, GiB", "host, ms"] if on_gpu else []),
+        "error",
+    ]
     return markdown_table(header, rows)
 
 

@@ -217,16 +217,15 @@ def measure(part: Part, minutes: float, left: float, options: SuiteSettings, loo
         return f"left out: {', '.join(missing)} is not installed"
     command = [*part.command, *(["--minutes", f"{minutes:.2f}"] if part.takes_time else [])]
     command += [*(["--toy"] if options.toy else [])]
-    # Nothing is fetched, and on a machine without a network nothing waits for it.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = dict(os.environ)
     if part.name != "correctness":
         # On a machine with several GPUs the Trainer would take all of them.
         environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if options.toy or options.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if options.toy:
-        # At these sizes a second thread only waits.
-        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        # At these sizes a second thread only waits, and nothing is to be fetched.
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     print(f"\n== {' '.join(command[1:])}", flush=True)
     started = time.monotonic()
     limit = 60 * min(minutes + START_MINUTES + GRACE_MINUTES, left)

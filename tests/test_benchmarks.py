@@ -179,6 +179,15 @@ def test_arms_share_their_weights():
     assert not any(p.is_meta or not p.any() for block in arms.values() for p in block.parameters())
 
 
+def test_a_gpu_s_table_has_peak_memory_and_the_host_s_time():
+    arm = {"seconds": [1.0] * 3, "forward_seconds": [0.5] * 3, "saved_bytes": 2**20, "peak_bytes": 2**30}
+    arms = {"with host": arm | {"host_seconds": 2e-3}, "without warm-up": arm}
+    case = bench_block.Case(32, skewed=False, arms={name: one | {"relative_error": 0.0} for name, one in arms.items()})
+    header, _, *rows = bench_block.table(case, TINY, 1.0).splitlines()
+    assert "| peak, GiB | host, ms | error |" in header
+    assert [row.split(" | ")[-3:-1] for row in rows] == [["1.00", "2.00"], ["1.00", "nan"]]
+
+
 def test_kernels_are_grouped_by_what_they_do():
     kernels = {
         "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT": 8.0,
