@@ -383,7 +383,8 @@ def _check(model: GrinMoeForCausalLM, mode: Mode) -> None:
         raise ValueError(f"the model lies on {sorted(map(str, devices))}, and a captured step runs on one device")
     if mode not in ("eager", "graph", "compiled"):
         raise ValueError(f"mode={mode!r}; choose 'eager', 'graph' or 'compiled'")
-    # The library's mask for "eager" copies numbers to the device, where the compiler writes them into its kernels.
+    # Before Transformers 5.24 the mask for "eager" copies a number to the device, which no graph can hold; compiled code
+    # has it in a kernel.
     if model.config._attn_implementation not in (("sdpa",) if mode == "graph" else ("sdpa", "eager")):
         raise ValueError(
             f"attn_implementation={model.config._attn_implementation!r} does not go with a captured step; choose 'sdpa'"
