@@ -5,9 +5,9 @@
     python -m scripts.finetune_42b --method lora      # one GPU of 140 GB; on a smaller one with fewer layers
     python -m scripts.finetune_42b --toy --device cpu --output /tmp/results   # tried at small size
 
-A training step is forward, backward and AdamW on one row of --seq-length random tokens, with checkpointing. 4-bit weights are
-quantised layer by layer as they are drawn, so that memory never holds the model in 16 bits. The measured peak stands beside
-what `grinmoe plan` predicts. Writes a dated .json and .md after every step; a run that exceeds the memory says so.
+A training step is forward, backward and AdamW on one row of --seq-length random tokens, with checkpointing. 4-bit weights
+are quantised layer by layer as they are drawn, so that memory never holds the model in 16 bits. The measured peak stands
+beside what `grinmoe plan` predicts. Writes a dated .json and .md after every step; a run that exceeds the memory says so.
 """
 
 from __future__ import annotations
