@@ -299,7 +299,7 @@ def trains_tokens(module: nn.Module) -> bool:
 
 def refuse_trained_tokens(*layers: nn.Module) -> None:
     """PEFT's trainable tokens compute a linear layer without its bias."""
-    if not all(isinstance(layer, nn.Linear) for layer in layers) and any(map(trains_tokens, layers)):
+    if any(type(layer) is not nn.Linear and trains_tokens(layer) for layer in layers):
         raise ValueError(
             "trainable tokens of PEFT on a linear layer with a bias, which they would drop: name embed_tokens, or train the "
             "whole layer (modules_to_save=['lm_head'])"
@@ -698,7 +698,7 @@ class GrinMoeDecoderLayer(_Recorded, GradientCheckpointingLayer):
         return hidden_states + self._dropout(moe_output)
 
     def _dropout(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.dropout(hidden_states, p=self.hidden_dropout, training=self.training)
+        return nn.functional.dropout(hidden_states, p=self.hidden_dropout) if self.training else hidden_states
 
 
 @dataclass

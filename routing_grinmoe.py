@@ -64,12 +64,20 @@ def masked_softmax(
     Returns:
         masked_probs (T, E), summing to 1; dropped (T, E) bool, experts with probability 0.
     """
+    dropped = _too_far(router_logits, remaining, jitter_eps) | (remaining == float("-inf"))
+    return _softmax_without(dropped, remaining), dropped
+
+
+def _too_far(router_logits: torch.Tensor, remaining: torch.Tensor, jitter_eps: float) -> torch.Tensor:
+    """(T, E) bool, by the rule of [`masked_softmax`]; of experts that do not remain either."""
     values = router_logits.detach()  # the mask has no derivative
     top = remaining.detach().amax(dim=-1, keepdim=True)
-    gap = (top - values) / values.abs().clamp(min=top)
     # NaN (0/0) compares false: kept.
-    dropped = (gap > 2 * jitter_eps) | (remaining == float("-inf"))
-    return torch.softmax(remaining.masked_fill(dropped, float("-inf")), dim=-1), dropped
+    return (top - values) / torch.maximum(values.abs(), top) > 2 * jitter_eps
+
+
+def _softmax_without(dropped: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(remaining.masked_fill(dropped, float("-inf")), dim=-1)
 
 
 class _Choices(NamedTuple):
@@ -97,10 +105,11 @@ def _choose(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: R
     for k in range(top_k):
         if k > 0:
             remaining = remaining.scatter(-1, experts[-1], float("-inf"))
-        masked_probs, dropped = masked_softmax(router_logits, remaining, jitter_eps)
-        if noise is None:
+        if noise is None:  # experts that do not remain have no probability anyway
+            masked_probs = _softmax_without(_too_far(router_logits, remaining, jitter_eps), remaining)
             choice = remaining.argmax(dim=-1, keepdim=True)  # (T, 1)
         else:
+            masked_probs, dropped = masked_softmax(router_logits, remaining, jitter_eps)
             # The Gumbel trick: -log of a unit exponential is Gumbel noise.
             perturbed = remaining - noise.exponential[k].log()
             choice = perturbed.masked_fill(dropped, float("-inf")).argmax(dim=-1, keepdim=True)

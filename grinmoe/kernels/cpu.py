@@ -8,6 +8,7 @@ Shapes: T tokens, K experts per token, N = T * K choices sorted by expert, E exp
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -19,12 +20,17 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ..modeling_grinmoe import group_by_expert
 from ..quantization_grinmoe import in_forward_mode
 from .autograd import autograd_function, is_transformed, takes_operator
-from .cpu_products import Products, by_torch, products_for
+from .cpu_products import Product, Products, by_torch, products_for
 from .large_memory import empty_like_on_cpu
 from .side_by_side import LEAST_FLOPS, side_by_side, workers_for
 
 # Names that a config may give to x * sigmoid(x).
 SILU = ("silu", "swish")
+
+
+def is_silu(module: nn.Module) -> bool:
+    """Whether these experts' activation is x * sigmoid(x). The config is slow to ask, for every layer of every token."""
+    return type(module.act_fn) is nn.SiLU or module.config.hidden_act in SILU
 
 
 def cpu_experts_forward(
@@ -40,7 +46,7 @@ def cpu_experts_forward(
         raise ValueError(
             f"experts_implementation='grinmoe_cpu' got tensors on {hidden_states.device}; choose 'grouped_mm' there"
         )
-    if module.config.hidden_act not in SILU:
+    if not is_silu(module):
         raise ValueError(
             f"experts_implementation='grinmoe_cpu' is for hidden_act='silu', not {module.config.hidden_act!r}; choose "
             "'grouped_mm'"
@@ -208,31 +214,35 @@ def _forward(
 
 def _few_tokens(hidden_states, weights, gate_up_proj, down_proj, top_k_index) -> torch.Tensor:
     """Here every operation counts. What belongs to all choices stays in the cache anyway, and nothing is filled up."""
-    order, sizes = group_by_expert(top_k_index, gate_up_proj.shape[0])
-    served_here, threads = sum(sizes), torch.get_num_threads()
-    rows_each = served_here // max(1, len(sizes) - sizes.count(0))
-    multiply = products_for(rows_each, gate_up_proj[0], hidden_states.dtype, threads).forward
+    num_experts, choices, threads = len(gate_up_proj), top_k_index.numel(), torch.get_num_threads()
+    sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
+    ends = torch.bincount(sorted_experts, minlength=num_experts)[:num_experts].cumsum(0, dtype=torch.int32)
     rows = hidden_states[order // top_k_index.shape[1]]
-    ends = None
+    multiply = products_for(choices // num_experts, gate_up_proj[0], rows.dtype, threads).forward
     if multiply is by_torch and _takes_grouped_mm(rows, gate_up_proj) and _takes_grouped_mm(rows, down_proj):
-        ends = torch.tensor(tuple(itertools.accumulate(sizes)), dtype=torch.int32)
-
-    def multiplied(left: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """(N, in) by their experts' weights (E, out, in) to (N, out)."""
-        if ends is not None:
-            return nn.functional.grouped_mm(left, weight.transpose(1, 2), offs=ends)
-        result = left.new_empty(len(left), weight.shape[1])
-        for one, group, product in zip(weight, left[:served_here].split(sizes), result[:served_here].split(sizes)):
-            if len(group):
-                multiply(group, one.to(left.dtype).t(), product)
-        return result
-
+        multiplied = functools.partial(_grouped_mm, ends)
+    else:
+        multiplied = functools.partial(_one_by_one, multiply, ends.tolist())
     gate, up = multiplied(rows, gate_up_proj).chunk(2, dim=-1)
     outputs = multiplied(nn.functional.silu(gate).mul_(up), down_proj)
-    if served_here < len(outputs):
-        outputs[served_here:] = 0  # served elsewhere (expert parallelism)
+    if int(ends[-1]) < choices:
+        outputs[ends[-1] :] = 0  # served elsewhere (expert parallelism)
     by_choice = torch.empty_like(outputs).index_copy_(0, order, outputs)
     return torch.bmm(weights.unsqueeze(1), by_choice.view(*weights.shape, -1)).squeeze(1)
+
+
+def _grouped_mm(ends: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(N, in), groups of rows that end at `ends` (E,), by their experts' weights (E, out, in), to (N, out)."""
+    return nn.functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+
+
+def _one_by_one(multiply: Product, ends: list[int], rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The same by a product for each expert that has any."""
+    result = rows.new_empty(len(rows), weights.shape[1])
+    for weight, (start, end) in zip(weights, itertools.pairwise([0, *ends])):
+        if start < end:
+            multiply(rows[start:end], weight.to(rows.dtype).t(), result[start:end])
+    return result
 
 
 def _takes_grouped_mm(rows: torch.Tensor, weights: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ..quantization_grinmoe import in_forward_mode
 from .autocast import cast_experts
 from .autograd import is_transformed
-from .cpu import SILU
+from .cpu import is_silu
 from .triton_experts import HAS_TRITON, unfit
 
 if HAS_TRITON:
@@ -51,7 +51,7 @@ def implementation_for(module: nn.Module, hidden_states: torch.Tensor, top_k_ind
         return "grinmoe_triton"
     if hidden_states.device.type == "cpu":
         in_float32 = hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return "grinmoe_cpu" if in_float32 and module.config.hidden_act in SILU else "grouped_mm"
+        return "grinmoe_cpu" if in_float32 and is_silu(module) else "grouped_mm"
     # batched_mm copies the weights of every choice: no more than the layer's experts are.
     decodes = not torch.is_grad_enabled() and top_k_index.numel() <= module.num_experts
     return "batched_mm" if decodes else "grouped_mm"
