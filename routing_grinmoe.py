@@ -65,7 +65,7 @@ def masked_softmax(
         masked_probs (T, E), summing to 1; dropped (T, E) bool, experts with probability 0.
     """
     dropped = _too_far(router_logits, remaining, jitter_eps) | (remaining == float("-inf"))
-    return _softmax_without(dropped, remaining), dropped
+    return torch.softmax(remaining.masked_fill(dropped, float("-inf")), dim=-1), dropped
 
 
 def _too_far(router_logits: torch.Tensor, remaining: torch.Tensor, jitter_eps: float) -> torch.Tensor:
@@ -74,10 +74,6 @@ def _too_far(router_logits: torch.Tensor, remaining: torch.Tensor, jitter_eps: f
     top = remaining.detach().amax(dim=-1, keepdim=True)
     # NaN (0/0) compares false: kept.
     return (top - values) / torch.maximum(values.abs(), top) > 2 * jitter_eps
-
-
-def _softmax_without(dropped: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(remaining.masked_fill(dropped, float("-inf")), dim=-1)
 
 
 class _Choices(NamedTuple):
@@ -106,7 +102,8 @@ def _choose(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: R
         if k > 0:
             remaining = remaining.scatter(-1, experts[-1], float("-inf"))
         if noise is None:  # experts that do not remain have no probability anyway
-            masked_probs = _softmax_without(_too_far(router_logits, remaining, jitter_eps), remaining)
+            dropped = _too_far(router_logits, remaining, jitter_eps)
+            masked_probs = torch.softmax(remaining.masked_fill(dropped, float("-inf")), dim=-1)
             choice = remaining.argmax(dim=-1, keepdim=True)  # (T, 1)
         else:
             masked_probs, dropped = masked_softmax(router_logits, remaining, jitter_eps)
