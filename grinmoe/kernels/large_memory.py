@@ -1,8 +1,8 @@
 """Memory on a CPU for the gradients of all experts, which every step needs anew.
 
-Where glibc's allocator gives so much memory back to the system, the next step gets it page by page, filled with zeros. That
-takes as long as the product that is written there: an eighth of a small block's step (docs/performance.md). So some of it
-is kept for the next step, and what is new comes in large pages, as numpy's large arrays do.
+glibc's allocator gives so much memory back to the system, and the next step gets it page by page, filled with zeros: much
+of the time of the product that is written there. So some of it is kept for the next step, and what is new comes in large
+pages, as numpy's large arrays do.
 """
 
 from __future__ import annotations
