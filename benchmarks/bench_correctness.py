@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from benchmarks.bench_router import decided
 from benchmarks.block_arms import describe
 from benchmarks.protocol import Report, best_device, relative_error
 from grinmoe import GrinMoeConfig
@@ -307,7 +308,8 @@ def router_error(
         + ([] if one.expert_gradient_scale is None else [one.expert_gradient_scale])
         for one in (found, expected)
     ]
-    return error_of(*pairs)
+    compared = decided(logits, expected.selected_experts, estimator)
+    return error_of(*([tensor[compared] for tensor in pair] for pair in pairs))
 
 
 def jitter_error(tokens: int, dtype: torch.dtype, device: torch.device) -> float:

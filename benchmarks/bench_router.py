@@ -25,7 +25,7 @@ from benchmarks.profiling import count_launches
 from benchmarks.protocol import Report, Timing, best_device, interleave, relative_error
 from grinmoe.kernels import counter_noise
 from grinmoe.provenance import markdown_table
-from grinmoe.routing_grinmoe import route
+from grinmoe.routing_grinmoe import ESTIMATORS, masked_softmax, route
 
 TOP_K, JITTER_EPS, SEED = 2, 0.01, 7
 EAGER, COMPILED, FUSED = "torch operators", "torch operators, compiled", "fused kernel"
@@ -118,10 +118,34 @@ def arms_for(logits: torch.Tensor, toy: bool) -> dict[str, Callable[[], torch.Te
 
 
 def gate_error(logits: torch.Tensor, upstream: torch.Tensor, weights: torch.Tensor) -> float:
-    """Error of the kernel's weights and of their gradient against the operators with the same draws."""
+    """Error of the kernel's weights and of their gradient against the operators with the same draws, of `decided` tokens."""
     noise = counter_noise(SEED, 0, *logits.shape, TOP_K, logits.device)
-    expected = route(logits, TOP_K, JITTER_EPS, True, noise)[0]
-    return relative_error(*([w, torch.autograd.grad(w, logits, upstream)[0]] for w in (weights, expected)))
+    expected, selected, _ = route(logits, TOP_K, JITTER_EPS, True, noise)
+    compared = decided(logits, selected)
+    pairs = ([w, torch.autograd.grad(w, logits, upstream)[0]] for w in (weights, expected))
+    return relative_error(*([tensor[compared] for tensor in pair] for pair in pairs))
+
+
+def decided(logits: torch.Tensor, selected: torch.Tensor, estimator: str = "sparsemixer_v2") -> torch.Tensor:
+    """
+    Tokens whose weights do not depend on how the last digit of a probability was rounded, (T,) bool.
+
+    A draw that is the most probable expert has another weight than one that is not. Two experts whose probabilities are next
+    to each other in the logits' dtype are in that order, or equal, by an exponential's last bit in float32, which no two
+    libraries have alike: in bfloat16 with one token in 500.
+
+    Args:
+        logits: (T, E).
+        selected: (T, K) experts that were drawn.
+    """
+    logits = logits.detach() / (2 if ESTIMATORS[estimator].halves_logits else 1)
+    remaining, apart = logits, torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    for expert in selected.split(1, dim=-1):
+        probs, _ = masked_softmax(logits, remaining, JITTER_EPS)
+        first, second = probs.float().topk(2).values.unbind(-1)
+        apart &= first - second > torch.finfo(logits.dtype).eps * first
+        remaining = remaining.scatter(-1, expert, float("-inf"))
+    return apart
 
 
 def table(timings: dict[str, Timing], facts: dict[str, dict[str, Any]]) -> str:

@@ -36,7 +36,7 @@ import benchmarks.predictions as predictions
 import benchmarks.profiling as profiling
 import benchmarks.protocol as protocol
 import benchmarks.suite as suite
-from grinmoe import GrinMoeConfig
+from grinmoe import GrinMoeConfig, routing_grinmoe
 from grinmoe.planning.memory_model import Step
 from grinmoe.planning.roofline import flops_per_token
 from tests import ROOT
@@ -413,6 +413,50 @@ def test_a_lora_report_is_written_whole(results):
     facts = json.loads(path.with_suffix(".json").read_text())
     assert "PEFT" in path.read_text()
     assert len(facts["arms"]) >= 2
+
+
+@pytest.fixture
+def other_last_bits(monkeypatch):
+    """Probabilities a float32's last bit lower before they are rounded: as a GPU's exponential may give them."""
+    exact = routing_grinmoe.masked_softmax
+
+    def lower(logits, remaining, jitter_eps):
+        probs, dropped = exact(logits, remaining, jitter_eps)
+        in_float32 = torch.softmax(remaining.double().masked_fill(dropped, float("-inf")), dim=-1).float()
+        return (in_float32 * (1 - 2**-23)).to(probs.dtype), dropped
+
+    def route(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(routing_grinmoe, "masked_softmax", lower)
+            return routing_grinmoe.route(*arguments)
+
+    return route
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gates_of_the_router_forgive_the_last_bit_and_nothing_else(monkeypatch, other_last_bits, dtype):
+    """Otherwise 69 of 32768 tokens in bfloat16, whose two best probabilities are next to each other, refuse the kernel."""
+    torch.manual_seed(0)
+    logits = torch.randn(32768, 16).to(dtype).requires_grad_()
+    upstream = torch.randn(32768, 2).to(dtype)
+    noise = bench_router.counter_noise(bench_router.SEED, 0, 32768, 16, 2)
+    right, wrong = (other_last_bits(logits, 2, 0.01, True, noise) for _ in range(2))
+    assert bench_router.gate_error(logits, upstream, right.routing_weights) <= bench_router.GATE[dtype]
+    compared = bench_router.decided(logits, right.selected_experts)
+    assert compared.float().mean() > 0.95 and bool(compared.all()) == (dtype == torch.float32)
+    factors = torch.ones(32768, 2, dtype=dtype)
+    factors[compared.nonzero()[0]] = 0.5
+    error = bench_router.gate_error(logits, upstream, wrong.routing_weights * factors)
+    assert error > bench_router.GATE[dtype]
+
+    def fused(logits, top_k, jitter_eps, training, estimator, seed, stream):
+        noise = bench_router.counter_noise(seed, stream, *logits.shape, top_k)
+        return other_last_bits(logits, top_k, jitter_eps, training, noise, estimator)
+
+    monkeypatch.setattr("grinmoe.kernels.triton_router.fused_route", fused)
+    for estimator in ("sparsemixer_v2", "sparsemixer_v2_star"):
+        error = bench_correctness.router_error(estimator, dtype, 1025, True, False, torch.device("cpu"))
+        assert error <= bench_correctness.LIMIT[dtype]
 
 
 def test_router_and_layer_run_at_toy_size_with_interpreted_kernels(results):
