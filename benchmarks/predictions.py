@@ -20,8 +20,9 @@ HIDDEN, WIDTH, EXPERTS, TOP_K, LAYERS = 4096, 6400, 16, 2, 32
 # torch's grouped product: TFLOP/s at large groups, low and high; rows that it multiplies over rows that there are.
 GROUPED_TFLOPS = (700.0, 760.0)
 PADDING = {2048: 1.45, 8192: 1.109, 16384: 1.052, 32768: 1.028}
-# QuACK's: TFLOP/s, without padding, and GB that are left to move around them for each token.
-QUACK_TFLOPS, QUACK_GLUE_GB = (600.0, 700.0), 1.3 / 16384
+# QuACK's: TFLOP/s; clusters of 2 x 1 pad an expert's rows to 256 in two thirds of the products and to 64 in one.
+QUACK_TFLOPS = (600.0, 700.0)
+QUACK_PADDING = {8192: 1.094, 16384: 1.047, 32768: 1.023}
 # Share of the copy rate that Transformers' operators around the products reach, high and low.
 GLUE_RATES = (1.0, 0.6)
 # Decoding: share of the copy rate that the kernels read at, low and high; launches of a layer and of the head in a CUDA
@@ -89,14 +90,19 @@ def our_glue_gb(tokens: int) -> float:
     return 5 * (1 + TOP_K) * rows + (3 + 6) * activation
 
 
+def quack_glue_gb(tokens: int) -> float:
+    """Two combines of K rows into one, each (1 + K) passes of rows of H. Gathers and SwiGLU are in the products."""
+    return 2 * (1 + TOP_K) * rows_gb(tokens)[0]
+
+
 def their_glue_gb(tokens: int) -> float:
     """Transformers' grouped_mm: 28 passes over rows of H, forward and backward, and 18 over activations."""
     rows, activation = rows_gb(tokens)
     return 39 * rows + 18 * activation
 
 
-def block_ms(tokens: int, tflops: float, glue_ms: float) -> float:
-    return products_ms(tokens) * PADDING[tokens] * TFLOPS / tflops + glue_ms
+def block_ms(tokens: int, tflops: float, glue_ms: float, padding: dict[int, float] = PADDING) -> float:
+    return products_ms(tokens) * padding[tokens] * TFLOPS / tflops + glue_ms
 
 
 def between(*values: float) -> tuple[float, float]:
@@ -122,13 +128,15 @@ def block_predictions() -> list[Prediction]:
             )
     for tokens in (8192, 16384, 32768):
         dense = products_ms(tokens) + gb_ms(18 * rows_gb(tokens)[1])
-        ours = [products_ms(tokens) * TFLOPS / rate + gb_ms(QUACK_GLUE_GB * tokens) for rate in QUACK_TFLOPS]
+        glue = quack_glue_gb(tokens)
+        ours = [block_ms(tokens, rate, gb_ms(glue), QUACK_PADDING) for rate in QUACK_TFLOPS]
         found.append(
             Prediction(
                 f"G1 block over dense, even load, {tokens} tokens, grinmoe_quack",
                 *between(*(dense / one for one in ours)),
-                f"products without padding at 600 to 700 TFLOP/s and {QUACK_GLUE_GB * tokens:.1f} GB of glue, "
-                f"{ours[1]:.1f} to {ours[0]:.1f} ms; only where quack-kernels is installed",
+                f"{products_ms(tokens):.2f} ms of products x {QUACK_PADDING[tokens]} (rows padded to 256, to 64 where they are "
+                f"summed over) x 790 / (600 to 700 TFLOP/s) and {glue:.2f} GB of glue, {ours[1]:.1f} to {ours[0]:.1f} ms; "
+                "only where quack-kernels is installed",
             )
         )
     for tokens in (2048, 16384):
