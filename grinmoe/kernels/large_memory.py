@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import mmap
+import os
 import weakref
 
 import torch
@@ -28,11 +29,11 @@ def empty_like_on_cpu(weight: torch.Tensor) -> torch.Tensor:
     if weight.nbytes < FROM_BYTES:
         return torch.empty_like(weight, memory_format=torch.contiguous_format)
     memory = _take(-(-weight.nbytes // LARGE_PAGE) * LARGE_PAGE + LARGE_PAGE)
-    view = memoryview(memory)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % LARGE_PAGE
+    view = memoryview(memory)[start : start + weight.nbytes]
     weakref.finalize(view, _give_back, memory).atexit = False
-    whole = torch.frombuffer(view, dtype=torch.uint8)  # keeps the view, as long as there is a tensor of this memory
-    start = -whole.data_ptr() % LARGE_PAGE
-    return whole[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
+    # It keeps the view, as long as there is a tensor of this memory.
+    return torch.frombuffer(view, dtype=weight.dtype).view(weight.shape)
 
 
 def _take(num_bytes: int) -> mmap.mmap:
@@ -41,7 +42,8 @@ def _take(num_bytes: int) -> mmap.mmap:
             with contextlib.suppress(ValueError):  # another thread was faster
                 _idle.remove(memory)
                 return memory
-    memory = mmap.mmap(-1, num_bytes)
+    # Private: what a forked process writes must not be seen here, and shared memory seldom gets large pages.
+    memory = mmap.mmap(-1, num_bytes, **({"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}))
     # A system without large pages has none, or says so.
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):

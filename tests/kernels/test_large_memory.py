@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import os
 import pickle
 
 import pytest
@@ -79,3 +81,30 @@ def test_what_optimizers_and_checkpoints_do_with_a_gradient():
         assert torch.equal(copied, torch.full((60, 60), 2.0))
     weight.grad.share_memory_()
     assert (weight.grad == 2.0).all()
+
+
+def test_storage_holds_the_gradient_and_nothing_else():
+    """A checkpoint of a gradient holds its storage: neither what alignment takes nor what was there before."""
+    gradient = empty_like_on_cpu(torch.empty(1000, 1000)).fill_(2.0)
+    assert gradient.storage_offset() == 0 and gradient.untyped_storage().nbytes() == gradient.nbytes
+    file = io.BytesIO()
+    torch.save(gradient, file)
+    assert len(file.getvalue()) < gradient.nbytes + 10_000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("idle", [False, True], ids=["in use", "idle"])
+def test_a_forked_process_has_memory_of_its_own(idle):
+    """What a child writes stays its own: in a gradient that it was born with, and in what it takes from the idle memory."""
+    gradient = empty_like_on_cpu(torch.empty(60, 60))
+    if idle:
+        del gradient
+    child = os.fork()
+    if child == 0:
+        mine = empty_like_on_cpu(torch.empty(60, 60)) if idle else gradient
+        mine.numpy().fill(5.0)  # without torch's threads, of which a fork has none
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    if idle:
+        gradient = empty_like_on_cpu(torch.empty(60, 60))
+    assert (gradient == 0.0).all()
