@@ -283,7 +283,8 @@ def experts_per_step(models: dict[str, Any], prompts: torch.Tensor, options: Dec
             counts.append(output[2].unique().numel())
 
     hooks = [m.register_forward_hook(count) for m in models[OURS].modules() if isinstance(m, GrinMoeRouter)]
-    runner(models, Arm(OURS, "grinmoe"), replace(options, new_tokens=min(options.new_tokens, 17)))(prompts)
+    # By the loop, which runs wherever torch does.
+    runner(models, REFERENCE, replace(options, new_tokens=min(options.new_tokens, 17)))(prompts)
     for hook in hooks:
         hook.remove()
     return statistics.mean(counts)

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import benchmarks.bench_block as bench_block
 import benchmarks.bench_correctness as bench_correctness
@@ -142,6 +143,44 @@ def test_arms_that_fail_are_not_timed_and_the_others_are(results, monkeypatch):
         assert reasons[block_arms.GROUPED].startswith("relative error 0.01 against float64")
         assert reasons[block_arms.PHIMOE_GROUPED] == "ValueError: no kernel for this device"
         assert not reasons.keys() & facts["arms"][load].keys() and block_arms.DEFAULT in facts["arms"][load]
+
+
+def test_arms_whose_router_or_memory_cannot_be_looked_at_are_not_timed_and_the_others_are(results, monkeypatch):
+    def with_wrong_arms(size, device, toy):
+        arms, left_out = block_arms.block_arms(size, device, toy)
+        other, broken = (block_arms.router_of(arms[name]) for name in (block_arms.GROUPED, block_arms.PHIMOE_GROUPED))
+        right = other.forward
+
+        def refuse(*arguments):
+            raise ValueError("no kernel for this device")
+
+        def others(*arguments):
+            logits, weights, selected, *rest = right(*arguments)
+            return logits, weights, selected.flip(-1), *rest
+
+        other.forward, broken.forward = others, refuse
+        return arms, left_out
+
+    right = bench_block.measure_memory
+
+    def measure_memory(block, *arguments):
+        if isinstance(block, block_arms.DenseMlp):
+            raise RuntimeError("no hooks in compiled code")
+        return right(block, *arguments)
+
+    monkeypatch.setattr(bench_block, "block_arms", with_wrong_arms)
+    monkeypatch.setattr(bench_block, "measure_memory", measure_memory)
+    with pytest.raises(RuntimeError, match="does not choose what was intended"):
+        bench_block.run(TINY)
+    (file,) = results.glob("*.json")
+    facts = json.loads(file.read_text())
+    for load, case in facts["cases"].items():
+        assert case["refused"] == {
+            block_arms.PHIMOE_GROUPED: "ValueError: no kernel for this device",
+            block_arms.GROUPED: "the router does not choose what was intended",
+            block_arms.DENSE: "RuntimeError: no hooks in compiled code",
+        }
+        assert {block_arms.DEFAULT, block_arms.PHIMOE_EAGER} <= facts["arms"][load].keys()
 
 
 @pytest.mark.integration
@@ -405,6 +444,20 @@ def test_loading_and_saving_stay_within_their_limits(results):
     ours = facts["arms"]["grinmoe"][0]
     assert ours["load_own_bytes"] <= 1.05 * facts["checkpoint_bytes"]
     assert ours["save_own_bytes"] <= 1.1 * ours["largest_shard_bytes"]
+
+
+def test_experts_of_a_step_are_counted_without_kernels(monkeypatch):
+    """A kernel that a device does not take refuses its arms, not the whole benchmark of decoding."""
+    options = bench_decode.DecodeSettings(toy=True).for_device(torch.device("cpu"))
+    models = bench_decode.build_pair(bench_decode.model_config(1, False, toy=True), torch.device("cpu"), torch.float32)
+    prompts = bench_decode.draw_prompts(models[bench_decode.OURS].config, 2, options, torch.device("cpu"))
+
+    def refuse(*arguments):
+        raise ValueError("no kernel for this device")
+
+    for name in ("grinmoe", "grinmoe_cpu", "grinmoe_triton", "grouped_mm", "batched_mm"):
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, name, refuse)
+    assert 1 <= bench_decode.experts_per_step(models, prompts, options) <= 4
 
 
 def test_a_lora_report_is_written_whole(results):
