@@ -134,9 +134,9 @@ def block_predictions() -> list[Prediction]:
             Prediction(
                 f"G1 block over dense, even load, {tokens} tokens, grinmoe_quack",
                 *between(*(dense / one for one in ours)),
-                f"{products_ms(tokens):.2f} ms of products x {QUACK_PADDING[tokens]} (rows padded to 256, to 64 where they are "
-                f"summed over) x 790 / (600 to 700 TFLOP/s) and {glue:.2f} GB of glue, {ours[1]:.1f} to {ours[0]:.1f} ms; "
-                "only where quack-kernels is installed",
+                f"{products_ms(tokens):.2f} ms of products x {QUACK_PADDING[tokens]} (rows padded to 256, to 64 where they "
+                f"are summed over) x 790 / (600 to 700 TFLOP/s) and {glue:.2f} GB of glue, {ours[1]:.1f} to "
+                f"{ours[0]:.1f} ms; only where quack-kernels is installed",
             )
         )
     for tokens in (2048, 16384):

@@ -3,8 +3,8 @@
 QuACK (`pip install quack-kernels`) reads the rows of a product through an index, so that none are gathered, and computes
 SwiGLU, its backward and the inner products for the routing weights in the products' epilogues. Its groups have any number
 of rows; what it multiplies is padded to 256 of them. The rest is Triton's, as for `grinmoe_triton`, and so is what the
-backward keeps: the input and the pre-activations. Those have gate and up columns in turns here, the order of QuACK's epilogues; it reads and writes
-our `gate_up_proj`, gate first, by strides (`concat_layout`), and no weight is copied.
+backward keeps: the input and the pre-activations. Those have gate and up columns in turns here, the order of QuACK's
+epilogues; it reads and writes our `gate_up_proj`, gate first, by strides (`concat_layout`), and no weight is copied.
 
 Shapes: T tokens, K experts per token, N = T * K rows sorted by expert, E experts, H hidden size, I expert width.
 """
