@@ -26,6 +26,8 @@ from .side_by_side import LEAST_FLOPS, side_by_side, workers_for
 
 # Names that a config may give to x * sigmoid(x).
 SILU = ("silu", "swish")
+# That torch's grouped product takes.
+GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_silu(module: nn.Module) -> bool:
@@ -228,7 +230,7 @@ def _few_tokens(hidden_states, weights, gate_up_proj, down_proj, top_k_index) ->
     if int(ends[-1]) < choices:
         outputs[ends[-1] :] = 0  # served elsewhere (expert parallelism)
     by_choice = torch.empty_like(outputs).index_copy_(0, order, outputs)
-    return torch.bmm(weights.unsqueeze(1), by_choice.view(*weights.shape, -1)).squeeze(1)
+    return torch.bmm(weights.unsqueeze(1), by_choice.view(*weights.shape, rows.shape[1])).squeeze(1)
 
 
 def _grouped_mm(ends: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -247,7 +249,9 @@ def _one_by_one(multiply: Product, ends: list[int], rows: torch.Tensor, weights:
 
 def _takes_grouped_mm(rows: torch.Tensor, weights: torch.Tensor) -> bool:
     """Whether torch's grouped product does: it asks for one dtype, and for rows of whole multiples of 16 bytes."""
-    return rows.dtype == weights.dtype and weights.shape[2] * weights.itemsize % 16 == 0
+    if rows.dtype != weights.dtype or rows.dtype not in GROUPED_MM_DTYPES:
+        return False
+    return weights.is_contiguous() and weights.shape[2] * weights.itemsize % 16 == 0
 
 
 def _one_token(hidden_states, weights, gate_up_proj, down_proj, experts: list[int]) -> torch.Tensor:
@@ -403,7 +407,7 @@ def experts_reference(hidden_states, weights, gate_up_proj, down_proj, top_k_ind
         )
     outputs.append(torch.zeros_like(elsewhere))
     by_choice = torch.cat(outputs)[order.argsort()]
-    return (by_choice.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+    return (by_choice.view(*weights.shape, by_choice.shape[1]) * weights.unsqueeze(-1)).sum(dim=1)
 
 
 def _gradients(grad_output, inputs, kept, needed):

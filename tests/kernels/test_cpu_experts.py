@@ -210,6 +210,40 @@ def test_inference_gives_what_training_gives(tiny_config, way, choices, dtype):
     assert (inferred - trained).abs().max() <= bound * trained.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every second"])
+def test_inference_with_what_grouped_products_refuse(tiny_config, way, dtype, tokens, layout):
+    """No tokens, float64, and weights of any strides."""
+    if dtype != torch.float32 and way in ("oneDNN", "both", "several threads, oneDNN"):
+        pytest.skip("oneDNN's product is for float32 alone")
+    pair = []
+    for implementation in ("eager", "grinmoe_cpu"):
+        experts = build(tiny_config(), implementation).to(dtype).requires_grad_(False)
+        for weight in experts.parameters():
+            if layout == "transposed":
+                weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+            if layout == "every second":
+                weight.data = weight.data.repeat_interleave(2, dim=2)[..., ::2]
+        hidden_states = torch.linspace(-1, 1, tokens * 32, dtype=dtype).view(tokens, 32)
+        weights = torch.ones(tokens, 2, dtype=dtype)
+        pair.append(experts(hidden_states, torch.tensor([[0, 3], [1, 0], [2, 1], [3, 1], [0, 1]])[:tokens], weights))
+    assert pair[1].dtype == dtype and pair[1].shape == (tokens, 32)
+    bound = FAST_PATH_BFLOAT16 if dtype == torch.float16 else FAST_PATH_FLOAT32
+    assert ((pair[1] - pair[0]).abs() <= bound * pair[0].abs().max().clamp(min=1e-6) if tokens else pair[1] == 0).all()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_callers_default_device_is_not_followed(tiny_config, train):
+    experts, choices = build(tiny_config(), "grinmoe_cpu"), spread(4)
+    hidden_states, weights = torch.randn(40, 32), torch.rand(40, 2)
+    with torch.set_grad_enabled(train):
+        expected = experts(hidden_states, choices, weights)
+        with torch.device("meta"):
+            found = experts(hidden_states, choices, weights)
+    assert torch.equal(found, expected)
+
+
 def test_inference_without_values(tiny_config):
     """Under a fake mode nothing may depend on the choices: the operator is taken, which has shapes for it."""
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
