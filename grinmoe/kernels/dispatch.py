@@ -43,9 +43,15 @@ def experts_forward(
     return ALL_EXPERTS_FUNCTIONS[name](module, hidden_states, top_k_index, top_k_weights)
 
 
+# torch 2.11 compiles `is_exporting()` to True everywhere. So it is called while code is traced, and not traced itself.
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
 def implementation_for(module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> str:
     """Name of the implementation for this input, in Transformers' interface. The one place where it is chosen."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "grouped_mm"  # an exported graph should not need operators of ours
     if _decodes_by_kernels(module, hidden_states, top_k_index):
         return "grinmoe_triton"

@@ -296,3 +296,18 @@ def test_an_export_holds_no_operator_of_ours(tiny_model):
     model = tiny_model().eval()
     program = torch.export.export(model, (), {"input_ids": torch.arange(6)[None], "use_cache": False}, strict=False)
     assert not any("grinmoe" in str(node.target) for node in program.graph.nodes)
+
+
+class Asks(torch.nn.Module):
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 1 if dispatch.is_exporting() else tensor * 3
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_code_that_is_compiled_is_not_taken_for_an_export(strict):
+    """torch 2.11 compiles `torch.compiler.is_exporting()` to True in both, and the default then never took our kernels."""
+    ones = torch.ones(2)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(Asks(), backend="eager", fullgraph=True)(ones), 3 * ones)
+    assert torch.equal(torch.export.export(Asks(), (ones,), strict=strict).module()(ones), 2 * ones)
+    assert torch.equal(Asks()(ones), 3 * ones)
