@@ -598,7 +598,22 @@ def test_decoding_on_a_gpu_begins_with_what_its_goal_is_about():
         for form in ("captured", "static and compiled")
         for batch in (1, 8, 32)
     ]
+    # What they are compared with comes before our other arms.
+    assert {arm.name for _, (arm,) in stages[6:9]} == {"transformers phimoe, grouped_mm"}
     assert "transformers phimoe, eager" not in {arm.name for arm in arms}
+
+
+def test_arms_on_a_gpu_warm_up_with_every_length_that_is_measured(monkeypatch):
+    counts = []
+    monkeypatch.setattr(
+        bench_decode, "runner", lambda models, arm, options: lambda _: counts.append(options.new_tokens)
+    )
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    options, arm = bench_decode.DecodeSettings(), bench_decode.Arm(bench_decode.OURS, "grinmoe")
+    for device in ("cpu", "cuda"):
+        prompts = SimpleNamespace(device=torch.device(device))
+        bench_decode.warm_up({}, arm, bench_decode.runner({}, arm, options), prompts, options)
+    assert counts == [8, 128]
 
 
 @pytest.mark.integration
