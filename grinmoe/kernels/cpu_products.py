@@ -14,8 +14,8 @@ import contextlib
 import functools
 import json
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ import torch
 from huggingface_hub import cached_assets_path
 
 from ..provenance import cpu_name
+from .side_by_side import in_a_new_thread
 
 # left (n, k), right (k, m), result (n, m): result = left @ right. Any strides. `left` may have more rows, which add nothing.
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -122,7 +123,10 @@ def _taken(kind: str, rows: int, out_features: int, in_features: int, threads: i
 
 def _folder(threads: int) -> Path:
     name = f"{cpu_name()}-{threads}-threads-torch-{torch.__version__}"
-    return cached_assets_path("grinmoe", namespace="cpu-products", subfolder=name)
+    try:
+        return cached_assets_path("grinmoe", namespace="cpu-products", subfolder=name)
+    except RuntimeError as error:  # the user has no home
+        raise OSError(*error.args) from error
 
 
 def _read(file: Path) -> str | None:
@@ -135,15 +139,19 @@ def _read(file: Path) -> str | None:
 
 def _write_once(file: Path, text: str) -> None:
     """Write `file` whole, unless another process has done so meanwhile."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False) as own:
-        own.write(text)
+    own = file.with_name(f".{file.name}-{uuid.uuid4()}")
     try:
+        own.write_text(text)
         if _read(file) is None:
             file.unlink(missing_ok=True)  # it says nothing
-        with contextlib.suppress(FileExistsError):
-            os.link(own.name, file)
+        try:
+            os.link(own, file)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links: of processes that begin together, the last one is right
+            own.replace(file)
     finally:
-        os.unlink(own.name)
+        own.unlink(missing_ok=True)
 
 
 def operands(
@@ -153,7 +161,7 @@ def operands(
     generator = torch.Generator().manual_seed(0)  # the caller's draws stay what they are
 
     def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device="cpu")
+        return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
     inputs, upstream, weight = drawn(rows, in_features), drawn(rows, out_features), drawn(out_features, in_features)
     return {
@@ -165,22 +173,26 @@ def operands(
 
 def time_products(kind: str, rows: int, out_features: int, in_features: int, threads: int) -> dict:
     """The least microseconds of each product, in turn; and under "taken" the name of the one to take."""
-    arguments = operands(kind, rows, out_features, in_features)
     seconds = dict.fromkeys(PRODUCTS, float("inf"))
-    with torch.no_grad(), with_threads(threads):
-        for number in range(WARM_UPS + ROUNDS):
-            for name, multiply in PRODUCTS.items():
-                started = time.perf_counter()
-                multiply(*arguments)
-                if number >= WARM_UPS:
-                    seconds[name] = min(seconds[name], time.perf_counter() - started)
+
+    def measure() -> None:
+        arguments = operands(kind, rows, out_features, in_features)
+        with torch.no_grad(), with_threads(threads):
+            for number in range(WARM_UPS + ROUNDS):
+                for name, multiply in PRODUCTS.items():
+                    started = time.perf_counter()
+                    multiply(*arguments)
+                    if number >= WARM_UPS:
+                        seconds[name] = min(seconds[name], time.perf_counter() - started)
+
+    in_a_new_thread(measure)  # a mode of the caller's would count, record or refuse these products
     taken = "onednn" if seconds["onednn"] * ADVANTAGE < seconds["torch"] else "torch"
     return {**{f"{name}_us": round(1e6 * value, 1) for name, value in seconds.items()}, "taken": taken}
 
 
 @contextlib.contextmanager
 def with_threads(threads: int) -> Iterator[None]:
-    """Within it torch computes with so many threads."""
+    """Within it torch computes with so many threads, and threads that begin meanwhile have as many."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

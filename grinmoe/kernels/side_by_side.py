@@ -6,17 +6,19 @@ them wrote the next reads from another core's cache. Whole experts side by side 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Below it a forward pass is over before other threads have begun (measured on 2 cores: docs/performance.md).
 LEAST_FLOPS = 2e8
@@ -71,12 +73,35 @@ def side_by_side(
             except IndexError:
                 return
 
-    def run(_: int) -> None:
+    def run() -> None:
         # A thread has modes of its own.
         with torch.inference_mode(inference), torch.no_grad():
             work(share())
 
-    list(_executor(os.getpid(), workers, torch.get_num_threads()).map(run, range(workers)))
+    begun: list[Future[None]] = []
+    try:
+        with contextlib.suppress(RuntimeError):  # no thread can begin any more, as while the interpreter ends
+            executor = _executor(os.getpid(), workers, torch.get_num_threads())
+            for _ in range(workers):
+                begun.append(executor.submit(run))
+        if not begun:
+            run()
+        for future in begun:
+            future.result()
+    finally:
+        # After an error or an interrupt nobody goes on with what is the caller's again.
+        waiting.clear()
+        wait(begun)
+
+
+def in_a_new_thread(function: Callable[[], Result]) -> Result:
+    """What `function` returns, where none of the caller's modes hold and torch's number of threads is the default."""
+    with ThreadPoolExecutor(1) as one:
+        try:
+            future = one.submit(function)
+        except RuntimeError:  # no thread can begin any more, as while the interpreter ends
+            return function()
+        return future.result()
 
 
 def _longest(costs: list[int], workers: int) -> int:
@@ -106,10 +131,18 @@ def _executor(process: int, workers: int, threads: int) -> ThreadPoolExecutor:
         torch.get_num_threads()
         torch.set_num_threads(threads // workers)
 
-    executor = ThreadPoolExecutor(workers, "grinmoe-experts", begin)
-    # All of them start and set their number before the caller sets its own again: threads that torch meets for the first
-    # time get the number that was set last.
-    everyone = threading.Barrier(workers)
-    list(executor.map(lambda _: everyone.wait(), range(workers)))
-    torch.set_num_threads(threads)
-    return executor
+    def with_all_begun() -> ThreadPoolExecutor:
+        # Threads that torch meets for the first time get the number that was set last: all workers start and set theirs
+        # before that is what it was.
+        default = torch.get_num_threads()
+        executor, everyone = ThreadPoolExecutor(workers, "grinmoe-experts", begin), threading.Barrier(workers)
+        try:
+            list(executor.map(lambda _: everyone.wait(), range(workers)))
+        except BaseException:
+            everyone.abort()  # those that have begun would wait for ever
+            raise
+        finally:
+            torch.set_num_threads(default)
+        return executor
+
+    return in_a_new_thread(with_all_begun)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from grinmoe.kernels import cpu_products
 from grinmoe.kernels.cpu_products import (
@@ -112,6 +115,51 @@ def test_where_nothing_can_be_written_the_process_times_for_itself(monkeypatch, 
     cpu_products._products_for.cache_clear()
 
 
+def test_on_a_full_disk_nothing_is_left_behind(monkeypatch, kept):
+    """Thousands of empty files are no help there."""
+    resource = pytest.importorskip("resource")
+    pretend(monkeypatch, 1.0, 0.5)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        found = products_for(8, BIG, torch.float32, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found.forward is cpu_products.PRODUCTS["onednn"]
+    assert not list(kept.iterdir())
+
+
+def test_a_file_system_without_hard_links(monkeypatch, kept):
+    """Some network and user-space file systems have none: there the answer is kept as well."""
+
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(cpu_products.os, "link", refuse)
+    cpu_products._write_once(kept / "forward.json", '{"taken": "onednn"}')
+    assert cpu_products._read(kept / "forward.json") == "onednn"
+    assert [path.name for path in kept.iterdir()] == ["forward.json"]
+
+
+def test_the_answer_may_be_read_by_all_who_may_read_the_folder(kept):
+    """A cache is shared by the users of a cluster."""
+    (kept / "as it comes").touch()
+    cpu_products._write_once(kept / "forward.json", '{"taken": "onednn"}')
+    assert (kept / "forward.json").stat().st_mode == (kept / "as it comes").stat().st_mode
+
+
+def test_a_folder_in_place_of_the_file(monkeypatch, kept):
+    pretend(monkeypatch, 1.0, 0.5)
+    (kept / "forward-8x400x300.json").mkdir()
+    assert products_for(8, BIG, torch.float32, 1).forward is cpu_products.PRODUCTS["onednn"]
+
+
+def test_a_user_without_a_home_has_no_folder(monkeypatch):
+    monkeypatch.setattr(cpu_products, "cached_assets_path", lambda *_, **__: Path("~no-such-user/cache").expanduser())
+    with pytest.raises(OSError, match="home"):
+        cpu_products._folder(1)
+
+
 def test_the_first_to_write_is_right_for_all(monkeypatch, kept):
     """Processes that begin together, on a machine near a tie."""
     file, everyone = kept / "forward.json", threading.Barrier(8)
@@ -153,6 +201,32 @@ def test_timing_draws_nothing_from_torchs_generator(kept):
     with torch.device("meta"):  # nor does it follow the caller's default device
         products_for(8, BIG, torch.float32, 1)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_timing_follows_no_mode_of_the_caller(kept):
+    """It is float32 that is timed, and nobody else counts, batches or casts these products."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+            products_for(8, BIG, torch.float32, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert counter.get_total_flops() == 0
+    assert len(list(kept.iterdir())) == len(KINDS)
+
+
+def test_timing_leaves_the_number_of_threads_as_it_was():
+    """The caller's own, and the one for threads to come, which another thread has set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(torch.set_num_threads, 4).result()
+        time_products("forward", 8, 40, 30, 2)
+        with ThreadPoolExecutor(1) as other:
+            assert (torch.get_num_threads(), other.submit(torch.get_num_threads).result()) == (5, 4)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows, expected", [(0, 1), (1, 1), (2, 2), (3, 4), (128, 128), (129, 256), (5000, 256)])

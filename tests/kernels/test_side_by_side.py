@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -100,6 +103,88 @@ def test_an_error_reaches_the_caller(threads):
     with pytest.raises(ArithmeticError, match="at three"):
         side_by_side(work, range(8), [1] * 8, 2)
     side_by_side(list, range(8), [1] * 8, 2)  # and the workers are still there
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_after_an_error_nobody_goes_on(threads, error):
+    """The caller's tensors are the caller's again."""
+    threads(2)
+    served = []
+
+    def work(mine):
+        for item in mine:
+            if item == 0:
+                raise error
+            time.sleep(0.05)
+            served.append(item)
+
+    with pytest.raises(error):
+        side_by_side(work, range(8), [8 - item for item in range(8)], 2)
+    before = list(served)
+    time.sleep(0.2)
+    assert served == before and len(served) <= 1
+
+
+def test_the_number_for_threads_to_come_is_left_as_it_was(threads):
+    """It is one for the process, and not the caller's own where another thread has set it since."""
+    threads(5)
+    in_a_thread(lambda: torch.set_num_threads(4))
+    side_by_side(list, range(3), [1] * 3, 3)
+    assert torch.get_num_threads() == 5
+    assert in_a_thread(torch.get_num_threads) == 4
+
+
+def in_a_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+LATE = """
+import threading, torch
+from grinmoe.kernels.side_by_side import side_by_side
+torch.set_num_threads(2)
+if {before}:
+    side_by_side(list, range(8), [1] * 8, 2)
+def late():
+    threading.main_thread().join()
+    for _ in range(2):
+        served = []
+        side_by_side(served.extend, range(8), [1] * 8, 2)
+        print(sum(served))
+threading.Thread(target=late).start()
+"""
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["used before", "never used"])
+def test_a_thread_that_outlives_the_main_thread(before):
+    """While the interpreter ends, it starts no more work in other threads: then the caller does it."""
+    found = subprocess.run(
+        [sys.executable, "-c", LATE.format(before=before)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert found.stdout.split() == ["28", "28"], found.stderr
+
+
+def test_where_no_thread_can_begin(threads, monkeypatch):
+    threads(7)  # of which there are no workers yet
+    begin, begun = threading.Thread.start, []
+
+    def start(thread):
+        if len(begun) == 1:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        begin(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        served = []
+        side_by_side(served.extend, range(8), [1] * 8, 7)
+    assert sorted(served) == list(range(8))
+    for thread in begun:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def _in_a_fork(queue):
