@@ -125,7 +125,7 @@ def _folder(threads: int) -> Path:
     name = f"{cpu_name()}-{threads}-threads-torch-{torch.__version__}"
     try:
         return cached_assets_path("grinmoe", namespace="cpu-products", subfolder=name)
-    except RuntimeError as error:  # the user has no home
+    except (RuntimeError, ValueError) as error:  # the user has no home, or a file is where a folder should be
         raise OSError(*error.args) from error
 
 
