@@ -887,7 +887,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         elif position_ids is not None and not torch.compiler.is_compiling():
             _refuse_packing(attention_mask, position_ids)
         if use_cache and cache is None and samples is None:
-            cache = DynamicCache(config=self.config)
+            cache = DynamicCache(config=self.window_config)
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
