@@ -43,7 +43,9 @@ def _take(num_bytes: int) -> mmap.mmap:
                 _idle.remove(memory)
                 return memory
     # Private: what a forked process writes must not be seen here, and shared memory seldom gets large pages.
-    memory = mmap.mmap(-1, num_bytes, **({"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}))
+    memory = mmap.mmap(
+        -1, num_bytes, **({"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {})
+    )
     # A system without large pages has none, or says so.
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
