@@ -71,7 +71,7 @@ def cpu_experts_forward(
     elif trains or keep is not None or is_transformed():
         output, _ = _function(*differentiable, top_k_index, keep)
     else:
-        output = _inference(*differentiable, top_k_index)
+        output, _ = experts_and_kept(*differentiable, top_k_index, None, trains=False)
     return output.to(dtype)
 
 
@@ -174,47 +174,46 @@ def experts_and_kept(
 
     `keep` (N, I) is dropout, by sorted choice.
     """
-    if not trains:
-        return _inference(hidden_states, weights, gate_up_proj, down_proj, top_k_index), hidden_states.new_empty(0)
+    if len(hidden_states) == 1 and not trains:
+        output, pre_activation = (
+            _one_token(hidden_states, weights, gate_up_proj, down_proj, top_k_index[0].tolist()),
+            None,
+        )
+    elif _flops(top_k_index.numel(), gate_up_proj) < LEAST_FLOPS:
+        output, pre_activation = _few_tokens(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep)
+    else:
+        output, pre_activation = _many_tokens(hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep)
+    # With a gradient and without, several tokens take the same way: trainers compare such forwards bit for bit.
+    return output, pre_activation if trains else hidden_states.new_empty(0)
+
+
+def _many_tokens(
+    hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep
+) -> tuple[torch.Tensor, torch.Tensor]:
     groups = _Groups(top_k_index, gate_up_proj, hidden_states.dtype)
-    pre_activation = hidden_states.new_empty(top_k_index.numel(), gate_up_proj.shape[1])
-    return _forward(groups, hidden_states, weights, gate_up_proj, down_proj, pre_activation, keep), pre_activation
-
-
-def _inference(hidden_states, weights, gate_up_proj, down_proj, top_k_index) -> torch.Tensor:
-    """The same without a trace of it."""
-    if len(hidden_states) == 1:
-        return _one_token(hidden_states, weights, gate_up_proj, down_proj, top_k_index[0].tolist())
-    if _flops(top_k_index.numel(), gate_up_proj) < LEAST_FLOPS:
-        return _few_tokens(hidden_states, weights, gate_up_proj, down_proj, top_k_index)
-    groups = _Groups(top_k_index, gate_up_proj, hidden_states.dtype)
-    return _forward(groups, hidden_states, weights, gate_up_proj, down_proj)
-
-
-def _forward(
-    groups: _Groups, hidden_states, weights, gate_up_proj, down_proj, pre_activation=None, keep=None
-) -> torch.Tensor:
-    """The output (T, H). `pre_activation`: where these are left; None if nobody wants them."""
     multiply, (hidden, width) = groups.products.forward, down_proj.shape[1:]
-    outputs = hidden_states.new_empty(groups.order.numel(), hidden)
+    pre_activation = hidden_states.new_empty(len(groups.order), 2 * width)
+    outputs = hidden_states.new_empty(len(groups.order), hidden)
 
     def serve(mine: Iterator[_Group]) -> None:
         rows = hidden_states.new_empty(groups.longest, hidden)
         activations = hidden_states.new_empty(groups.longest, width)
-        buffer = hidden_states.new_empty(groups.longest, 2 * width) if pre_activation is None else None
         for group in mine:
-            gate_up = pre_activation[group.rows] if buffer is None else buffer[: group.size]
+            gate_up = pre_activation[group.rows]
             multiply(group.gather(hidden_states, rows), gate_up_proj[group.expert].to(rows.dtype).t(), gate_up)
             activation = _activation(gate_up, activations[: group.size])
             if keep is not None:
                 activation *= keep[group.rows]
-            multiply(group.filled_up(activations), down_proj[group.expert].to(rows.dtype).t(), outputs[group.rows])
+            down_weight = down_proj[group.expert].to(rows.dtype)
+            multiply(group.filled_up(activations), down_weight.t(), outputs[group.rows])
 
     groups.each(serve)
-    return groups.summed(outputs, weights)
+    return groups.summed(outputs, weights), pre_activation
 
 
-def _few_tokens(hidden_states, weights, gate_up_proj, down_proj, top_k_index) -> torch.Tensor:
+def _few_tokens(
+    hidden_states, weights, gate_up_proj, down_proj, top_k_index, keep
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Here every operation counts. What belongs to all choices stays in the cache anyway, and nothing is filled up."""
     num_experts, choices, threads = len(gate_up_proj), top_k_index.numel(), torch.get_num_threads()
     sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
@@ -225,12 +224,17 @@ def _few_tokens(hidden_states, weights, gate_up_proj, down_proj, top_k_index) ->
         multiplied = functools.partial(_grouped_mm, ends)
     else:
         multiplied = functools.partial(_one_by_one, multiply, ends.tolist())
-    gate, up = multiplied(rows, gate_up_proj).chunk(2, dim=-1)
-    outputs = multiplied(nn.functional.silu(gate).mul_(up), down_proj)
+    pre_activation = multiplied(rows, gate_up_proj)
+    gate, up = pre_activation.chunk(2, dim=-1)
+    activation = nn.functional.silu(gate).mul_(up)
+    if keep is not None:
+        activation *= keep
+    outputs = multiplied(activation, down_proj)
     if int(ends[-1]) < choices:
         outputs[ends[-1] :] = 0  # served elsewhere (expert parallelism)
     by_choice = torch.empty_like(outputs).index_copy_(0, order, outputs)
-    return torch.bmm(weights.unsqueeze(1), by_choice.view(*weights.shape, rows.shape[1])).squeeze(1)
+    output = torch.bmm(weights.unsqueeze(1), by_choice.view(*weights.shape, rows.shape[1])).squeeze(1)
+    return output, pre_activation
 
 
 def _grouped_mm(ends: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

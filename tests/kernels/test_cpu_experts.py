@@ -191,6 +191,16 @@ def test_lengths_that_are_rounded_up(tiny_config, way, sizes):
     assert_like_the_loop(tiny_config(num_experts_per_tok=1), choices[torch.randperm(len(choices))])
 
 
+@pytest.mark.parametrize("width", [48, 14, 7])
+def test_forwards_with_and_without_gradients_are_equal_bit_by_bit(tiny_config, way, width):
+    """Of any width: products are not the same to the last bit where their operands' addresses are aligned otherwise."""
+    experts, choices = build(tiny_config(intermediate_size=width), "grinmoe_cpu"), spread(4, 61)
+    hidden_states, weights = torch.randn(61, 32), torch.rand(61, 2)
+    trained = experts(hidden_states, choices, weights)
+    with torch.no_grad():
+        assert torch.equal(experts(hidden_states, choices, weights), trained)
+
+
 @pytest.mark.parametrize(
     "choices",
     [spread(4), torch.tensor([[2, 0]]), torch.tensor([[3]]), torch.tensor([[1, 4]]), torch.tensor([[4, 4]])],
@@ -206,6 +216,8 @@ def test_inference_gives_what_training_gives(tiny_config, way, choices, dtype):
     with torch.no_grad():
         inferred = experts(hidden_states, choices, weights)
     assert trained.requires_grad and not inferred.requires_grad and inferred.dtype == dtype
+    if len(choices) > 1:  # a preference loss compares a policy with its reference, and must begin at 0
+        assert torch.equal(inferred, trained)
     bound = FAST_PATH_BFLOAT16 if dtype == torch.bfloat16 else FAST_PATH_FLOAT32
     assert (inferred - trained).abs().max() <= bound * trained.abs().max()
 
