@@ -142,12 +142,11 @@ def _write_once(file: Path, text: str) -> None:
     own = file.with_name(f".{file.name}-{uuid.uuid4()}")
     try:
         own.write_text(text)
-        if _read(file) is None:
-            file.unlink(missing_ok=True)  # it says nothing
         try:
             os.link(own, file)
         except FileExistsError:
-            pass
+            if _read(file) is None:  # it says nothing
+                own.replace(file)
         except OSError:  # a file system without hard links: of processes that begin together, the last one is right
             own.replace(file)
     finally:
