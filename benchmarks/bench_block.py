@@ -273,7 +273,7 @@ def table(case: Case, options: BlockSettings, tflops: float) -> str:
         arm = case.arms[name]
         low, high = timing.quartiles_ms
         reached = STEP_OVER_FORWARD * forward_flops / (1e-3 * timing.median_ms) / 1e12
-        # Of a base that was refused there is no ratio.
+        # An arm that was refused cannot be compared with.
         ratios = [
             f"{timing.ratio_to(timings[base]):.3f}" if base in timings else "-"
             for base in (DENSE, PHIMOE_GROUPED, PHIMOE_EAGER)

@@ -224,7 +224,7 @@ def measure(part: Part, minutes: float, left: float, options: SuiteSettings, loo
     if options.toy or options.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if options.toy:
-        # At these sizes a second thread only waits, and nothing is to be fetched.
+        # At these sizes a second thread only waits, and no download is needed.
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     print(f"\n== {' '.join(command[1:])}", flush=True)
     started = time.monotonic()

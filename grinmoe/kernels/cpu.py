@@ -1,6 +1,7 @@
 """The experts on a CPU, `experts_implementation="grinmoe_cpu"`: one pass over the experts in each direction.
 
-What belongs to an expert stays in the cache that way. Only the input and the pre-activations are kept for the backward:
+What belongs to an expert stays in one core's cache that way: `side_by_side` gives each thread whole experts, and
+`cpu_products` chooses who multiplies. Only the input and the pre-activations are kept for the backward:
 activations are computed again, and the routing weights' gradient is their inner product with their own gradient.
 
 Shapes: T tokens, K experts per token, N = T * K choices sorted by expert, E experts, H hidden size, I expert width.
