@@ -7,9 +7,12 @@ The defaults are those of the released model (16 x 3.8B experts, top-2, 42B para
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import operator
-from typing import Any
+import os
+import stat
+from typing import Any, NoReturn
 
 from transformers import MixtralConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -97,6 +100,111 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_grinmoe.GrinMoeForCausalLM",
     "AutoModelForSequenceClassification": "modeling_grinmoe.GrinMoeForSequenceClassification",
 }
+
+
+# Bounds of the JSON that others write. The index of a model with 100,000 tensors has about 10 MB; a config has a few levels.
+MAX_JSON_BYTES = 16 * 2**20
+_MAX_JSON_DEPTH = 64
+
+
+def read_json_object(
+    file: str | os.PathLike,
+    error_class: type[Exception] = ValueError,
+    remedy: str = "take the original file again",
+    max_bytes: int = MAX_JSON_BYTES,
+    allow_nan: bool = False,
+) -> dict[str, Any]:
+    """
+    Read a JSON file that holds an object. Every reader of JSON that others have written uses this function.
+
+    Args:
+        file: a regular file, or a link to one.
+        error_class: raised for every fault; its message names the file and the reason, and ends with `remedy`.
+        remedy: what the user can do.
+        max_bytes: largest size of the file.
+        allow_nan: take NaN and Infinity, which `json.dumps` writes and standard JSON does not have.
+
+    Raises:
+        error_class: the file is missing, unreadable, too large, or not a regular file (a FIFO or a device would block); it
+            is not UTF-8 or not JSON; it holds something other than an object, one key twice, more than 64 levels, a number
+            beyond 64 bits, NaN, Infinity or half of a surrogate pair.
+    """
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"it holds {name}, which is not standard JSON")
+
+    numbers: dict[str, Any] = {"parse_int": _json_int, "parse_float": _json_float}
+    if not allow_nan:
+        numbers["parse_constant"] = refuse_constant
+    try:
+        content = json.loads(_json_text(file, max_bytes), object_pairs_hook=_without_repetition, **numbers)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a JSON object")
+        _check_json(content)
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, RecursionError):
+            reason = f"it has more than {_MAX_JSON_DEPTH} levels"
+        elif isinstance(error, json.JSONDecodeError):
+            reason = f"it is not JSON ({error})"
+        raise error_class(f"{os.fspath(file)} cannot be read: {reason}; {remedy}") from error
+
+
+def _json_text(file: str | os.PathLike, max_bytes: int) -> str:
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
+    with open(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as opened:
+        if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        data = opened.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"it is larger than {max_bytes:,} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _json_int(digits: str) -> int:
+    # The length first: Python takes quadratic time for long ones, and refuses those of more than 4,300 digits.
+    if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**64:
+        raise ValueError(f"it holds the integer {digits[:24]}, which has more than 64 bits")
+    return value
+
+
+def _json_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"it holds the number {digits[:20]}, which is too large")
+    return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"it names {twice!r} twice")
+    return result
+
+
+def _check_json(content: dict[str, Any]) -> None:
+    """Bound the depth, which Python's copies and printers recurse into, and refuse strings that UTF-8 cannot write."""
+    level: list[Any] = [content]
+    for _ in range(_MAX_JSON_DEPTH + 1):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+                raise ValueError(f"the text {value[:40]!r} holds half of a surrogate pair")
+        if not below:
+            return
+        level = below
+    raise RecursionError
 
 
 def _plan_of_mixtral(plan: dict[str, Any]) -> dict[str, Any]:

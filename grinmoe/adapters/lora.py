@@ -26,7 +26,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..files import read_json_object
+from ..configuration_grinmoe import read_json_object
 from ..modeling_grinmoe import GrinMoeExperts
 from ..quantization_grinmoe import FUSED, PackedExperts
 from .expert_lora import ExpertLora, GrinMoeLoraConfig

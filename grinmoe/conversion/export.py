@@ -37,8 +37,8 @@ from ..checkpoint_grinmoe import (
     refuse_checkout,
     replaced_when_whole,
 )
-from ..configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig
-from ..files import atomic_write_text, copy_files, folder_or_repository, read_json_object
+from ..configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig, read_json_object
+from ..files import atomic_write_text, copy_files, folder_or_repository
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeRotaryEmbedding
 from ..provenance import markdown_table
 from ..quantization_grinmoe import FUSED, dense_shape, quantize_rows

@@ -14,7 +14,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from rich.console import Console
 
-from ..files import atomic_write_text, folder_or_repository, read_json_object, require_packages
+from ..configuration_grinmoe import read_json_object
+from ..files import atomic_write_text, folder_or_repository, require_packages
 from ..hub import Evaluation, metric_name
 from ..loading import base_of_model, load_for_use
 from ..provenance import environment, markdown_table

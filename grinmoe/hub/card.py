@@ -12,7 +12,7 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..files import read_json_object
+from ..configuration_grinmoe import read_json_object
 from ..provenance import markdown_table
 from .card_facts import FACTS_NAME, CardFacts, Evaluation, read_evaluations
 from .card_metadata import as_list, card_data, check_metadata, data_of

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..files import read_json_object
+from ..configuration_grinmoe import read_json_object
 from .card_metadata import BASE_MODEL_TAG, as_list, check_metadata, data_of, eval_results
 
 CARD_NAME = "README.md"

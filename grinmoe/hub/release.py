@@ -33,8 +33,8 @@ from transformers.utils import (
 )
 
 from ..checkpoint_grinmoe import CheckpointFileError, StoredTensor, add_remote_code, check_weights, read_tensors
-from ..configuration_grinmoe import GrinMoeConfig
-from ..files import copy_files, physical_memory_bytes, read_json_object
+from ..configuration_grinmoe import GrinMoeConfig, read_json_object
+from ..files import copy_files, physical_memory_bytes
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
 from ..tokenization import check_tokenizer, load_tokenizer, template_difference
 from .card import card_for

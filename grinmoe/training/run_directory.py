@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..files import atomic_write_text, read_json_object
+from ..configuration_grinmoe import read_json_object
+from ..files import atomic_write_text
 from ..provenance import environment
 from .recipe import Recipe
 from .stop import last_whole_checkpoint, remove_partial_checkpoints
@@ -169,7 +170,7 @@ class RunFolder:
 def _name_best_here(checkpoint: Path) -> None:
     """The Trainer writes down the best checkpoint as output_dir was typed; the folder may be named otherwise by now."""
     file = checkpoint / TRAINER_STATE_NAME
-    state = read_json_object(file)
+    state = read_json_object(file, max_bytes=2**30, allow_nan=True)  # the Trainer writes its log into it
     best = state.get("best_model_checkpoint")
     here = None if best is None else checkpoint.parent / Path(best).name
     if here is not None and here.is_dir() and str(here) != best:

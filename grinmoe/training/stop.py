@@ -31,8 +31,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..checkpoint_grinmoe import CheckpointError, CheckpointFileError, read_tensors
+from ..configuration_grinmoe import read_json_object
 from ..distributed import is_sharded, is_whole
-from ..files import read_json_object
 
 
 class _EvaluationInterrupted(Exception):
@@ -172,7 +172,7 @@ def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 def _is_whole(folder: Path) -> bool:
     """The Trainer writes the state last. What it wrote before is looked at too: a machine may have lost its cache."""
     try:
-        read_json_object(folder / TRAINER_STATE_NAME)
+        read_json_object(folder / TRAINER_STATE_NAME, max_bytes=2**30, allow_nan=True)
         _check_weights(folder)
     except CheckpointFileError:
         return False
