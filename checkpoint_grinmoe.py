@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ from .quantization_grinmoe import (
     experts_are_quantized,
     packed_layout,
 )
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # On-disk name -> (fused parameter, position of its rows in there).
 ON_DISK = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
@@ -543,6 +549,76 @@ def refuse_checkout(folder: str | os.PathLike) -> None:
 # leaves no mixture of two checkpoints that would load.
 _KEYSTONES = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
 WORKSPACE = ".saving-"
+_OWNED = "grinmoe-workspace"
+
+
+class Workspace:
+    """A private folder of this process beside the place where its content goes.
+
+    Its name is random, so nobody can have put a link there. It holds a file that stays locked while the process lives.
+    A folder with that file and no lock belonged to a killed process. Nothing else counts as ours, whatever its name.
+
+    Attributes:
+        path: the folder.
+        new: an empty folder in it, for what is written.
+        previous: an empty folder in it, for what is replaced.
+        purpose: what it was made for.
+    """
+
+    def __init__(self, path: Path, purpose: str, lock: int | None):
+        self.path, self.purpose, self._lock = path, purpose, lock
+        self.new, self.previous = path / "new", path / "previous"
+
+    @classmethod
+    def make(cls, parent: Path, prefix: str, purpose: str = "") -> Workspace:
+        """Make one in `parent`, under a name that begins with `prefix`."""
+        path, lock = Path(tempfile.mkdtemp(prefix=prefix, dir=parent)), None
+        if fcntl is not None:  # elsewhere a workspace of a killed process stays
+            # Locked before it has its name: nobody can take it for one of a killed process in between.
+            lock = os.open(path / "making", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            os.write(lock, purpose.encode())
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.rename(path / "making", path / _OWNED)
+        for folder in (path / "new", path / "previous"):
+            folder.mkdir()
+        return cls(path, purpose, lock)
+
+    @classmethod
+    def left_in(cls, parent: Path, prefix: str) -> Iterator[Workspace]:
+        """Take over the workspaces that killed processes of this user have left in `parent`, one after the other."""
+        names: list[str] = []
+        with contextlib.suppress(OSError):  # a folder that cannot be listed
+            names = sorted(os.listdir(parent)) if fcntl is not None else []
+        # mkdtemp adds 8 characters: .a-b-12345678 is not of .a-
+        for path in (parent / n for n in names if n.startswith(prefix) and len(n) == len(prefix) + 8):
+            if path.is_symlink():
+                continue
+            try:
+                lock = os.open(path / _OWNED, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:
+                continue
+            with contextlib.suppress(OSError, UnicodeDecodeError):  # locked by a process that lives, or not ours
+                owner = os.fstat(lock)
+                if owner.st_uid == os.geteuid() and stat.S_ISREG(owner.st_mode):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    yield cls(path, os.pread(lock, 4096, 0).decode(), lock)
+                    continue
+            os.close(lock)
+
+    def holds_replaced_files(self) -> bool:
+        """Whether there is anything in `previous`: perhaps the only copy of what was to be replaced."""
+        return any(not path.is_dir() or path.is_symlink() for path in self.previous.rglob("*"))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the folder to a later process."""
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
 
 
 @contextlib.contextmanager
@@ -553,10 +629,12 @@ def replaced_when_whole(folder: str | os.PathLike) -> Iterator[Path]:
     move raises (a full disk, say), `folder` stays, or becomes again, what it was. Files of the new checkpoint replace
     their namesakes, shards of the previous one that are not among them are removed, other files stay. If the process is
     killed while files are moved, or a move can neither be done nor undone, what was moved aside is in the hidden folder
-    `.saving-*`, and `folder` does not load; the next save that succeeds removes that.
+    `.saving-*`, and `folder` does not load; the next save that succeeds removes that. New files are on the disk before
+    an old one leaves.
 
     Raises:
-        ValueError: `folder` is a file or a link that leads nowhere, or its name is empty.
+        ValueError: `folder` is a file or a link that leads nowhere, or its name is empty; or something in it that is
+            not a file has the name of a new file.
     """
     if not os.fspath(folder):
         raise ValueError("save_directory is empty; give a folder ('.' is the current one)")
@@ -567,23 +645,34 @@ def replaced_when_whole(folder: str | os.PathLike) -> Iterator[Path]:
         raise ValueError(f"save_directory={os.fspath(folder)!r} is a link that leads nowhere; give a folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=WORKSPACE, dir=folder))
-    staging, previous = workspace / "new", workspace / "previous"
-    staging.mkdir()
-    previous.mkdir()
+    for left in Workspace.left_in(folder, WORKSPACE):
+        left.close() if left.holds_replaced_files() else left.remove()
+    workspace = Workspace.make(folder, WORKSPACE)
     replaced = False
     try:
-        yield staging
-        _move_in(staging, folder, previous)
+        yield workspace.new
+        write_through(*workspace.new.rglob("*"), workspace.new)
+        _move_in(workspace.new, folder, workspace.previous)
         replaced = True
-        for leftover in folder.glob(f"{WORKSPACE}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for left in Workspace.left_in(folder, WORKSPACE):
+            left.remove()
     finally:
         # A move that could not be undone either has left the only copy of an old file here.
-        if replaced or not any(path.is_file() for path in previous.rglob("*")):
-            shutil.rmtree(workspace, ignore_errors=True)
+        if replaced or not workspace.holds_replaced_files():
+            workspace.remove()
+        workspace.close()
         with contextlib.suppress(OSError):  # up to the first one that holds something
             list(map(Path.rmdir, made))
+
+
+def write_through(*paths: Path) -> None:
+    """Have the disk hold these files, and the names in these folders: what is renamed then survives a loss of power."""
+    for path in paths if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _move_in(staging: Path, folder: Path, previous: Path) -> None:
@@ -592,8 +681,14 @@ def _move_in(staging: Path, folder: Path, previous: Path) -> None:
     entering.sort(key=lambda path: path.name in _KEYSTONES)
     names = {path.name for path in entering}
     stale = [Path(name) for name in stale_weights((path.name for path in folder.iterdir()), names)]
-    leaving = [path for path in entering if (folder / path).exists()] + stale
+    leaving = [path for path in entering if os.path.lexists(folder / path)] + stale
     leaving.sort(key=lambda path: path.name not in _KEYSTONES)
+    for name in (*leaving, *{parent for path in entering for parent in list(path.parents)[:-1]}):
+        # A link is replaced and never followed.
+        found, kind = folder / name, "file" if name in leaving else "folder"
+        fits = found.is_symlink() or found.is_file() if kind == "file" else found.is_dir() and not found.is_symlink()
+        if os.path.lexists(found) and not fits:
+            raise ValueError(f"{found} is not a {kind} and is in the way of a new one; move it elsewhere")
     moves = [(folder / path, previous / path) for path in leaving]
     moves += [(staging / path, folder / path) for path in entering]
     with contextlib.ExitStack() as undo:
@@ -602,6 +697,7 @@ def _move_in(staging: Path, folder: Path, previous: Path) -> None:
             os.replace(source, target)
             undo.callback(os.replace, target, source)
         undo.pop_all()
+    write_through(folder)
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:

@@ -1,4 +1,4 @@
-"""Files and machines: atomic writes, JSON, permissions, how commands name models, folders, dtypes and devices, and memory.
+"""Files and machines: atomic writes, permissions, how commands name models, folders, dtypes and devices, and memory.
 
 This file imports the standard library alone: the command line reads it, and importing `grinmoe` takes seconds.
 """
@@ -6,14 +6,16 @@ This file imports the standard library alone: the command line reads it, and imp
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
-import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 # What `--dtype` may be: "auto" is the checkpoint's own.
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -31,12 +33,76 @@ Device = Annotated[
 ShardSize = Annotated[int | str, "such as 500MB", "SIZE"]
 
 
+class DiskFullError(OSError):
+    """A disk has no room left for what was to be written."""
+
+
+@contextlib.contextmanager
+def telling_disk_full(folder: str | os.PathLike) -> Iterator[None]:
+    """
+    Raise DiskFullError where the body fails because a disk or a quota is full.
+
+    Args:
+        folder: where the body writes; it need not exist.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        place = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+        free = shutil.disk_usage(place).free / 1e6
+        raise DiskFullError(
+            f"the disk is full: writing to {folder} failed ({error}), and {free:,.1f} MB are free there; free some space "
+            "or choose a folder on another disk, then run the same command again"
+        ) from error
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # safetensors has the number in its text alone, and torch's writer of pickles has none.
+        if re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b", str(error)):
+            return True
+        if isinstance(error, RuntimeError) and re.search(
+            "PytorchStreamWriter failed writing|unexpected pos", str(error)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; at the end it is renamed, so that `path` never holds a part of a file."""
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    yield partial
-    partial.replace(path)
+    """
+    Yield a path beside `path` to write to; at the end it is renamed, so that `path` never holds a part of a file.
+
+    The temporary name is random and hidden, with the suffix of `path`. A link at `path` is replaced and not followed. The
+    content is on the disk before the rename. If the body raises, nothing is left.
+
+    Raises:
+        ValueError: `path` exists and is not a file (a folder, FIFO, socket or device).
+        DiskFullError: the disk is full.
+    """
+    if os.path.lexists(path) and not (path.is_symlink() or path.is_file()):
+        raise ValueError(f"{path} is {kind_of(path)} and cannot be replaced by a file; give another name")
+    with telling_disk_full(path.parent):
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(descriptor)
+        partial = Path(name)
+        try:
+            yield partial
+            partial.chmod(default_mode())  # mkstemp makes it private
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -45,48 +111,16 @@ def atomic_write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-@contextlib.contextmanager
-def folder_when_whole(target: Path) -> Iterator[Path]:
-    """
-    Make a folder that appears when it is complete.
-
-    Yields an empty folder with a hidden name on the file system of `target`. When the body ends without an error, it
-    takes the place of `target`, and a folder that was there is deleted. Otherwise `target` stays what it was.
-    """
-    nearest = next(path for path in target.parents if path.exists())
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=nearest))
-    previous = workspace.with_name(f"{workspace.name}-previous")
-    try:
-        yield workspace
-        workspace.chmod(default_mode(is_folder=True))  # mkdtemp makes it private
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as undo:
-            if target.exists():
-                target.rename(previous)
-                undo.callback(previous.rename, target)
-            workspace.rename(target)
-            undo.pop_all()
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-
-
-def read_json_object(
-    file: Path, error_class: type[ValueError] = ValueError, remedy: str = "take the original file again"
-) -> dict[str, Any]:
-    """
-    Read a JSON file that holds an object.
-
-    Raises:
-        error_class: the file is not UTF-8 or not JSON, or holds something else. The message ends with `remedy`.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise error_class(f"{file} cannot be read: it is not JSON ({error}); {remedy}") from error
-    if not isinstance(content, dict):
-        raise error_class(f"{file} cannot be read: it holds a {type(content).__name__}, not a JSON object; {remedy}")
-    return content
+def kind_of(path: Path) -> str:
+    """What a path leads to, for messages: "a folder", "a FIFO", ..."""
+    mode = path.stat().st_mode
+    kinds = {
+        stat.S_ISREG: "a file",
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a FIFO",
+        stat.S_ISSOCK: "a socket",
+    }
+    return next((kind for is_kind, kind in kinds.items() if is_kind(mode)), "a device")
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> None:

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..checkpoint_grinmoe import official_shapes
-from ..files import folder_when_whole, require_packages
+from ..files import require_packages
 from ..loading import load_for_use
+from ..outputs import check_output, check_replaceable, folder_when_whole
 from ..provenance import environment
 from .options import AnalyzeOptions
 from .report import PAGE, SUMMARY, write_report
@@ -50,7 +51,9 @@ def run_analyze(options: AnalyzeOptions, command: str = "grinmoe analyze") -> Ro
     files = [Path(file).expanduser() for file in options.text]
     for file in files:
         first_piece(file)
-    with folder_when_whole(_checked_output(Path(options.output))) as folder:
+    target = check_output(options.output)
+    check_replaceable(target)
+    with folder_when_whole(target) as folder:
         analysis = analyze(options, files, console, command)
         write_report(analysis, folder)
     output = Path(options.output)
@@ -222,18 +225,3 @@ def _shape(model: Any) -> str:
         f"{config.num_hidden_layers} layers of {config.num_local_experts} experts, top-{config.num_experts_per_tok}; "
         f"{parameters:,} parameters"
     )
-
-
-def _checked_output(given: Path) -> Path:
-    """The folder's absolute path. Raises ValueError if it is a file, holds something or cannot be replaced."""
-    target = given.resolve()
-    if target.is_file():
-        raise ValueError(f"--output {given} is a file; give a new folder")
-    if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"--output {given} is not empty; give a new folder")
-    if target == Path.cwd() or target.is_mount():
-        raise ValueError(f"--output {given} is the current folder or a mount point, which stays; give a new folder")
-    nearest = next(path for path in target.parents if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"--output {given} lies in {nearest}, which is a file; give a new folder")
-    return target

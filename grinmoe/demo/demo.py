@@ -6,6 +6,7 @@ Real text -> tokenizer -> a GRIN MoE trained from scratch with the Trainer -> pe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
@@ -13,7 +14,6 @@ import shlex
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, TrainingArguments, set_seed
 
-from ..configuration_grinmoe import GrinMoeConfig
-from ..files import folder_when_whole, require_packages
+from ..configuration_grinmoe import GrinMoeConfig, read_json_object
+from ..files import require_packages
 from ..hub import CARD_NAME, CardFacts, Evaluation, card_for, load_elsewhere, logits_without_the_package
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..monitoring import RoutingMonitor, plot_training
+from ..outputs import check_folder, check_replaceable, folder_when_whole
 from ..tokenization import answer_ends, build_tokenizer
 from ..training import TrainingProgress, peak_gib
 from .chat_corpus import encode, load_corpus, texts
@@ -92,8 +93,9 @@ class DemoResult:
     answers: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_gib: float = math.nan
+    files: list[str] = field(default_factory=list)
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self, stage: str):
         start = time.perf_counter()
         yield
@@ -117,8 +119,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
     """
     steps = DemoSettings.steps if options.steps is None else options.steps
     settings = DemoSettings(steps=steps, seed=options.seed)
-    target = Path(options.output).resolve()
-    _check_target(target)
+    target = _checked_target(options.output)
     require_packages("train", "accelerate", "chatterbot_corpus", "matplotlib")
     console = Console(highlight=False, soft_wrap=True)
     result = DemoResult(asdict(settings))
@@ -126,7 +127,10 @@ def run_demo(options: DemoOptions) -> DemoResult:
         with result.timed("total"):
             _run_stages(settings, workspace, result, console)
         result.peak_gib = max(peak_gib(), peak_gib(resource.RUSAGE_CHILDREN))
-        (workspace / _FACTS).write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+        result.files = sorted({*_files_below(workspace), _FACTS})
+        # JSON has no NaN, which stands for what was not measured.
+        facts = {name: None if value != value else value for name, value in asdict(result).items()}
+        (workspace / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     _print_summary(result, Path(options.output), console)
     return result
 
@@ -287,16 +291,29 @@ def _load_elsewhere(model, ids: torch.Tensor, folder: Path, settings: DemoSettin
     result.logits_difference, result.answers = found.logits_difference, found.answers
 
 
-def _check_target(target: Path) -> None:
-    if target.is_file():
-        raise ValueError(f"--output {target} is a file; give a folder")
-    if target.is_mount():
-        raise ValueError(f"--output {target} is a mount point, which cannot be replaced; give a folder inside of it")
-    if not target.is_dir():
-        return
-    present = {path.name for path in target.iterdir()}
-    if present and (_FACTS not in present or not present <= {_FACTS, _PICTURE, _MODEL}):
-        raise ValueError(f"--output {target} is not empty and not just what an earlier demo left; give a new folder")
+def _checked_target(output: str) -> Path:
+    """The absolute path. Raises ValueError unless it is new, empty or exactly what an earlier demo wrote."""
+    target = check_folder(output)
+    check_replaceable(target)
+    present = _files_below(target)
+    if not present:
+        return target
+    written: Any = None
+    if _FACTS in present:
+        with contextlib.suppress(ValueError):
+            written = read_json_object(target / _FACTS).get("files")
+    if not isinstance(written, list) or (others := sorted(set(present) - set(map(str, written)))):
+        example = present[0] if not isinstance(written, list) else others[0]
+        raise ValueError(
+            f"--output {output} is not empty, and {example} in it is not what an earlier demo wrote; give a new folder"
+        )
+    return target
+
+
+def _files_below(folder: Path) -> list[str]:
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    )
 
 
 def _print_summary(result: DemoResult, output: Path, console: Console) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..distributed import export_sharded, is_sharded
-from ..files import folder_when_whole
 from ..hub import CARD_NAME, CardFacts, Evaluation, card_for
+from ..outputs import folder_when_whole
 from .recipe import Recipe
 from .run_directory import PICTURE_NAME
 from .stop import last_whole_checkpoint
