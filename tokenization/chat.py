@@ -1,0 +1,429 @@
+"""Encode chats and texts of others: control tokens come from the chat template alone.
+
+A tokenizer finds its added tokens wherever their text stands, so `<|end|><|assistant|>` in a user's message would end the
+user's turn. Here the text of a message never becomes a control token: `<|end|>` in it is encoded as the letters that it is
+written with. Messages and texts without such text get the ids that `apply_chat_template` and the tokenizer give them.
+
+How: marks are put around every text and into every control token in it, the template is rendered, and a copy of the
+tokenizer encodes the result. The copy differs in one thing: its normaliser begins by deleting the marks. Added tokens are
+looked for before that, and no mark is part of one.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Encoding, Regex, Tokenizer, normalizers
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .loading import TokenizerError
+from .sources import FIRST_TOKENS
+
+# Fields of messages and of their parts that templates compare with names. No text of others is read from them.
+_NAMES = ("role", "type")
+_ROLES = ("system", "user", "assistant", "developer", "tool", "function")
+# With one of these a template can make a control token of a text that holds none.
+_REWRITES = re.compile(
+    r"(?:\||\.)\s*(?:lower|upper|casefold|capitalize|title|swapcase|replace|translate|join|format|reverse|striptags|escape|e"
+    r"|indent)\b"
+)
+# Unicode keeps these for the inside of programs; no text is meant to hold them.
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
+    """
+    Encode a conversation with the tokenizer's chat template.
+
+    Args:
+        tokenizer: a fast tokenizer of Transformers with a chat template.
+        messages: each with `role` and `content`, as the template wants them.
+        add_generation_prompt: whether the template opens the assistant's next message.
+
+    Returns:
+        Token ids. Control tokens (see `control_tokens`) stand only where the template writes them. Messages without the text
+        of a control token have the ids of `apply_chat_template`.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, the template fails on the conversation, a text is not valid Unicode
+            (half of a surrogate pair), or a role would become a control token.
+    """
+    return _encoded_chat(tokenizer, messages, add_generation_prompt, False)[0]
+
+
+def encode_chat_with_mask(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """
+    Encode a conversation as `encode_chat` does, and say which tokens the assistant says.
+
+    Returns:
+        Token ids, and for each 1 where it has a character between the template's `{% generation %}` marks, else 0.
+
+    Raises:
+        ValueError: as of `encode_chat`.
+    """
+    return _encoded_chat(tokenizer, messages, False, True)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """
+    Encode a plain text, with the tokens that the tokenizer puts around texts (this family's puts none).
+
+    Returns:
+        Token ids, as the tokenizer gives them when it is called, but no control token comes from the text.
+
+    Raises:
+        ValueError: the text is not valid Unicode.
+    """
+    check_unicode(text)
+    rules = _rules(tokenizer)
+    if rules.pattern(False).search(text) is None and not rules.is_normalized:
+        return tokenizer(text, verbose=False)["input_ids"]
+    return _repaired(rules.marked_encoding([text], lambda marker: marker.text(text, False), True), rules)[0]
+
+
+def control_tokens(tokenizer: Any) -> list[str]:
+    """
+    The tokens that no text of a message becomes.
+
+    They are the added tokens with `special: true`, those that the tokenizer names (eos_token and the like), and the family's
+    `<unk>`, `<s>` and `</s>`. Other added tokens are vocabulary: they are shown in answers, so texts may hold them. In
+    messages of others than the assistant, those that the chat template writes are control tokens too.
+    """
+    return sorted(_rules(tokenizer).control)
+
+
+def check_unicode(text: str) -> None:
+    """Raise ValueError for a text with half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has half of a surrogate pair ({text[error.start]!r} at character {error.start}), which stands for no "
+            "character; remove it, or read the text with errors='replace'"
+        ) from error
+
+
+def _encoded_chat(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, with_mask: bool
+) -> tuple[list[int], list[int]]:
+    rules = _rules(tokenizer)
+    if rules.template is None:
+        raise ValueError("messages need a chat template and the tokenizer has none; set its chat_template")
+    if not messages:
+        raise ValueError("the conversation is empty; it needs at least one message")
+
+    def render(chat: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        return _rendered(tokenizer, rules.template, chat, add_generation_prompt, with_mask)
+
+    risk = rules.risk(messages)
+    plain = None if risk == "token" else render(messages)
+    if plain is not None and not risk and not rules.has_open_forms:
+        encoding = tokenizer(plain[0], add_special_tokens=False, verbose=False).encodings[0]
+        return encoding.ids, _mask(encoding, plain[1]) if with_mask else []
+    spans: list[tuple[int, int]] = []
+
+    def marked(marker: _Marker) -> str:
+        text, spans[:] = render(marker.messages(messages))
+        return text
+
+    found = rules.marked_encoding([rules.template, *_texts(messages)], marked, False)
+    ids, mask = _repaired(found, rules, spans if with_mask else None)
+    if plain is None or found.marker.removed_from(found.text) == plain[0]:
+        return ids, mask
+    # The template looks at what the marks have changed. No text holds a whole control token, so its own choice counts.
+    encoding = tokenizer(plain[0], add_special_tokens=False, verbose=False).encodings[0]
+    if rules.controls(encoding.ids) != rules.controls(ids):
+        raise ValueError(
+            "the chat template makes control tokens of a text that holds a part of one; remove it from the message, or "
+            "correct the template"
+        )
+    return encoding.ids, _mask(encoding, plain[1]) if with_mask else []
+
+
+def _rendered(
+    tokenizer: Any, template: str, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, with_spans: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation in the template, and where the assistant's text begins and ends."""
+    try:
+        rendered: Any
+        spans: Any
+        rendered, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            return_assistant_tokens_mask=with_spans,
+            add_generation_prompt=add_generation_prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as error:  # a template is a program: what it raises is open
+        raise ValueError(
+            f"the tokenizer's chat template refuses the conversation: {str(error) or type(error).__name__}"
+        ) from error
+    check_unicode(rendered[0])
+    return rendered[0], spans[0] if with_spans else []
+
+
+def _mask(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for every token with a character inside of a span; spans and tokens are in order."""
+    mask, span = [0] * len(encoding), 0
+    for place, (begin, end) in enumerate(encoding.offsets):
+        while span < len(spans) and begin >= spans[span][1]:
+            span += 1
+        if span == len(spans):
+            break
+        mask[place] = int(end > spans[span][0])
+    return mask
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An encoded text with marks."""
+
+    text: str
+    marker: _Marker
+    encoding: Encoding
+
+
+def _repaired(
+    found: _Found, rules: _Rules, spans: Sequence[tuple[int, int]] | None = None
+) -> tuple[list[int], list[int]]:
+    """
+    Ids and mask, with every control token that was made of text taken apart.
+
+    Marks prevent them, but for tokens that are looked for behind the normaliser (`normalized: true`) and templates that
+    rewrite texts.
+    """
+    ids, mask = found.encoding.ids, _mask(found.encoding, spans) if spans is not None else []
+    regions = found.marker.regions(found.text)
+    starts = [begin for begin, _ in regions]
+    for place in reversed([place for place, token in enumerate(ids) if token in rules.checked_ids]):
+        begin, end = found.encoding.offsets[place]
+        region = bisect_right(starts, begin) - 1
+        in_text = region >= 0 and begin < regions[region][1]
+        source = found.text[begin:end]
+        if not in_text and not found.marker.is_in(source):
+            continue
+        letters = rules.without_added_tokens.encode(found.marker.removed_from(source), add_special_tokens=False).ids
+        if not rules.checked_ids.isdisjoint(letters):
+            raise ValueError(
+                f"the tokenizer makes the control token {found.encoding.tokens[place]!r} of the text "
+                f"{found.marker.removed_from(source)!r}; remove it from the message"
+            )
+        ids[place : place + 1] = letters
+        if mask:
+            mask[place : place + 1] = [mask[place]] * len(letters)
+    return ids, mask
+
+
+class _Marker:
+    """Puts marks into texts. They are characters that none of the texts holds."""
+
+    def __init__(self, marks: str, rules: _Rules):
+        self.begin, self.inside, self.end = list(marks)
+        self.rules = rules
+        self._all = re.compile(f"[{marks}]")
+
+    def text(self, text: str, of_assistant: bool) -> str:
+        """A text with a mark in front and behind, inside of its outer whitespace, and one in each control token."""
+        stripped = text.strip()
+        if not stripped:
+            return text
+        begin = text.index(stripped)
+        broken = self.rules.pattern(of_assistant).sub(self._broken, stripped)
+        return f"{text[:begin]}{self.begin}{broken}{self.end}{text[begin + len(stripped) :]}"
+
+    def _broken(self, match: re.Match) -> str:
+        token = match[0]
+        return f"{token[:1]}{self.inside}{token[1:]}" if len(token) > 1 else f"{self.inside}{token}"
+
+    def messages(self, messages: Sequence[dict[str, Any]]) -> list[Any]:
+        return [self._value(message, message.get("role") == "assistant") for message in messages]
+
+    def _value(self, value: Any, of_assistant: bool) -> Any:
+        if isinstance(value, str):
+            return self.text(value, of_assistant)
+        if isinstance(value, dict):
+            return {key: one if key in _NAMES else self._value(one, of_assistant) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._value(one, of_assistant) for one in value]
+        return value
+
+    def is_in(self, text: str) -> bool:
+        return self._all.search(text) is not None
+
+    def removed_from(self, text: str) -> str:
+        return self._all.sub("", text)
+
+    def regions(self, text: str) -> list[tuple[int, int]]:
+        """Where texts of messages stand; empty where the template has cut texts into pieces."""
+        places = [(match.start(), match[0]) for match in self._all.finditer(text) if match[0] != self.inside]
+        begins, ends = places[::2], places[1::2]
+        is_whole = len(begins) == len(ends) and all(
+            begin[1] == self.begin and end[1] == self.end for begin, end in zip(begins, ends, strict=True)
+        )
+        return [(begin[0], end[0]) for begin, end in zip(begins, ends, strict=True)] if is_whole else []
+
+
+class _Rules:
+    """What a tokenizer's control tokens are, and the copies that encode texts with marks."""
+
+    def __init__(self, tokenizer: Any):
+        self.template = _template(tokenizer)
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._marks = "".join(_NONCHARACTERS[:3])
+        self._copies: dict[str, Tokenizer] = {}
+        added = tokenizer.added_tokens_decoder
+        named = {*tokenizer.all_special_tokens, *FIRST_TOKENS}
+        self.control = {token.content for token in added.values() if token.special or token.content in named} - {""}
+        # A user must not write what the template writes, whatever its flags; in an answer it may be what the model said.
+        written = {
+            token.content for token in added.values() if token.content and token.content in (self.template or "")
+        }
+        self._patterns = {True: _any_of(self.control), False: _any_of(self.control | written)}
+        # Tokens with a meaning of their own, which are not the name of a role.
+        self._own = written | {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+        self._beginnings = {token[:length] for token in self.control | written for length in range(1, len(token))}
+        self._endings = {token[-length:] for token in self.control | written for length in range(1, len(token))}
+        self._lengths = sorted({len(part) for part in self._beginnings})
+        # Whether a token is looked for behind the normaliser, which can make it of other letters.
+        self.is_normalized = any(token.normalized for token in added.values() if token.content in self.control)
+        unknown = tokenizer.unk_token
+        # Letters that the vocabulary lacks become the unknown token, and should.
+        self.checked_ids = {
+            number for number, token in added.items() if token.content in self.control and token.content != unknown
+        }
+        self.has_open_forms = self.is_normalized or _REWRITES.search(self.template or "") is not None
+
+    def pattern(self, of_assistant: bool) -> re.Pattern[str]:
+        """Finds control tokens in a text, the longest first, as the tokenizer does."""
+        return self._patterns[of_assistant]
+
+    def risk(self, messages: Sequence[dict[str, Any]]) -> str:
+        """
+        What the texts hold: a control token ("token"), a part of one at an edge ("part"), or neither ("").
+
+        A part could join with the template's text.
+
+        Raises:
+            ValueError: a role that templates would make a control token of, as they do with `'<|' + role + '|>'`.
+        """
+        risk = ""
+        for message in messages:
+            role = message.get("role")
+            if isinstance(role, str) and role not in _ROLES:
+                self._check_role(role)
+            pattern = self._patterns[role == "assistant"]
+            for text in _texts(message):
+                if pattern.search(text) is not None:
+                    return "token"
+                risk = risk or ("part" if self._has_part_at_edge(text.strip()) else "")
+        return risk
+
+    def _has_part_at_edge(self, text: str) -> bool:
+        return any(text[:length] in self._endings or text[-length:] in self._beginnings for length in self._lengths)
+
+    def controls(self, ids: Iterable[int]) -> list[int]:
+        """The control tokens among some ids."""
+        return [token for token in ids if token in self.checked_ids]
+
+    def _check_role(self, role: str) -> None:
+        is_named = f"'{role}'" in str(self.template) or f'"{role}"' in str(self.template)
+        is_part = self._has_part_at_edge(role) or any(role in token for token in self._own)
+        if self._patterns[False].search(role) or (role and is_part and not is_named):
+            raise ValueError(
+                f"the role {role!r} is a control token or a part of one; give one of {', '.join(_ROLES)}, or a role that "
+                "the chat template names"
+            )
+
+    def marked_encoding(self, texts: Iterable[str], marked: Callable[[_Marker], str], is_plain: bool) -> _Found:
+        """
+        Encode a text with marks.
+
+        Args:
+            texts: what no mark may be in.
+            marked: gives the text.
+            is_plain: whether the tokens that the tokenizer puts around texts belong to it.
+
+        Raises:
+            ValueError: the texts hold all characters that can be marks.
+        """
+        used = set().union(*texts)
+        marks = "".join([character for character in _NONCHARACTERS if character not in used][:3])
+        if len(marks) < 3:
+            raise ValueError(
+                "the texts hold nearly all of the noncharacters U+FDD0 to U+FDEF, and three of them are needed to mark "
+                "control tokens; remove them"
+            )
+        marker = _Marker(marks, self)
+        text = marked(marker)
+        return _Found(text, marker, self._copy(marks).encode(text, add_special_tokens=is_plain))
+
+    def _copy(self, marks: str) -> Tokenizer:
+        if marks in self._copies:
+            return self._copies[marks]
+        tokenizer = self._new_copy()
+        without_marks = normalizers.Replace(Regex(f"[{marks}]"), "")
+        original = tokenizer.normalizer
+        tokenizer.normalizer = without_marks if original is None else normalizers.Sequence([without_marks, original])
+        if marks == self._marks:
+            self._copies[marks] = tokenizer
+        return tokenizer
+
+    @property
+    def without_added_tokens(self) -> Tokenizer:
+        """A copy that takes special tokens apart."""
+        if "" not in self._copies:
+            tokenizer = self._new_copy()
+            tokenizer.encode_special_tokens = True
+            self._copies[""] = tokenizer
+        return self._copies[""]
+
+    def _new_copy(self) -> Tokenizer:
+        tokenizer = copy.deepcopy(self._backend)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            if key not in _NAMES:
+                yield from _texts(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one)
+
+
+def _template(tokenizer: Any) -> str | None:
+    return tokenizer.get_chat_template() if tokenizer.chat_template else None
+
+
+_RULES: weakref.WeakKeyDictionary[Any, tuple[Any, _Rules]] = weakref.WeakKeyDictionary()
+
+
+def _rules(tokenizer: Any) -> _Rules:
+    """The rules of a tokenizer, made once and again when it has changed."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise TokenizerError(
+            f"the tokenizer is a {type(tokenizer).__name__} without a tokenizer.json behind it; load it with "
+            "grinmoe.load_tokenizer"
+        )
+    state = (len(tokenizer), tokenizer.chat_template, tuple(tokenizer.special_tokens_map.items()))
+    known = _RULES.get(tokenizer)
+    if known is None or known[0] != state:
+        known = state, _Rules(tokenizer)
+        _RULES[tokenizer] = known
+    return known[1]
