@@ -113,13 +113,14 @@ def _encoded_chat(
     tokenizer: Any, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, with_mask: bool
 ) -> tuple[list[int], list[int]]:
     rules = _rules(tokenizer)
-    if rules.template is None:
+    template = rules.template
+    if template is None:
         raise ValueError("messages need a chat template and the tokenizer has none; set its chat_template")
     if not messages:
         raise ValueError("the conversation is empty; it needs at least one message")
 
     def render(chat: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        return _rendered(tokenizer, rules.template, chat, add_generation_prompt, with_mask)
+        return _rendered(tokenizer, template, chat, add_generation_prompt, with_mask)
 
     risk = rules.risk(messages)
     plain = None if risk == "token" else render(messages)
@@ -132,7 +133,7 @@ def _encoded_chat(
         text, spans[:] = render(marker.messages(messages))
         return text
 
-    found = rules.marked_encoding([rules.template, *_texts(messages)], marked, False)
+    found = rules.marked_encoding([template, *_texts(messages)], marked, False)
     ids, mask = _repaired(found, rules, spans if with_mask else None)
     if plain is None or found.marker.removed_from(found.text) == plain[0]:
         return ids, mask
@@ -151,10 +152,8 @@ def _rendered(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The conversation in the template, and where the assistant's text begins and ends."""
     try:
-        rendered: Any
-        spans: Any
-        rendered, spans = render_jinja_template(
-            conversations=[messages],
+        rendered: Any = render_jinja_template(
+            conversations=[list(messages)],
             chat_template=template,
             return_assistant_tokens_mask=with_spans,
             add_generation_prompt=add_generation_prompt,
@@ -164,8 +163,9 @@ def _rendered(
         raise ValueError(
             f"the tokenizer's chat template refuses the conversation: {str(error) or type(error).__name__}"
         ) from error
-    check_unicode(rendered[0])
-    return rendered[0], spans[0] if with_spans else []
+    (text,), spans = rendered
+    check_unicode(text)
+    return text, spans[0] if with_spans else []
 
 
 def _mask(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -198,26 +198,20 @@ def _repaired(
     Marks prevent them, but for tokens that are looked for behind the normaliser (`normalized: true`) and templates that
     rewrite texts.
     """
-    ids, mask = found.encoding.ids, _mask(found.encoding, spans) if spans is not None else []
+    mask = _mask(found.encoding, spans) if spans is not None else [0] * len(found.encoding)
+    offsets, tokens = found.encoding.offsets, found.encoding.tokens
     regions = found.marker.regions(found.text)
     starts = [begin for begin, _ in regions]
-    for place in reversed([place for place, token in enumerate(ids) if token in rules.checked_ids]):
-        begin, end = found.encoding.offsets[place]
-        region = bisect_right(starts, begin) - 1
-        in_text = region >= 0 and begin < regions[region][1]
-        source = found.text[begin:end]
-        if not in_text and not found.marker.is_in(source):
-            continue
-        letters = rules.without_added_tokens.encode(found.marker.removed_from(source), add_special_tokens=False).ids
-        if not rules.checked_ids.isdisjoint(letters):
-            raise ValueError(
-                f"the tokenizer makes the control token {found.encoding.tokens[place]!r} of the text "
-                f"{found.marker.removed_from(source)!r}; remove it from the message"
-            )
-        ids[place : place + 1] = letters
-        if mask:
-            mask[place : place + 1] = [mask[place]] * len(letters)
-    return ids, mask
+    repaired: list[tuple[int, int]] = []
+    for token, (begin, end), name, is_said in zip(found.encoding.ids, offsets, tokens, mask, strict=True):
+        letters = [token]
+        if token in rules.checked_ids:
+            region = bisect_right(starts, begin) - 1
+            source = found.text[begin:end]
+            if (region >= 0 and begin < regions[region][1]) or found.marker.is_in(source):
+                letters = rules.letters(found.marker.removed_from(source), name)
+        repaired += [(letter, is_said) for letter in letters]
+    return [token for token, _ in repaired], [is_said for _, is_said in repaired] if spans is not None else []
 
 
 class _Marker:
@@ -374,14 +368,22 @@ class _Rules:
             self._copies[marks] = tokenizer
         return tokenizer
 
-    @property
-    def without_added_tokens(self) -> Tokenizer:
-        """A copy that takes special tokens apart."""
+    def letters(self, text: str, token: str) -> list[int]:
+        """
+        The ids of a text that the tokenizer takes for a control token.
+
+        Raises:
+            ValueError: its vocabulary makes the token of the letters, too.
+        """
         if "" not in self._copies:
-            tokenizer = self._new_copy()
-            tokenizer.encode_special_tokens = True
-            self._copies[""] = tokenizer
-        return self._copies[""]
+            self._copies[""] = self._new_copy()
+            self._copies[""].encode_special_tokens = True
+        ids = self._copies[""].encode(text, add_special_tokens=False).ids
+        if self.controls(ids):
+            raise ValueError(
+                f"the tokenizer makes the control token {token!r} of the text {text!r}; remove it from the message"
+            )
+        return ids
 
     def _new_copy(self) -> Tokenizer:
         tokenizer = copy.deepcopy(self._backend)
