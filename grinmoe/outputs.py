@@ -77,8 +77,8 @@ def folder_when_whole(target: Path, kept_for: str | None = None) -> Iterator[Pat
 
     Args:
         target: the folder, an absolute path.
-        kept_for: what is written. If it is given, an interrupted or killed body leaves the workspace, and the next call with
-            the same target and the same words goes on in it.
+        kept_for: what is written. If it is given, an interrupted or killed body leaves the workspace, unless it is empty,
+            and the next call with the same target and the same words goes on in it.
 
     Raises:
         DiskFullError: the disk is full.
@@ -93,7 +93,8 @@ def folder_when_whole(target: Path, kept_for: str | None = None) -> Iterator[Pat
     for left in Workspace.left_in(nearest, prefix):
         if left.holds_replaced_files() and not target.exists():
             (left.previous / target.name).rename(target)
-        if kept_for is not None and workspace is None and left.purpose == purpose and left.new.is_dir():
+        is_whole = left.new.is_dir() and not left.new.is_symlink()
+        if kept_for is not None and workspace is None and left.purpose == purpose and is_whole:
             workspace = left
         else:
             left.remove()
@@ -119,7 +120,7 @@ def folder_when_whole(target: Path, kept_for: str | None = None) -> Iterator[Pat
                 undo.pop_all()
             write_through(target.parent)
         finally:
-            if is_kept:
+            if is_kept and any(workspace.new.iterdir()):
                 workspace.close()
             else:
                 workspace.remove()

@@ -79,8 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"grinmoe {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"grinmoe {arguments.command}: {_line(str(error))}", file=sys.stderr)
         return 2
+
+
+def _line(message: str) -> str:
+    """A message as one line. Names of files and answers of servers may hold characters that control a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
 
 
 def _run(entry: Command, given: dict[str, Any]) -> int:

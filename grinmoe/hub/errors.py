@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 from collections.abc import Iterator
 from typing import Literal
@@ -34,6 +33,7 @@ _AGAIN = {
 WAIT_S = 30.0
 # A commit of many large files takes the Hub a while.
 COMMIT_WAIT_S = 120.0
+_LONGEST_LINE = 500
 
 
 class HubError(OSError):
@@ -60,7 +60,8 @@ def said_clearly(repo: str, doing: Doing, wait_s: float | None = None) -> Iterat
         raise
     except OfflineModeIsEnabled as error:
         raise HubError(f"cannot {doing}: HF_HUB_OFFLINE is set, which forbids every request; unset it") from error
-    except (json.JSONDecodeError, KeyError) as error:
+    # The client takes the Hub's JSON apart without looking at its types.
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise HubError(
             f"{_nothing(doing)}what answered is not the Hub ({first_line(error)}); check HF_ENDPOINT, the proxy, the network"
         ) from error
@@ -68,8 +69,6 @@ def said_clearly(repo: str, doing: Doing, wait_s: float | None = None) -> Iterat
         cause = http_cause(error)
         if cause is not None:
             raise HubError(_explained(cause, repo, doing)) from error
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise HubError(f"the disk is full ({error.filename or error}); free space, then {_AGAIN[doing]}") from error
         # The client's own, without a request behind it: an upload by Xet that broke off, a lost connection.
         if isinstance(error, (RuntimeError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):
             raise HubError(
@@ -156,7 +155,12 @@ def first_line(error: BaseException) -> str:
     """What the server said, or else the error."""
     server = getattr(error, "server_message", None)
     lines = (str(server) if server else str(error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0][:_LONGEST_LINE]) if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text of others for a terminal: escapes in place of characters that would control it, reorder a line or end it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_repo(repo: str) -> None:
