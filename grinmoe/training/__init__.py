@@ -19,6 +19,7 @@ _MODULES = {
     "train": "run",
     "METRICS_NAME": "run_directory",
     "StopAtSignal": "stop",
+    "last_whole_checkpoint": "checkpoints",
     "TokenMeanTrainer": "trainer",
 }
 

@@ -141,6 +141,15 @@ class Recipe:
     def output_dir(self) -> Path:
         return Path(str(self.training.output_dir))
 
+    @property
+    def why_it_cannot_go_on(self) -> str | None:
+        """Why a stopped run of this recipe cannot go on exactly; None if it can."""
+        if self.training.save_only_model:
+            return "no run goes on from its checkpoints, which have weights alone (save_only_model)"
+        if getattr(self.training, "sync_ref_model", False):
+            return "no run goes on from its checkpoints, which have no reference model (sync_ref_model)"
+        return None
+
     def settings(self) -> dict[str, Any]:
         """All settings by the names of their flags; JSON types only."""
         settings: dict[str, Any] = {"task": self.task}
@@ -183,6 +192,8 @@ _DECIDED = {
     "prediction_loss_only": True,
     "resume_from_checkpoint": None,
     "enable_jit_checkpoint": False,
+    # StopAtSignal restores it, with the patience of this start.
+    "restore_callback_states_from_checkpoint": False,
 }
 
 
@@ -270,6 +281,8 @@ def _check_values(task: str, values: dict[str, Any]) -> None:
     if values.get("save_strategy") == "best" and values.get("metric_for_best_model") is None:
         raise ValueError("save_strategy='best' needs metric_for_best_model; give loss")
     for name, value in _DECIDED.items():
+        if name == "restore_callback_states_from_checkpoint":
+            continue  # asks for what is done anyway
         if values.get(name) not in (None, value, _LIBRARY_DEFAULTS[name]):
             raise ValueError(f"{name}={values[name]!r} is decided by this command; leave it out")
 

@@ -11,9 +11,9 @@ from typing import Any
 from ..distributed import export_sharded, is_sharded
 from ..hub import CARD_NAME, CardFacts, Evaluation, card_for
 from ..outputs import folder_when_whole
+from .checkpoints import checkpoints
 from .recipe import Recipe
 from .run_directory import PICTURE_NAME
-from .stop import last_whole_checkpoint
 
 _ALGORITHM = {
     "sft": "supervised fine-tuning",
@@ -64,7 +64,7 @@ def _sharded_source(trainer: Any, run_folder: Path) -> Path | None:
     if not trainer.is_fsdp_enabled:
         return None
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    source = Path(best) if best is not None else last_whole_checkpoint(run_folder)
+    source = Path(best) if best is not None else next(reversed(checkpoints(run_folder)), None)
     if source is not None and is_sharded(source) and (best or source.name.endswith(f"-{trainer.state.global_step}")):
         return source
     trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

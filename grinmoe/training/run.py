@@ -6,6 +6,7 @@ datasets. Everything that can be wrong is looked at before the weights are loade
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import time
 from dataclasses import asdict, dataclass, fields
@@ -22,15 +23,19 @@ from ..adapters import check_adapter, load_adapter, lora_config, quantization_co
 from ..configuration_grinmoe import GrinMoeConfig
 from ..data import PreparedData, RowCollator, load_data
 from ..distributed import load_for_sharding, shard_for
+from ..files import atomic_file, telling_disk_full
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..monitoring import RoutingMonitor, plot_training
 from ..tokenization import answer_ends, load_tokenizer
+from .checkpoints import on_first_rank
+from .inputs import data_digest, model_digest
 from .paired_forwards import SameDrawsForReference, check_paired_forwards
 from .progress import TrainingProgress, peak_gib
 from .recipe import Recipe, launched_for_fsdp
 from .result import save_trained
-from .run_directory import COMPLETE, PICTURE_NAME, STOPPED, RunFolder
-from .stop import StopAtSignal
+from .run_directory import COMPLETE, PICTURE_NAME, RUN_NAME, STOPPED, RunFolder
+from .run_lock import locked_run
+from .stop import StopAtSignal, StoppedBySignal
 from .trainer import TokenMeanTrainer
 
 
@@ -65,31 +70,72 @@ def train(recipe: Recipe, command: str) -> RunResult:
     Raises:
         ValueError: bad settings, data, model, tokenizer, adapter or folder, before any weight is loaded.
         ImportError: a package is not installed.
+        CheckpointError: a checkpoint is there that no training can go on from exactly.
+        DiskFullError: the disk is full; the same command goes on when there is room.
     """
     started = time.perf_counter()
     arguments = recipe.training
     check_installation(recipe)
     is_main = arguments.process_index == 0
     console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not is_main)
-    with arguments.main_process_first(local=False, desc="run folder"):
-        folder = RunFolder.open(recipe, _batch_size(recipe), may_write=is_main)
-    if folder.is_complete:
-        console.print(f"{folder.path} is complete already; give a new output_dir for another run")
-        return RunResult(COMPLETE, folder.record["step"], folder.result, folder.record["metrics"])
+    path = RunFolder.locate(recipe)
+    interruption = StopAtSignal()
+    with interruption.listening(), contextlib.ExitStack() as held:
+        if note := on_first_rank(lambda: held.enter_context(locked_run(path, keep_if=RUN_NAME))):
+            console.print(note)
+        try:
+            with interruption.raising():
+                folder = on_first_rank(lambda: RunFolder.open(path, recipe, _batch_size(recipe)))
+                if folder.is_complete:
+                    console.print(f"{folder.path} is complete already; give a new output_dir for another run")
+                    return RunResult(COMPLETE, folder.record["step"], folder.result, folder.record["metrics"])
+                prepared = _prepare(recipe, folder, console)
+        except StoppedBySignal:
+            console.print(
+                f"Stopped by {interruption.received} before the first step of this start; nothing is lost, and the same "
+                "command starts again"
+            )
+            return RunResult(STOPPED, 0, None, {}, interruption.received)
+        if is_main:
+            report = prepared.data.report
+            for said in folder.start(command, asdict(report.train), report.summary(), prepared.digests):
+                console.print(said)
+        interruption.run = folder.run
+        interruption.train(prepared.trainer, folder.checkpoint, is_checked=True)
+        with telling_disk_full(path):
+            return _finish(recipe, folder, prepared, interruption, console, time.perf_counter() - started)
+
+
+@dataclass
+class _Prepared:
+    trainer: Trainer
+    monitor: RoutingMonitor | None
+    data: PreparedData
+    digests: dict[str, str | None]
+
+
+def _prepare(recipe: Recipe, folder: RunFolder, console: Console) -> _Prepared:
+    """Everything before the first step."""
+    arguments = recipe.training
     config, tokenizer = load_config(recipe), _load_tokenizer(recipe)
     _check_model(recipe, config, tokenizer)
     with arguments.main_process_first(local=False, desc="data"):
         data = load_data(recipe.task, recipe.data, tokenizer, config.vocab_size)
-    folder.compare_data(asdict(data.report.train))
+
+    def look() -> dict[str, str | None]:
+        digests = {
+            "data": data_digest(data, tokenizer),
+            "model": model_digest(recipe.run.model or recipe.run.model_config) or vars(config).get("_commit_hash"),
+            "adapter": model_digest(recipe.run.adapter),
+        }
+        folder.compare_inputs(asdict(data.report.train), digests)
+        return digests
+
+    digests = on_first_rank(look)
     _tell_start(console, recipe, folder, data)
     set_seed(arguments.seed)
     trainer, monitor = build_trainer(recipe, config, tokenizer, data)
-    if is_main:
-        folder.start(command, asdict(data.report.train), data.report.summary())
-    interruption = StopAtSignal()
-    with interruption.listening():
-        interruption.train(trainer, folder.checkpoint)
-    return _finish(recipe, folder, trainer, monitor, interruption, console, time.perf_counter() - started)
+    return _Prepared(trainer, monitor, data, digests)
 
 
 def check_installation(recipe: Recipe) -> None:
@@ -297,29 +343,37 @@ def _tell_start(console: Console, recipe: Recipe, folder: RunFolder, data: Prepa
     console.print(recipe.task, style="bold", end=" ")
     console.print(f"{recipe.run.method} of {recipe.run.model or recipe.run.model_config}")
     console.print(data.report.summary())
-    for name in folder.removed:
-        console.print(f"{name} was cut off while it was written; removed")
     if folder.checkpoint is not None:
         console.print(f"Going on from {folder.checkpoint}")
 
 
-def _finish(recipe, folder, trainer, monitor, interruption, console, seconds: float) -> RunResult:
+def _finish(
+    recipe: Recipe,
+    folder: RunFolder,
+    prepared: _Prepared,
+    interruption: StopAtSignal,
+    console: Console,
+    seconds: float,
+) -> RunResult:
+    trainer, monitor = prepared.trainer, prepared.monitor
     state = trainer.state
     metrics = {"seconds": round(seconds, 1), "peak_gib": round(peak_gib(), 3)}
     if monitor is not None and monitor.records:
         metrics["tokens_per_s"] = round(monitor.tokens / sum(record.seconds for record in monitor.records), 1)
     evaluation: dict[str, Any] = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
     metrics |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
-    if interruption.received is not None and state.global_step < state.max_steps:
+    is_unfinished = state.global_step < state.max_steps or interruption.evaluation_is_due
+    if interruption.received is not None and is_unfinished:
         if state.is_world_process_zero:
             folder.end(STOPPED, state.log_history, step=state.global_step, metrics=metrics)
         console.print(
-            f"Stopped by {interruption.received} after step {state.global_step} of {state.max_steps}; the same command "
-            "goes on from there"
+            f"Stopped by {interruption.received} after step {state.global_step} of {state.max_steps}; "
+            f"{recipe.why_it_cannot_go_on or 'the same command goes on from there'}"
         )
         return RunResult(STOPPED, state.global_step, None, metrics, interruption.received)
     if state.is_world_process_zero and monitor is not None and monitor.records:
-        plot_training(monitor, folder.path / PICTURE_NAME)
+        with atomic_file(folder.path / PICTURE_NAME) as partial:
+            plot_training(monitor, partial)
     final = save_trained(recipe, trainer, folder.result, metrics)
     if state.is_world_process_zero:
         folder.end(COMPLETE, state.log_history, step=state.global_step, metrics=metrics)

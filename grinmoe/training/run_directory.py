@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
+import re
+import shutil
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-
+from ..checkpoint_grinmoe import write_through
 from ..configuration_grinmoe import read_json_object
+from ..distributed import check_manifest, has_manifest
 from ..files import atomic_write_text
+from ..outputs import check_folder
 from ..provenance import environment
+from .checkpoints import FoundCheckpoints, best_checkpoint, find_checkpoints, set_aside
 from .recipe import Recipe
-from .stop import last_whole_checkpoint, remove_partial_checkpoints
+from .run_lock import LOCK_NAME
 
 RUN_NAME, METRICS_NAME, PICTURE_NAME = "run.json", "metrics.json", "training.png"
 RUNNING, STOPPED, COMPLETE = "running", "stopped", "complete"
+
+# What a killed start leaves of the files above, by `atomic_file`.
+_TEMPORARY = re.compile(r"\.(run|metrics|training)-[a-z0-9_]{8}\.(json|png)")
 
 # Settings that say how a run is watched, where its time goes or how often it is saved, not what it computes. The two of
 # the batch are compared as their product with the number of ranks.
@@ -30,7 +38,8 @@ _MAY_DIFFER = frozenset(
     "save_strategy save_steps save_total_limit save_on_each_node dataloader_num_workers dataloader_prefetch_factor "
     "dataloader_persistent_workers dataloader_pin_memory push_to_hub hub_model_id hub_strategy hub_token hub_private_repo "
     "hub_always_push hub_revision local_rank ddp_backend ddp_timeout ddp_bucket_cap_mb skip_memory_metrics "
-    "include_num_input_tokens_seen torch_empty_cache_steps fsdp fsdp_config accelerator_config parallelism_config".split()
+    "include_num_input_tokens_seen torch_empty_cache_steps fsdp fsdp_config accelerator_config parallelism_config "
+    "restore_callback_states_from_checkpoint".split()
 )
 
 
@@ -40,19 +49,24 @@ class RunFolder:
     A run's folder and what its run.json says.
 
     Attributes:
-        path: the folder.
+        path: the folder, absolute.
         settings: of this start, by the names of the flags.
         batch_size: samples of an optimizer step, over all ranks and accumulated micro-batches.
-        checkpoint: the newest whole checkpoint that is there, or None.
-        removed: names of partial checkpoints that were deleted.
+        run: the run's id, which its checkpoints carry.
+        found: its checkpoints.
     """
 
     path: Path
     settings: dict[str, Any]
     batch_size: int
-    checkpoint: Path | None = None
-    removed: list[str] = field(default_factory=list)
+    run: str
+    found: FoundCheckpoints = field(default_factory=FoundCheckpoints)
     record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint to go on from."""
+        return self.found.newest
 
     @property
     def result(self) -> Path:
@@ -65,77 +79,149 @@ class RunFolder:
         return self.record.get("status") == COMPLETE and self.result.is_dir()
 
     @classmethod
-    def open(cls, recipe: Recipe, batch_size: int, may_write: bool) -> RunFolder:
+    def locate(cls, recipe: Recipe) -> Path:
         """
-        Look at the folder before anything is loaded.
-
-        Args:
-            recipe: of this start.
-            batch_size: samples of an optimizer step.
-            may_write: on the first rank; it removes partial checkpoints.
+        The absolute path of a recipe's run directory, which may not be there yet.
 
         Raises:
-            ValueError: it is a file; it holds something else than a run; its run had other settings or is to be left alone
-                (resume=never).
+            ValueError: something that is not a folder is at that path, or above it; or it lies in another run directory.
         """
-        folder = cls(recipe.output_dir, recipe.settings(), batch_size)
-        if folder.path.is_file():
-            raise ValueError(f"output_dir={folder.path} is a file; give a folder")
-        if may_write:
-            try:
-                folder.path.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder.path).close()
-            except OSError as error:
+        path = check_folder(recipe.output_dir, "output_dir")
+        for parent in path.parents:
+            if _is_record(parent / RUN_NAME):
                 raise ValueError(
-                    f"output_dir={folder.path} cannot be written ({error.strerror}); give another folder"
-                ) from error
+                    f"output_dir={recipe.output_dir} lies in {parent}, the folder of another run, which may delete it; "
+                    "give a folder elsewhere"
+                )
+        return path
+
+    @classmethod
+    def open(cls, path: Path, recipe: Recipe, batch_size: int) -> RunFolder:
+        """
+        Look at the folder, which is locked, before anything is loaded. Nothing is changed.
+
+        Args:
+            path: of `locate`.
+            recipe: of this start.
+            batch_size: samples of an optimizer step.
+
+        Raises:
+            ValueError: it holds something other than a run; its run had other settings or is to be left alone
+                (resume=never); or there are checkpoints, and none to go on from exactly.
+        """
+        folder = cls(path, recipe.settings(), batch_size, uuid.uuid4().hex)
         file = folder.path / RUN_NAME
-        if not file.is_file():
-            # Logs of a start that failed early do no harm; anything else may be somebody's.
-            present = [path.name for path in folder.path.iterdir()] if folder.path.is_dir() else []
+        if not os.path.lexists(file):
+            present = sorted(one.name for one in path.iterdir() if one.name != LOCK_NAME and not _is_temporary(one))
             if present:
                 raise ValueError(
-                    f"output_dir={folder.path} holds {present[0]} and no {RUN_NAME}, so it is no run of this command; "
+                    f"output_dir={folder.path} holds {present[0]} and no {RUN_NAME}, so it is not a run of this command; "
                     "give a new folder"
                 )
             return folder
         if recipe.run.resume == "never":
             raise ValueError(f"output_dir={folder.path} holds a run, and resume=never; give a new folder")
-        folder.record = read_json_object(file, remedy="give a new output_dir")
-        if not isinstance(folder.record.get("settings"), dict) or not isinstance(folder.record.get("batch_size"), int):
+        folder.record = read_json_object(file, remedy="give a new output_dir", max_bytes=2**30, allow_nan=True)
+        if not _is_valid(folder.record):
             raise ValueError(f"{file} is not what this command writes; give a new output_dir")
-        folder.checkpoint = last_whole_checkpoint(folder.path)
+        if folder.is_complete:
+            folder._compare()
+            return folder
+        if not isinstance(folder.record.get("run"), str) or not isinstance(folder.record.get("digests"), dict):
+            raise ValueError(
+                f"{file} was written by an earlier version of this command, whose checkpoints have no checksums; finish the "
+                "run with that version, or give a new output_dir"
+            )
+        folder.run = folder.record["run"]
+        folder.found = find_checkpoints(folder.path, folder.run)
+        if folder.checkpoint is None and folder.found.damaged:
+            raise ValueError(
+                f"{folder.found.damaged[0][1]}. No whole checkpoint is left to go on from: restore that one, move it "
+                "elsewhere to start anew, or give a new output_dir"
+            )
         if folder.checkpoint is not None or any((folder.path / name).is_dir() for name in ("model", "adapter")):
             folder._compare()
-        if may_write:
-            folder.removed = remove_partial_checkpoints(folder.path)
-            if folder.checkpoint is not None:
-                _name_best_here(folder.checkpoint)
+        if folder.checkpoint is not None:
+            folder._check_resume(recipe)
         return folder
 
-    def compare_data(self, facts: dict[str, int]) -> None:
-        """Hold the data against that of the run which is to go on. Raises ValueError if they differ."""
-        before = self.record.get("data")
-        if self.checkpoint is not None and before is not None and before != facts:
+    def _check_resume(self, recipe: Recipe) -> None:
+        """What the files of a whole checkpoint do not tell."""
+        assert self.checkpoint is not None
+        arguments: Any = recipe.training
+        if getattr(arguments, "sync_ref_model", False):
             raise ValueError(
-                f"the data has changed since {self.path} was started ({_shown(before)}; now {_shown(facts)}), and the run "
+                f"{self.path} holds a run with sync_ref_model=True, whose reference model is not in the checkpoints, so it "
+                "cannot go on; give a new output_dir"
+            )
+        if not arguments.load_best_model_at_end:
+            return
+        best = best_checkpoint(self.checkpoint)
+        if best is None or best == self.checkpoint:
+            return
+        remedy = "restore it, give --load_best_model_at_end false without early stopping, or a new output_dir"
+        if not best.is_dir() or not has_manifest(best):
+            raise ValueError(f"{best}, the best checkpoint so far, is not there or not whole; {remedy}")
+        try:
+            check_manifest(best)
+        except ValueError as error:
+            raise ValueError(f"{error}. It is the best checkpoint so far: {remedy}") from error
+
+    def compare_inputs(self, data: dict[str, int], digests: dict[str, str | None]) -> None:
+        """
+        Hold data and model against those of the run that is to go on.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if self.checkpoint is None:
+            return
+        before = self.record["data"]
+        if before != data:
+            raise ValueError(
+                f"the data has changed since {self.path} was started ({_shown(before)}; now {_shown(data)}), and the run "
                 "cannot go on at its place in it; restore the data, or give a new output_dir"
             )
+        named = {"data": "rows of the data, or the tokenizer, have", "model": "model has", "adapter": "adapter has"}
+        for name, digest in digests.items():
+            if self.record["digests"].get(name) != digest:
+                raise ValueError(
+                    f"the {named[name]} changed since {self.path} was started, and the run cannot go on exactly; restore "
+                    "what was there, or give a new output_dir"
+                )
 
-    def start(self, command: str, data: dict[str, int], report: str) -> None:
-        """Write down what now begins."""
-        self.path.mkdir(parents=True, exist_ok=True)
+    def start(
+        self, command: str, data: dict[str, int], report: str, digests: dict[str, str | None] | None = None
+    ) -> list[str]:
+        """
+        Write down what now begins, and clear away what a killed start has left.
+
+        Returns:
+            What was deleted or renamed, in sentences.
+        """
+        said = []
+        for folder in self.found.partial:
+            shutil.rmtree(folder)
+            said.append(f"{folder.name} was cut off while it was written or deleted; removed")
+        for folder, reason in self.found.damaged:
+            said.append(f"{reason}. It is kept as {set_aside(folder).name}")
+        for file in self.path.iterdir():
+            if _is_temporary(file):
+                file.unlink()
         starts = [*self.record.get("starts", [])]
         starts.append({**environment(command), "from": None if self.checkpoint is None else self.checkpoint.name})
         self.record = {
             "status": RUNNING,
+            "run": self.run,
             "settings": self.settings,
             "batch_size": self.batch_size,
             "data": data,
+            "digests": digests or {},
             "data_report": report,
             "starts": starts,
         }
         self._write()
+        return said
 
     def end(self, status: str, log_history: list[dict[str, Any]], **facts: Any) -> None:
         """Write down how it ended, and all that was logged."""
@@ -147,6 +233,7 @@ class RunFolder:
         atomic_write_text(
             self.path / RUN_NAME, json.dumps(self.record, indent=2, ensure_ascii=False, default=str) + "\n"
         )
+        write_through(self.path, self.path.parent)
 
     def _compare(self) -> None:
         before = self.record["settings"]
@@ -160,6 +247,11 @@ class RunFolder:
                 f"{self.record['batch_size']} samples in a step (now {self.batch_size}: ranks x "
                 "per_device_train_batch_size x gradient_accumulation_steps)"
             )
+        differing += [
+            f"{name}={before[name]!r} (now {self.settings.get(name)!r}), by which the best checkpoint was chosen"
+            for name in ("metric_for_best_model", "greater_is_better")
+            if None not in (before.get(name), self.settings.get(name)) and before[name] != self.settings[name]
+        ]
         if differing:
             raise ValueError(
                 f"{self.path} holds a run with other settings: {'; '.join(differing)}. Give the same to go on with it, or "
@@ -167,15 +259,26 @@ class RunFolder:
             )
 
 
-def _name_best_here(checkpoint: Path) -> None:
-    """The Trainer writes down the best checkpoint as output_dir was typed; the folder may be named otherwise by now."""
-    file = checkpoint / TRAINER_STATE_NAME
-    state = read_json_object(file, max_bytes=2**30, allow_nan=True)  # the Trainer writes its log into it
-    best = state.get("best_model_checkpoint")
-    here = None if best is None else checkpoint.parent / Path(best).name
-    if here is not None and here.is_dir() and str(here) != best:
-        state["best_model_checkpoint"] = str(here)
-        atomic_write_text(file, json.dumps(state, indent=2) + "\n")
+def _is_valid(record: dict[str, Any]) -> bool:
+    kinds: dict[str, type] = {"settings": dict, "batch_size": int, "data": dict, "starts": list}
+    if record.get("status") == COMPLETE:
+        kinds |= {"step": int, "metrics": dict}
+    return all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+
+
+def _is_record(file: Path) -> bool:
+    """Whether a file is the run.json of this command, and not some other file of that name."""
+    try:
+        return file.is_file() and _is_valid(read_json_object(file, max_bytes=2**30, allow_nan=True))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_temporary(path: Path) -> bool:
+    """Whether a file was one of `atomic_file` for a file of the run directory."""
+    if not _TEMPORARY.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+        return False
+    return not hasattr(os, "geteuid") or path.stat().st_uid == os.geteuid()
 
 
 def _shown(facts: dict[str, int]) -> str:

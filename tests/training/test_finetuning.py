@@ -250,7 +250,7 @@ class TestMistakesAreFoundBeforeWeightsAreLoaded:
             run("sft", flags(model=tmp_path / "other"))
 
     def test_a_vocabulary_larger_than_the_model_s(self, flags, no_weights):
-        with pytest.raises(ValueError, match="tokens and the model's vocab_size is 100"):
+        with pytest.raises(ValueError, match="vocab_size(=| is )100"):
             run("sft", flags(config_overrides='{"vocab_size": 100}'))
 
     def test_an_adapter_for_another_base(self, flags, no_weights, chat_model, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -15,115 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from grinmoe.checkpoint_grinmoe import CheckpointError
-from grinmoe.training import run as training
-from grinmoe.training.recipe import read_recipe
+from grinmoe.distributed import MANIFEST_NAME
+from grinmoe.training.checkpoints import last_whole_checkpoint
 from grinmoe.training.run_directory import COMPLETE, STOPPED
-from grinmoe.training.stop import StopAtSignal, last_whole_checkpoint, remove_partial_checkpoints
-from tests.small_chat import small_run
+from grinmoe.training.stop import StopAtSignal
 from tests.tiny import tiny_model, training_arguments
-
-# Dropout, jitter, sampled routing, a shuffled order and two micro-batches a step: all of the state that there is.
-RANDOM = {
-    "config_overrides": '{"expert_dropout": 0.1, "hidden_dropout": 0.1, "router_aux_loss_coef": 0.01, '
-    '"router_aux_loss_scope": "global"}',
-    "gradient_accumulation_steps": 2,
-    "save_total_limit": 3,
-}
-
-
-class At(TrainerCallback):
-    """Does something once, at the n-th call of an event."""
-
-    def __init__(self, event: str, count: int, action):
-        self.left = count
-        self.action = action
-        setattr(self, event, self._called)
-
-    def _called(self, *args, **kwargs):
-        self.left -= 1
-        if self.left == 0:
-            self.action()
-
-
-def run(flags: list[str], monkeypatch=None, disturbance: TrainerCallback | None = None) -> training.RunResult:
-    if disturbance is not None:
-        build = training.build_trainer
-
-        def with_disturbance(*args):
-            trainer, monitor = build(*args)
-            trainer.add_callback(disturbance)
-            return trainer, monitor
-
-        monkeypatch.setattr(training, "build_trainer", with_disturbance)
-    try:
-        return training.train(read_recipe("sft", flags), "a test")
-    finally:
-        if monkeypatch is not None:
-            monkeypatch.undo()
-
-
-@pytest.fixture(scope="module")
-def flags(chat_model, chat_data):
-    def make(output: Path, **settings) -> list[str]:
-        return small_run(chat_model, chat_data["sft"], output, **{**RANDOM, **settings})
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def undisturbed(flags, tmp_path_factory):
-    """Run directory of a training that nothing happened to, by method; each is made once."""
-
-    @functools.cache
-    def make(method: str) -> Path:
-        folder = tmp_path_factory.mktemp("undisturbed") / "run"
-        assert run(flags(folder, method=method)).status == COMPLETE
-        return folder
-
-    return make
-
-
-def assert_same_end(found: Path, expected: Path) -> None:
-    """Weights, optimizer, scheduler and random state of the last checkpoint, and the model that was saved."""
-    last, reference = found / "checkpoint-4", expected / "checkpoint-4"
-    for file in [
-        *reference.glob("*.safetensors"),
-        *expected.glob("model/*.safetensors"),
-        *expected.glob("adapter/*.sa*"),
-    ]:
-        tensors, others = load_file(file), load_file(found / file.relative_to(expected))
-        assert tensors.keys() == others.keys() and tensors
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, others[name]), name
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        assert_equal(
-            torch.load(last / name, weights_only=False), torch.load(reference / name, weights_only=False), name
-        )
-
-
-def assert_equal(found, expected, where: str) -> None:
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{where}/{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
-        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert_equal(one, other, f"{where}/{i}")
-    elif hasattr(expected, "dtype"):
-        assert (found == expected).all(), where
-    else:
-        assert found == expected, where
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
+from tests.training.runs import At, assert_same_end, run, terminate
 
 MOMENTS = {
     "at the end of a step": ("on_step_end", 3, 3),
@@ -149,6 +48,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_same_command_goes_on_from
     given = flags(tmp_path / "run", method=method)
     stopped = run(given, monkeypatch, At(event, count, terminate))
     assert (stopped.status, stopped.step, stopped.signal, stopped.model) == (STOPPED, step, "SIGTERM", None)
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
     assert last_whole_checkpoint(tmp_path / "run").name == f"checkpoint-{step}"
     again = run(given)
     assert (again.status, again.step) == (COMPLETE, 4)
@@ -231,9 +131,14 @@ def test_the_best_model_is_found_where_the_folder_has_another_name_now(flags, tm
 
 
 class TestWholeCheckpoints:
+    """Of folders whose checkpoints have no manifest: a plain Trainer's."""
+
     @pytest.fixture(params=["full", pytest.param("lora", marks=pytest.mark.integration)])
-    def checkpoint(self, undisturbed, request) -> Path:
-        return undisturbed(request.param) / "checkpoint-4"
+    def checkpoint(self, undisturbed, tmp_path, request) -> Path:
+        folder = tmp_path / "plain" / "checkpoint-4"
+        shutil.copytree(undisturbed(request.param) / "checkpoint-4", folder)
+        (folder / MANIFEST_NAME).unlink()
+        return folder
 
     def test_one_is_whole_only_with_its_last_byte(self, checkpoint, tmp_path):
         """All that a kill can leave: the first files in the order of writing, the last of them cut."""
@@ -250,30 +155,27 @@ class TestWholeCheckpoints:
                 (partial / files[count].name).write_bytes(content[: int(share * len(content))])
                 assert last_whole_checkpoint(partial.parent) is None, (files[count].name, share)
 
-    @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "*.safetensors"])
-    def test_a_file_that_the_machine_lost_is_noticed(self, checkpoint, tmp_path, name):
-        shutil.copytree(checkpoint, tmp_path / "checkpoint-4")
-        (file,) = (tmp_path / "checkpoint-4").glob(name)
+    @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "*.safetensors"])
+    def test_a_file_that_the_machine_lost_is_noticed(self, checkpoint, name):
+        (file,) = checkpoint.glob(name)
         file.write_bytes(file.read_bytes()[:-40])
-        assert last_whole_checkpoint(tmp_path) is None
+        assert last_whole_checkpoint(checkpoint.parent) is None
         file.unlink()
-        if name != "optimizer.pt":
-            assert last_whole_checkpoint(tmp_path) is None
+        assert last_whole_checkpoint(checkpoint.parent) is None
 
-    def test_the_newest_whole_one_is_taken_and_partial_ones_are_removed(self, checkpoint, tmp_path):
+    def test_the_newest_whole_one_is_taken(self, checkpoint, tmp_path):
         for number in (2, 10, 12):
             shutil.copytree(checkpoint, tmp_path / f"checkpoint-{number}")
         (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"best_metric": 1')
         (tmp_path / "checkpoint-notes").mkdir()
         assert last_whole_checkpoint(tmp_path).name == "checkpoint-10"
-        assert remove_partial_checkpoints(tmp_path) == ["checkpoint-12"]
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-notes"]
 
     @pytest.mark.parametrize("stale", ["model.safetensors.index.json", "pytorch_model.bin", "no metadata"])
     def test_one_with_two_sets_of_weights_is_named_and_kept(self, undisturbed, tmp_path, stale):
         """Going on from an older one, or deleting this one, would be a guess."""
         shutil.copytree(undisturbed("full") / "checkpoint-4", tmp_path / "checkpoint-4")
         folder = tmp_path / "checkpoint-4"
+        (folder / MANIFEST_NAME).unlink()
         names = load_file(folder / "model.safetensors")
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -285,9 +187,8 @@ class TestWholeCheckpoints:
         if stale == "no metadata":
             (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
         message = re.escape(stale).replace("metadata", '"metadata"')
-        for look in (last_whole_checkpoint, remove_partial_checkpoints):
-            with pytest.raises(CheckpointError, match=message):
-                look(tmp_path)
+        with pytest.raises(CheckpointError, match=message):
+            last_whole_checkpoint(tmp_path)
         with pytest.raises(CheckpointError, match=message):
             StopAtSignal().train(Trainer(tiny_model(), training_arguments(tmp_path / "again")), folder)
         assert folder.is_dir()
