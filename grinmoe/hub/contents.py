@@ -91,8 +91,8 @@ def _calls_something(start: bytes) -> bool:
                 while stack.pop() is not pickletools.markobject:
                     pass
                 needed = needed[: needed.index(pickletools.markobject)]
-            for _ in needed:
-                stack.pop()
+            if pickletools.markobject in [stack.pop() for _ in needed]:
+                return False
             if opcode.name in _CALLS and has_callable:
                 return True
             stack += opcode.stack_after

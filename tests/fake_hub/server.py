@@ -47,6 +47,7 @@ class Request:
     path: str
     status: int | None = None
     received: int = 0
+    authorization: str | None = None
 
 
 @dataclass
@@ -157,6 +158,10 @@ class HubServer:
         """Call `callback` in the server's thread when a matching request has arrived, before its body is read."""
         self._plant("after", pattern, method, times, callback)
 
+    def change(self, pattern: str, change: Callable[[Reply], Reply], times: int = 1, method: str | None = None) -> None:
+        """Send what `change` makes of the reply to a matching request: other bytes, other JSON, a redirect."""
+        self._plant("change", pattern, method, times, change)
+
     def heal(self) -> None:
         """Forget the faults that have not happened yet."""
         with self.store.lock:
@@ -200,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         hub: HubServer = self.server.hub
-        request = Request(self.command, self.path)
+        request = Request(self.command, self.path, authorization=self.headers.get("Authorization"))
         hub.requests.append(request)
         faults = hub.take_faults(request)
         try:
@@ -210,6 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
             has_body = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
             body = self._receive(request, faults.get("cut") if has_body else None)
             reply = self._answer(hub, body, faults.get("fail"))
+            if "change" in faults:
+                reply = faults["change"](reply)
             if "lose" in faults:
                 raise _Cut
             self._reply(request, reply, None if has_body else faults.get("cut"))

@@ -16,6 +16,7 @@ from grinmoe import GrinMoeForCausalLM, load_tokenizer
 from grinmoe.checkpoint_grinmoe import CheckpointError
 from grinmoe.hub import HubError, pull
 from tests.fake_hub.server import OTHER
+from tests.hub.pulled import fetched, kept, whole
 from tests.hub.release_folders import (
     INDEX,
     REPO,
@@ -26,52 +27,6 @@ from tests.hub.release_folders import (
     run_cli,
     truncated,
 )
-
-
-@pytest.fixture
-def pushed(hub, model):
-    """A repository with a model, tagged v1."""
-    push_quick(model, tag="v1")
-    hub.requests.clear()
-    return hub
-
-
-@pytest.fixture
-def output(tmp_path) -> Path:
-    (tmp_path / "pulled").mkdir()
-    return tmp_path / "pulled" / "model"
-
-
-@pytest.fixture
-def refused(hub, output, capsys):
-    """Run `grinmoe pull`, which must say one thing on standard error and make no folder."""
-
-    def run(*arguments: str, repo: str = REPO, keeps: bool = False) -> str:
-        code, _, error = run_cli(capsys, "pull", "--repo", repo, "--output", str(output), *arguments)
-        said = [line for line in error.splitlines() if line.startswith("grinmoe pull: ")]
-        assert code == 2 and len(said) == 1 and error.rstrip().endswith(said[0]), error
-        assert not output.exists()
-        assert bool(list(output.parent.iterdir())) == keeps, "what was fetched is kept only where it is of use"
-        return said[0]
-
-    return run
-
-
-def whole(hub, revision: str = "main") -> dict[str, bytes]:
-    """What a pull makes of the repository: .gitattributes is git's."""
-    return {name: content for name, content in hub.files(REPO, revision).items() if name != ".gitattributes"}
-
-
-def kept(output: Path) -> Path:
-    """The folder where an interrupted pull goes on."""
-    (workspace,) = output.parent.glob(f".{output.name}-*")
-    return workspace / "new"
-
-
-def fetched(hub) -> list[str]:
-    """Names of the files whose contents were asked for."""
-    return sorted({path.split("/")[-1].split("?")[0] for path in hub.paths("GET", "/resolve/")})
-
 
 # ---- the whole folder
 
