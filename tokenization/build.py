@@ -201,7 +201,9 @@ def _checked_output(output: str | os.PathLike) -> Path:
     if not folder.exists() and not folder.is_symlink():
         return folder
     if not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file, or a link that leads nowhere; give a folder")
+        raise ValueError(
+            f"--output {folder} is not a folder but a file, FIFO, device or a link that leads nowhere; give a folder"
+        )
     present = {path.name for path in folder.iterdir()}
     if present and not present & _TOKENIZER_OR_MODEL:
         raise ValueError(

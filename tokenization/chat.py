@@ -15,14 +15,15 @@ import copy
 import re
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Encoding, Regex, Tokenizer, normalizers
+from tokenizers import Regex, Tokenizer, normalizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .loading import TokenizerError
+from .long_text import Encoded, LongTexts
 from .sources import FIRST_TOKENS
 
 # Fields of messages and of their parts that templates compare with names. No text of others is read from them.
@@ -33,11 +34,16 @@ _REWRITES = re.compile(
     r"(?:\||\.)\s*(?:lower|upper|casefold|capitalize|title|swapcase|replace|translate|join|format|reverse|striptags|escape|e"
     r"|indent)\b"
 )
-# Unicode keeps these for the inside of programs; no text is meant to hold them.
-_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_SHORT = 2**16  # characters: the tokenizer takes them at once
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # as MARKS
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
+def encode_chat(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    add_generation_prompt: bool = False,
+    max_tokens: int | None = None,
+) -> list[int]:
     """
     Encode a conversation with the tokenizer's chat template.
 
@@ -45,6 +51,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], add_generati
         tokenizer: a fast tokenizer of Transformers with a chat template.
         messages: each with `role` and `content`, as the template wants them.
         add_generation_prompt: whether the template opens the assistant's next message.
+        max_tokens: how many ids are wanted; those of a long conversation are not all computed then.
 
     Returns:
         Token ids. Control tokens (see `control_tokens`) stand only where the template writes them. Messages without the text
@@ -52,12 +59,15 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], add_generati
 
     Raises:
         ValueError: the tokenizer has no chat template, the template fails on the conversation, a text is not valid Unicode
-            (half of a surrogate pair), or a role would become a control token.
+            (half of a surrogate pair), a role would become a control token, or the conversation is longer than the tokenizer
+            can take (see `encode_text`).
     """
-    return _encoded_chat(tokenizer, messages, add_generation_prompt, False)[0]
+    return _encoded_chat(tokenizer, messages, add_generation_prompt, False, max_tokens)[0]
 
 
-def encode_chat_with_mask(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+def encode_chat_with_mask(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], max_tokens: int | None = None
+) -> tuple[list[int], list[int]]:
     """
     Encode a conversation as `encode_chat` does, and say which tokens the assistant says.
 
@@ -67,24 +77,40 @@ def encode_chat_with_mask(tokenizer: Any, messages: Sequence[dict[str, Any]]) ->
     Raises:
         ValueError: as of `encode_chat`.
     """
-    return _encoded_chat(tokenizer, messages, False, True)
+    return _encoded_chat(tokenizer, messages, False, True, max_tokens)
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
+def encode_text(
+    tokenizer: Any, text: str, with_control_tokens: bool = False, max_tokens: int | None = None
+) -> list[int]:
     """
     Encode a plain text, with the tokens that the tokenizer puts around texts (this family's puts none).
 
+    Args:
+        tokenizer: a fast tokenizer of Transformers.
+        text: may end in a part of a word; nothing is stripped.
+        with_control_tokens: whether `<|end|>` in the text is the token, as the tokenizer gives it when it is called.
+        max_tokens: how many ids are wanted; those of a long text are not all computed then.
+
     Returns:
-        Token ids, as the tokenizer gives them when it is called, but no control token comes from the text.
+        Token ids, as the tokenizer gives them when it is called, but without `with_control_tokens` no control token comes
+        from the text.
 
     Raises:
-        ValueError: the text is not valid Unicode.
+        ValueError: the text is not valid Unicode, or it has more than `LONGEST_WHOLE_TEXT` characters that can only be
+            encoded at once.
     """
     check_unicode(text)
     rules = _rules(tokenizer)
-    if rules.pattern(False).search(text) is None and not rules.is_normalized:
-        return tokenizer(text, verbose=False)["input_ids"]
-    return _repaired(rules.marked_encoding([text], lambda marker: marker.text(text, False), True), rules)[0]
+    if with_control_tokens or (rules.pattern(False).search(text) is None and not rules.is_normalized):
+        if len(text) > _SHORT:
+            return rules.copy("").ids(text, max_tokens, True)
+        return tokenizer(text, verbose=False)["input_ids"][:max_tokens]
+    marker = rules.marker([text])
+    marked = marker.text(text, False)
+    return _repaired(_Found(marked, marker, rules.copy(marker.marks).encode(marked, max_tokens, True)), rules)[0][
+        :max_tokens
+    ]
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
@@ -110,7 +136,11 @@ def check_unicode(text: str) -> None:
 
 
 def _encoded_chat(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, with_mask: bool
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    add_generation_prompt: bool,
+    with_mask: bool,
+    max_tokens: int | None,
 ) -> tuple[list[int], list[int]]:
     rules = _rules(tokenizer)
     template = rules.template
@@ -122,29 +152,29 @@ def _encoded_chat(
     def render(chat: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         return _rendered(tokenizer, template, chat, add_generation_prompt, with_mask)
 
+    def encode_plain(text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        found = rules.plain(tokenizer, text, max_tokens)
+        return found.ids, _mask(found.offsets, spans) if with_mask else []
+
     risk = rules.risk(messages)
     plain = None if risk == "token" else render(messages)
     if plain is not None and not risk and not rules.has_open_forms:
-        encoding = tokenizer(plain[0], add_special_tokens=False, verbose=False).encodings[0]
-        return encoding.ids, _mask(encoding, plain[1]) if with_mask else []
-    spans: list[tuple[int, int]] = []
-
-    def marked(marker: _Marker) -> str:
-        text, spans[:] = render(marker.messages(messages))
-        return text
-
-    found = rules.marked_encoding([template, *_texts(messages)], marked, False)
+        return encode_plain(*plain)
+    marker = rules.marker([template, *_texts(messages)])
+    text, spans = render(marker.messages(messages))
+    found = _Found(text, marker, rules.copy(marker.marks).encode(text, max_tokens, False))
     ids, mask = _repaired(found, rules, spans if with_mask else None)
-    if plain is None or found.marker.removed_from(found.text) == plain[0]:
+    ids, mask = ids[:max_tokens], mask[:max_tokens]
+    if plain is None or marker.removed_from(text) == plain[0]:
         return ids, mask
     # The template looks at what the marks have changed. No text holds a whole control token, so its own choice counts.
-    encoding = tokenizer(plain[0], add_special_tokens=False, verbose=False).encodings[0]
-    if rules.controls(encoding.ids) != rules.controls(ids):
+    plain_ids, plain_mask = encode_plain(*plain)
+    if rules.controls(plain_ids) != rules.controls(ids):
         raise ValueError(
             "the chat template makes control tokens of a text that holds a part of one; remove it from the message, or "
             "correct the template"
         )
-    return encoding.ids, _mask(encoding, plain[1]) if with_mask else []
+    return plain_ids, plain_mask
 
 
 def _rendered(
@@ -168,10 +198,10 @@ def _rendered(
     return text, spans[0] if with_spans else []
 
 
-def _mask(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> list[int]:
+def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
     """1 for every token with a character inside of a span; spans and tokens are in order."""
-    mask, span = [0] * len(encoding), 0
-    for place, (begin, end) in enumerate(encoding.offsets):
+    mask, span = [0] * len(offsets), 0
+    for place, (begin, end) in enumerate(offsets):
         while span < len(spans) and begin >= spans[span][1]:
             span += 1
         if span == len(spans):
@@ -186,7 +216,7 @@ class _Found:
 
     text: str
     marker: _Marker
-    encoding: Encoding
+    encoded: Encoded
 
 
 def _repaired(
@@ -198,12 +228,12 @@ def _repaired(
     Marks prevent them, but for tokens that are looked for behind the normaliser (`normalized: true`) and templates that
     rewrite texts.
     """
-    mask = _mask(found.encoding, spans) if spans is not None else [0] * len(found.encoding)
-    offsets, tokens = found.encoding.offsets, found.encoding.tokens
+    encoded = found.encoded
+    mask = _mask(encoded.offsets, spans) if spans is not None else [0] * len(encoded.ids)
     regions = found.marker.regions(found.text)
     starts = [begin for begin, _ in regions]
     repaired: list[tuple[int, int]] = []
-    for token, (begin, end), name, is_said in zip(found.encoding.ids, offsets, tokens, mask, strict=True):
+    for token, (begin, end), name, is_said in zip(encoded.ids, encoded.offsets, encoded.tokens, mask, strict=True):
         letters = [token]
         if token in rules.checked_ids:
             region = bisect_right(starts, begin) - 1
@@ -218,6 +248,7 @@ class _Marker:
     """Puts marks into texts. They are characters that none of the texts holds."""
 
     def __init__(self, marks: str, rules: _Rules):
+        self.marks = marks
         self.begin, self.inside, self.end = list(marks)
         self.rules = rules
         self._all = re.compile(f"[{marks}]")
@@ -269,8 +300,8 @@ class _Rules:
     def __init__(self, tokenizer: Any):
         self.template = _template(tokenizer)
         self._backend: Tokenizer = tokenizer.backend_tokenizer
-        self._marks = "".join(_NONCHARACTERS[:3])
-        self._copies: dict[str, Tokenizer] = {}
+        self._copies: dict[str, LongTexts] = {}
+        self._without_added_tokens: Tokenizer | None = None
         added = tokenizer.added_tokens_decoder
         named = {*tokenizer.all_special_tokens, *FIRST_TOKENS}
         self.control = {token.content for token in added.values() if token.special or token.content in named} - {""}
@@ -334,17 +365,12 @@ class _Rules:
                 "the chat template names"
             )
 
-    def marked_encoding(self, texts: Iterable[str], marked: Callable[[_Marker], str], is_plain: bool) -> _Found:
+    def marker(self, texts: Iterable[str]) -> _Marker:
         """
-        Encode a text with marks.
-
-        Args:
-            texts: what no mark may be in.
-            marked: gives the text.
-            is_plain: whether the tokens that the tokenizer puts around texts belong to it.
+        A marker whose marks are in none of the texts.
 
         Raises:
-            ValueError: the texts hold all characters that can be marks.
+            ValueError: the texts hold nearly all characters that can be marks.
         """
         used = set().union(*texts)
         marks = "".join([character for character in _NONCHARACTERS if character not in used][:3])
@@ -353,20 +379,32 @@ class _Rules:
                 "the texts hold nearly all of the noncharacters U+FDD0 to U+FDEF, and three of them are needed to mark "
                 "control tokens; remove them"
             )
-        marker = _Marker(marks, self)
-        text = marked(marker)
-        return _Found(text, marker, self._copy(marks).encode(text, add_special_tokens=is_plain))
+        return _Marker(marks, self)
 
-    def _copy(self, marks: str) -> Tokenizer:
+    def plain(self, tokenizer: Any, text: str, max_tokens: int | None) -> Encoded:
+        """A text that the template has written, encoded as the tokenizer does."""
+        if len(text) > _SHORT:
+            return self.copy("").encode(text, max_tokens, False)
+        encoding = tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
+        if max_tokens is not None and len(encoding) > max_tokens:
+            encoding.truncate(max_tokens)
+        return Encoded(encoding.ids, encoding.offsets, [])
+
+    def copy(self, marks: str) -> LongTexts:
+        """A copy of the tokenizer that deletes these marks."""
         if marks in self._copies:
             return self._copies[marks]
         tokenizer = self._new_copy()
-        without_marks = normalizers.Replace(Regex(f"[{marks}]"), "")
-        original = tokenizer.normalizer
-        tokenizer.normalizer = without_marks if original is None else normalizers.Sequence([without_marks, original])
-        if marks == self._marks:
-            self._copies[marks] = tokenizer
-        return tokenizer
+        if marks:
+            without_marks = normalizers.Replace(Regex(f"[{marks}]"), "")
+            original = tokenizer.normalizer
+            tokenizer.normalizer = (
+                without_marks if original is None else normalizers.Sequence([without_marks, original])
+            )
+        found = LongTexts(tokenizer)
+        if marks in ("", "".join(_NONCHARACTERS[:3])):
+            self._copies[marks] = found
+        return found
 
     def letters(self, text: str, token: str) -> list[int]:
         """
@@ -375,10 +413,10 @@ class _Rules:
         Raises:
             ValueError: its vocabulary makes the token of the letters, too.
         """
-        if "" not in self._copies:
-            self._copies[""] = self._new_copy()
-            self._copies[""].encode_special_tokens = True
-        ids = self._copies[""].encode(text, add_special_tokens=False).ids
+        if self._without_added_tokens is None:
+            self._without_added_tokens = self._new_copy()
+            self._without_added_tokens.encode_special_tokens = True
+        ids = self._without_added_tokens.encode(text, add_special_tokens=False).ids
         if self.controls(ids):
             raise ValueError(
                 f"the tokenizer makes the control token {token!r} of the text {text!r}; remove it from the message"

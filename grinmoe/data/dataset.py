@@ -10,11 +10,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from ..files import require_packages
+from ..tokenization import encode_chat, encode_chat_with_mask, encode_text
 from .formats import (
     FORMATS,
     Columns,
@@ -88,6 +90,10 @@ class DataOptions:
     )
     loss_on: str = _option(
         "assistant", "assistant: the assistant's messages, or the completion, or all of a text; all: every token"
+    )
+    control_tokens_in_texts: bool = _option(
+        False,
+        "texts that are not messages hold control tokens: <|end|> in them is the token (default: the letters of it)",
     )
     max_rows: int | None = _option(None, "read no more than this many rows of each data set, for a trial")
 
@@ -186,7 +192,7 @@ class PreparedData:
 
     sft and pretrain: `input_ids` and `labels` (int32 lists of one length; -100 where there is no loss) and, packed,
     `position_ids`, which begin again at 0 with every sample. They go to `RowCollator`. dpo: `prompt`, `chosen` and
-    `rejected`, texts or messages, for TRL's DPOTrainer, which tokenises them.
+    `rejected`, texts or messages, which [`pair_ids`] tokenises.
     """
 
     train: Dataset
@@ -321,6 +327,10 @@ class _Encoder:
 
     def __init__(self, task: str, options: DataOptions, tokenizer: Any):
         self.task, self.options, self.tokenizer = task, options, tokenizer
+        packing = task == "pretrain" if options.packing is None else options.packing
+        # In pretraining with packing a document goes on in the next row; otherwise one token more tells what is too long.
+        self.is_cut = packing and task == "pretrain"
+        self.wanted = None if self.is_cut else options.max_length + 1
         # Every token of pretraining is a target.
         self.only_answers = task == "sft" and options.loss_on == "assistant"
         self.has_marks = bool(re.search(r"\{%[-+]?\s*generation\b", tokenizer.chat_template or ""))
@@ -336,7 +346,7 @@ class _Encoder:
             text = checked_text(row[columns.text], columns.text, place)
             if text is None:
                 return None
-            ids = self.text_ids(text)
+            ids = self.text_ids(text, place)
             return ids, ids
         prompt = checked_turns(row[columns.prompt], columns.prompt, place)
         completion = checked_turns(row[columns.completion], columns.completion, place)
@@ -350,9 +360,9 @@ class _Encoder:
             raise ValueError(
                 f"{place}: {columns.prompt!r} and {columns.completion!r} must be both texts or both messages"
             )
-        ids = self.text_ids(prompt + completion)
+        ids = self.text_ids(prompt + completion, place)
         # Not the prompt's own length: tokens may merge across the border, and then the answer begins with the merged one.
-        begins = common_length(self.ids(prompt), ids) if self.only_answers else 0
+        begins = common_length(self.ids(prompt, place), ids) if self.only_answers else 0
         return ids, [NO_LOSS] * begins + ids[begins:]
 
     def _conversation(self, messages: list[Message], place: str, where: str, asked: int = 0) -> Sample:
@@ -363,7 +373,7 @@ class _Encoder:
         masked = masked_messages(messages, has_loss, where)
         messages = without_weights(messages)
         if not self.only_answers and not masked:
-            ids = self._encoded(messages, place)["input_ids"]
+            ids = self._chat_ids(messages, place)
             return ids, ids
         if self.tokenizer.chat_template and not self.has_marks:
             what = "loss_on='assistant'" if self.only_answers else f"{place}: a message of weight 0"
@@ -371,11 +381,12 @@ class _Encoder:
                 f"{what} needs a chat template that marks what the assistant says ({{% generation %}}); "
                 "grinmoe.load_tokenizer gives the family's own one such marks, and loss_on='all' needs none without weights"
             )
-        encoded = self._encoded(messages, place, return_assistant_tokens_mask=True)
-        ids, is_said = encoded["input_ids"], encoded["assistant_masks"]
+        with _placed(place):
+            # The spans of weights are counted in the whole conversation.
+            ids, is_said = encode_chat_with_mask(self.tokenizer, messages, None if masked else self.wanted)
         is_target = list(is_said) if self.only_answers else [1] * len(ids)
         if self.only_answers and asked:
-            prompt = self._encoded(messages[:asked], place, add_generation_prompt=True)["input_ids"]
+            prompt = self._chat_ids(messages[:asked], place, add_generation_prompt=True)
             begins = common_length(prompt, ids)
             is_target[:begins] = [0] * begins
         for begin, end in self._said_spans(messages, is_said, place, masked):
@@ -399,41 +410,66 @@ class _Encoder:
         spans = dict(zip(speaking, zip(edges[::2], edges[1::2], strict=True), strict=True))
         return [spans[i] for i in wanted]
 
-    def _encoded(self, messages: list[Message], place: str, **kwargs: Any) -> Any:
-        """Token ids of messages and what `kwargs` add, through the chat template."""
-        import jinja2
+    def _chat_ids(self, messages: list[Message], place: str, add_generation_prompt: bool = False) -> list[int]:
+        with _placed(place):
+            return encode_chat(self.tokenizer, messages, add_generation_prompt, self.wanted)
 
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"{place}: messages need a chat template and the tokenizer has none; set its chat_template"
-            )
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{place}: the tokenizer's chat template refuses the conversation: {error}") from error
-
-    def text_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str, place: str) -> list[int]:
         """Token ids of a text that ends here."""
         end = self.tokenizer.eos_token_id
         if end is None:
             raise ValueError("the tokenizer has no end-of-text token, which ends every text; set its eos_token")
-        ids = self.ids(text)
-        return ids if ids[-1:] == [end] else [*ids, end]
+        return [*self.ids(text.removesuffix(self.tokenizer.eos_token), place), end]
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, text: str, place: str) -> list[int]:
         """Token ids of a text."""
-        return self.tokenizer(text, verbose=False)["input_ids"]
+        with _placed(place):
+            return encode_text(self.tokenizer, text, self.options.control_tokens_in_texts, self.wanted)
 
     def answers(self, pair: Preference, place: str) -> list[Sample]:
-        """Prompt with the chosen answer, and with the rejected one, as TRL's DPOTrainer will make them."""
+        """Prompt with the chosen answer, and with the rejected one, as DPOTrainer will get them."""
+        begins, whole = self.pair(pair, place)
+        return [(ids, [NO_LOSS] * begins + ids[begins:]) for ids in whole]
+
+    def pair(self, pair: Preference, place: str) -> tuple[int, list[list[int]]]:
+        """How many ids are the prompt's, and the ids of the prompt with the chosen answer and with the rejected one."""
         both = (pair.chosen, pair.rejected)
         if isinstance(pair.prompt, str):
-            prompt, whole = self.ids(pair.prompt), [self.text_ids(pair.prompt + str(answer)) for answer in both]
+            prompt = self.ids(pair.prompt, place)
+            whole = [self.text_ids(pair.prompt + str(answer), place) for answer in both]
         else:
-            prompt = self._encoded(pair.prompt, place, add_generation_prompt=True)["input_ids"]
-            whole = [self._encoded([*pair.prompt, *answer], place)["input_ids"] for answer in both]
-        begins = min(common_length(prompt, ids) for ids in whole)
-        return [(ids, [NO_LOSS] * begins + ids[begins:]) for ids in whole]
+            prompt = self._chat_ids(pair.prompt, place, add_generation_prompt=True)
+            whole = [self._chat_ids([*pair.prompt, *answer], place) for answer in both]
+        return min(common_length(prompt, ids) for ids in whole), whole
+
+
+def pair_ids(row: dict[str, Any], options: DataOptions, tokenizer: Any) -> dict[str, list[int]]:
+    """
+    Tokenise a pair of `load_data`, as TRL's DPOTrainer wants its rows.
+
+    TRL's own way takes `<|end|>` in a text for the token; here control tokens come from the chat template alone.
+
+    Args:
+        row: `prompt`, `chosen` and `rejected`, all texts or all messages.
+        options: those that the row was loaded with.
+        tokenizer: the one that it was loaded with.
+
+    Returns:
+        `prompt_ids`, `chosen_ids` and `rejected_ids`; prompt and answer together have at most `max_length` ids.
+    """
+    pair = Preference(row["prompt"], row["chosen"], row["rejected"])
+    begins, (chosen, rejected) = _Encoder("dpo", options, tokenizer).pair(pair, "a pair of the training data")
+    end = options.max_length
+    return {"prompt_ids": chosen[:begins], "chosen_ids": chosen[begins:end], "rejected_ids": rejected[begins:end]}
+
+
+@contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """Name the place of a row in the errors of the tokenizer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _fitting(samples: list[Sample] | None, options: DataOptions, is_cut: bool, counts: Counts) -> list[Sample] | None:
@@ -461,7 +497,7 @@ def _token_table(rows: _Rows, encoder: _Encoder) -> tuple[Any, Counts]:
     """Table of token rows for sft and pretrain."""
     options, counts, samples = encoder.options, Counts(), Samples()
     packing = encoder.task == "pretrain" if options.packing is None else options.packing
-    is_cut = packing and encoder.task == "pretrain"
+    is_cut = encoder.is_cut
     for place, row in rows:
         sample = encoder.sample(rows.data_format, place, row)
         for ids, labels in _fitting(sample and [sample], options, is_cut, counts) or ():

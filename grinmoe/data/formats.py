@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from ..tokenization import check_unicode
 from .sources import shown
 
 FORMATS = ("messages", "prompt-completion", "text", "preference")
@@ -208,13 +209,21 @@ def checked_text(value: Any, column: str, place: str) -> str | None:
     """A text that is not blank; None for a blank one or null.
 
     Raises:
-        ValueError: it is not a string.
+        ValueError: it is not a string, or not valid Unicode.
     """
     if value is None:
         return None
     if not isinstance(value, str):
         raise ValueError(f"{place}: {column!r} is a string, not {shown(value)}")
+    _check_characters(value, f"{place}: {column!r}")
     return value if value.strip() else None
+
+
+def _check_characters(text: str, where: str) -> None:
+    try:
+        check_unicode(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def checked_messages(value: Any, column: str, place: str) -> list[Message] | None:
@@ -264,6 +273,7 @@ def _checked_message(message: Any, where: str) -> Message:
         if not isinstance(text, str):
             had = f"has the {key} {shown(text)}" if text is not None else f"has no {key}"
             raise ValueError(f"{where} {had}; it needs a string (its keys are {', '.join(map(str, message))})")
+        _check_characters(text, f"{where}, {key}")
     role = "system" if message["role"] == "developer" else message["role"]
     weight = _weight(message, where)
     return {"role": role, "content": content} | ({} if weight is None else {"weight": weight})

@@ -144,7 +144,7 @@ def test_what_is_no_place_for_a_tokenizer_is_refused_untouched(built, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for name, message in {
         "photos": "is not empty and holds neither",
-        "photos/a.png": "is a file",
+        "photos/a.png": "not a folder but a file",
         "link": "leads nowhere",
         "odd": "has a folder named tokenizer.json",
     }.items():
