@@ -310,7 +310,7 @@ def _with_adapter(recipe: Recipe, model: GrinMoeForCausalLM):
 
 
 def _dpo_trainer(recipe: Recipe, config: GrinMoeConfig, common: dict[str, Any]) -> Trainer:
-    from trl import DPOTrainer
+    from .pair_trainer import PairTrainer
 
     arguments: Any = recipe.training
     if arguments.router_aux_loss_coef is None:
@@ -325,7 +325,9 @@ def _dpo_trainer(recipe: Recipe, config: GrinMoeConfig, common: dict[str, Any]) 
         peft_config = _lora_config(recipe, config)
     elif not arguments.precompute_ref_log_probs:
         reference = load_model(recipe, config)
-    trainer: Any = DPOTrainer(model=model, ref_model=reference, peft_config=peft_config, **common)
+    trainer: Any = PairTrainer(
+        model=model, ref_model=reference, peft_config=peft_config, data_options=recipe.data, **common
+    )
     # TRL rounds the adapters of a quantised model to bfloat16; here they are trained in float32.
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and recipe.run.uses_adapter:
