@@ -124,10 +124,31 @@ def kind_of(path: Path) -> str:
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
-    """Copy from one folder to another, of the files named, those that are there."""
+    """
+    Copy from one folder to another, of the files named, those that are there.
+
+    Raises:
+        ValueError: one of them is a link that leads out of `source`: in a stranger's checkpoint it could lead to a key.
+    """
     for name in names:
         if (source / name).is_file():
+            if leads_out(source / name, source):
+                raise ValueError(
+                    f"{source / name} is a link to {(source / name).resolve()}, which is not in its folder; put the file "
+                    "itself there"
+                )
             shutil.copyfile(source / name, target / name)
+
+
+def leads_out(file: Path, folder: Path) -> bool:
+    """
+    Whether a file of a folder is in truth outside of it, because of a link.
+
+    A snapshot in the Hub's cache consists of links to the cache's `blobs` of the same repository, which count as inside.
+    """
+    inside = [folder.resolve()]
+    inside += [place.parent / "blobs" for place in inside[0].parents if place.name == "snapshots"]
+    return not any(file.resolve().is_relative_to(place) for place in inside)
 
 
 def default_mode(is_folder: bool = False) -> int:

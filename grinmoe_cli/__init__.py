@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import shlex
 import sys
+import tempfile
 import warnings
 from typing import Any
 
@@ -69,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         given["output"] = os.path.expanduser(given["output"])  # a shell leaves it in --output=~/model
     # Of the libraries among themselves; nothing that a user of a command could change.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_for_users)
     try:
         return _run(entry, given)
     except KeyboardInterrupt:
@@ -90,10 +93,18 @@ def _line(message: str) -> str:
 
 def _run(entry: Command, given: dict[str, Any]) -> int:
     room = importlib.import_module(f"grinmoe.{entry.room}")
+    from grinmoe.files import telling_disk_full
+
     options = make_options(getattr(room, entry.options), given)
     recorded = {"command": shlex.join(["grinmoe", *sys.argv[1:]])} if entry.is_recorded else {}
-    code = getattr(room, entry.run)(options, **recorded)
+    with telling_disk_full(given.get("output") or tempfile.gettempdir()):
+        code = getattr(room, entry.run)(options, **recorded)
     return code if isinstance(code, int) else 0
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """PEFT imports bitsandbytes, which then misses a package of kernels, also in commands that quantise nothing."""
+    return "gemm_4bit_forward" not in str(record.msg)
 
 
 def _version() -> str:

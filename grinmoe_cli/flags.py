@@ -22,9 +22,11 @@ and importing `grinmoe`, which registers the model with Transformers, takes seco
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -88,6 +90,20 @@ def _fields(options: Any) -> Iterator[tuple[dataclasses.Field, Any, list[Any]]]:
         yield field, kind, said
 
 
+def _whole_number(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if -(2**63) <= (number := int(text)) < 2**63:
+            return number
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at most 64 bits")
+
+
+def _finite_number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a finite number")
+
+
 def _is_required(field: dataclasses.Field, said: list[Any]) -> bool:
     return Required in said or (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
 
@@ -115,5 +131,5 @@ def _add_flag(parser: Any, field: dataclasses.Field, kind: Any, said: list[Any])
         elif get_origin(one) is Literal:
             how["choices"] = get_args(one)
         elif one in (int, float) and str not in kinds:
-            how["type"] = one
+            how["type"] = _whole_number if one is int else _finite_number
     parser.add_argument(f"--{flag}", metavar=metavar[0] if metavar else None, help=text, **how)

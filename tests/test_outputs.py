@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from grinmoe.checkpoint_grinmoe import WORKSPACE, Workspace, replaced_when_whole
-from grinmoe.files import DiskFullError, atomic_file, atomic_write_text, telling_disk_full
+from grinmoe.files import DiskFullError, atomic_file, atomic_write_text, copy_files, telling_disk_full
 from grinmoe.outputs import check_folder, check_output, folder_when_whole
 from tests import ROOT
 
@@ -322,3 +322,26 @@ class TestReplacedWhenWhole:
             with replaced_when_whole(tmp_path) as folder:
                 (folder / "config.json").write_text("{}")
         assert [found.name for found in tmp_path.iterdir()] == ["config.json"] and not path.is_file()
+
+
+class TestCopiedFiles:
+    def test_link_out_of_the_folder_is_refused_by_name(self, tmp_path):
+        (tmp_path / "id_rsa").write_text("secret")
+        for place in ("model", "copy"):
+            (tmp_path / place).mkdir()
+        (tmp_path / "model" / "tokenizer.model").symlink_to("../id_rsa")
+        with pytest.raises(ValueError, match="tokenizer.model is a link to .*id_rsa, which is not in its folder"):
+            copy_files(["tokenizer.model"], tmp_path / "model", tmp_path / "copy")
+        assert not list((tmp_path / "copy").iterdir())
+
+    def test_links_inside_the_folder_and_of_the_hubs_cache_are_copied(self, tmp_path):
+        snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+        snapshot.mkdir(parents=True)
+        (snapshot.parent.parent / "blobs").mkdir()
+        (snapshot.parent.parent / "blobs" / "abc").write_text("{}")
+        (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
+        (snapshot / "vocab.json").symlink_to("tokenizer.json")
+        (tmp_path / "copy").mkdir()
+        copy_files(["tokenizer.json", "vocab.json", "absent.json"], snapshot, tmp_path / "copy")
+        assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["tokenizer.json", "vocab.json"]
+        assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())

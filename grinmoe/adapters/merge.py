@@ -22,6 +22,7 @@ from ..checkpoint_grinmoe import refuse_checkout, replaced_when_whole
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import check_dtype, copy_files
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
+from ..outputs import check_output
 from ..tokenization import TOKENIZER_FILES
 from .lora import AdapterError, base_of, check_adapter, load_adapter, may_be_there, read_lora_config, stored_shapes
 from .options import MergeOptions
@@ -43,7 +44,7 @@ def merge_adapter(
 
     Args:
         adapter: folder of a PEFT adapter.
-        output: folder of the merged checkpoint.
+        output: folder of the merged checkpoint, new or empty.
         base: folder or Hub id of the base; by default what the adapter's configuration names.
         dtype: of the merge and of what is saved; "auto" is the base's own.
         from_quantized: the `quantization_config` that the adapter was trained on: the base is loaded so, and dequantised
@@ -54,8 +55,7 @@ def merge_adapter(
 
     Raises:
         AdapterError: no base is known or it is not there, or the adapter does not fit it (before any weight is loaded).
-        ValueError: (before, too) a wrong dtype; `output` is a file, the base's or the adapter's folder, this source
-            code's, or one that holds an adapter.
+        ValueError: (before, too) a wrong dtype; `output` is not a new or empty folder, or is this source code's.
     """
     config = read_lora_config(adapter)
     base = base_of(adapter) if base is None else os.fspath(base)
@@ -105,11 +105,7 @@ def _check_folders(adapter: str | os.PathLike, base: str, output: str | os.PathL
             raise ValueError(
                 f"output={os.fspath(output)!r} is the folder of the adapter or of its base; give another one"
             )
-    if (Path(output) / ADAPTER_CONFIG).exists():
-        raise ValueError(
-            f"output={os.fspath(output)!r} holds an adapter, which Transformers would load on top of what is merged; give "
-            "another folder"
-        )
+    check_output(output, "output")
     if not may_be_there(base):
         raise AdapterError(f"base={base!r} is not there; give a folder or an id on the Hub")
     if Path(base).is_dir() and (Path(base) / ADAPTER_CONFIG).exists():

@@ -29,7 +29,6 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONF
 from .. import files
 from ..checkpoint_grinmoe import (
     ON_DISK,
-    WORKSPACE,
     add_remote_code,
     check_weights,
     fused_name,
@@ -40,6 +39,7 @@ from ..checkpoint_grinmoe import (
 from ..configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig, read_json_object
 from ..files import atomic_write_text, copy_files, folder_or_repository
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeRotaryEmbedding
+from ..outputs import check_output
 from ..provenance import markdown_table
 from ..quantization_grinmoe import FUSED, dense_shape, quantize_rows
 from ..routing_grinmoe import ESTIMATORS
@@ -141,22 +141,20 @@ def _check_options(options: ExportOptions) -> None:
     files.check_dtype(options.dtype, DTYPES)
     if options.dtype == "int8" and options.to in ("phimoe", "mixtral"):
         raise ConversionError(f"--dtype int8 is for safetensors and gguf; choose bfloat16 or float16 for {options.to}")
-    check_output(options.output, options.max_shard_size)
+    check_new_checkpoint(options.output, options.max_shard_size)
 
 
-def check_output(output: str, max_shard_size: int | str) -> None:
+def check_new_checkpoint(output: str, max_shard_size: int | str) -> None:
     """
+    Check where a new checkpoint is to be written, and in shards of which size.
+
     Raises:
-        ValueError: the folder is a file, holds something or is that of the source code; or the size is none.
+        ValueError: the folder is not new or empty, or is that of the source code; or the size is not one.
     """
     if isinstance(max_shard_size, str) and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B", max_shard_size):
-        raise ValueError(f"--max-shard-size {max_shard_size!r} is no size; give one such as 500MB or 5GB")
+        raise ValueError(f"--max-shard-size {max_shard_size!r} is not a size; give one such as 500MB or 5GB")
     refuse_checkout(output)
-    if Path(output).is_file():
-        raise ValueError(f"--output {output} is a file; give a new folder")
-    # Of a process that was killed there is a hidden folder, which the next one that succeeds removes.
-    if Path(output).is_dir() and not all(path.name.startswith(WORKSPACE) for path in Path(output).iterdir()):
-        raise ValueError(f"--output {output} is not empty; give a new folder")
+    check_output(output)
 
 
 def local_folder(model: str) -> Path:

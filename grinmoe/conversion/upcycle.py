@@ -31,7 +31,7 @@ from ..provenance import markdown_table
 from ..routing_grinmoe import ESTIMATORS, mix_seed, routing_generator
 from .compare import TOKENS_COMPARED, compare_logits, load_float32, random_tokens, require_equal, why_not_compared
 from .configs import ConversionError, config_of_fields, fields_of_dense, load_foreign_config
-from .export import COMPANIONS, check_output, local_folder, model_type_of
+from .export import COMPANIONS, check_new_checkpoint, local_folder, model_type_of
 from .options import UpcycleOptions
 from .shards import Entry, WeightSource, write_shards
 
@@ -58,7 +58,7 @@ def upcycle_checkpoint(options: UpcycleOptions) -> dict[str, Any]:
         raise ValueError(
             f"--estimator {options.estimator!r} does not begin where the dense model is; choose one of {', '.join(possible)}"
         )
-    check_output(options.output, options.max_shard_size)
+    check_new_checkpoint(options.output, options.max_shard_size)
     folder = local_folder(options.model)
     dense = _dense_config(folder)
     config = sparse_config(dense, options)

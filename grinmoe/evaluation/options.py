@@ -30,8 +30,8 @@ class EvaluateOptions:
     allow_code: Annotated[bool, "run the programs that the model writes (HumanEval, MBPP)"] = False
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit {self.limit} asks nothing; give 1 or more")
+        if self.limit is not None and not 1 <= self.limit < 2**31:
+            raise ValueError(f"--limit {self.limit} is not a number of questions; give 1 or more, below {2**31}")
         if self.shots is not None and self.shots < 0:
             raise ValueError(f"--shots {self.shots} is negative; give 0 or more")
         if self.batch_size < 1:

@@ -18,6 +18,7 @@ from ..configuration_grinmoe import read_json_object
 from ..files import atomic_write_text, folder_or_repository, require_packages
 from ..hub import Evaluation, metric_name
 from ..loading import base_of_model, load_for_use
+from ..outputs import check_folder
 from ..provenance import environment, markdown_table
 from .options import EvaluateOptions
 from .suite import PAPER_SUITE, SuiteTask, local_task
@@ -92,7 +93,7 @@ def evaluate(options: EvaluateOptions, command: str, console: Console | None = N
     tasks = find_tasks(options.tasks, options.allow_code)
     if options.shots is not None:
         tasks = [replace(task, shots=options.shots) for task in tasks]
-    output = Path(options.output)
+    output = check_folder(options.output)
     settings = _settings(options, source)
     _check_folder(output, settings)
     done = {task.name: _read(_file(output, task)) for task in tasks if _file(output, task).is_file()}
@@ -143,13 +144,13 @@ def _stamp(source: str) -> str | list[list[Any]]:
 
 
 def _check_folder(output: Path, settings: dict[str, Any]) -> None:
-    if output.is_file():
-        raise ValueError(f"--output {output} is a file; give a folder")
     file = output / "settings.json"
     if not file.is_file():
         if output.is_dir() and any(output.iterdir()):
             raise ValueError(f"--output {output} holds something else than an evaluation; give a new folder")
         return
+    if not any((output / "tasks").glob("*.json")):
+        return  # of a start that has answered nothing
     before = _read(file)
     if different := [name for name in settings if settings[name] != before.get(name)]:
         raise ValueError(

@@ -25,10 +25,11 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from ..configuration_grinmoe import GrinMoeConfig
+from ..configuration_grinmoe import GrinMoeConfig, read_json_object
 from ..demo import Document, documents_of_file, installed_documentation
-from ..files import atomic_write_text
+from ..files import atomic_file, atomic_write_text
 from ..modeling_grinmoe import GrinMoeForCausalLM
+from ..outputs import check_folder
 from ..provenance import environment
 from ..tokenization import build_tokenizer
 from ..training import NarrowingMask
@@ -67,8 +68,9 @@ class CompareSettings:
 
     def __post_init__(self):
         for name in ("steps", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} compares nothing; give 1 or more")
+            most = 1000 if name == "seeds" else 10**9
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"--{name} {getattr(self, name)} cannot be compared; give 1 to {most}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -163,7 +165,9 @@ def run_comparison(
         raise ValueError(f"--arms {' '.join(unknown)} unknown; choose from {' '.join(ARMS)}")
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} trains nothing; give 1 or more")
-    folder = Path(output).resolve()
+    if text is not None and not Path(text).is_file():
+        raise ValueError(f"--text {text} is not a file; give one with UTF-8 text")
+    folder = _checked_output(output)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)
     corpus = prepare_corpus(folder, settings, None if text is None else Path(text), console)
@@ -173,7 +177,7 @@ def run_comparison(
         (name, seed) for seed in range(settings.seeds) for name in names if not _run_file(folder, name, seed).exists()
     ]
     _train_all(folder, settings, todo, workers, console)
-    runs = [json.loads(_run_file(folder, name, seed).read_text()) for name in names for seed in range(settings.seeds)]
+    runs = [_read_run(_run_file(folder, name, seed)) for name in names for seed in range(settings.seeds)]
     facts["environment"] = environment(command)
     return write_report(folder, facts, runs, {name: ARMS[name].label for name in names})
 
@@ -190,12 +194,32 @@ def run_compare(options: CompareOptions, command: str) -> None:
     print(f"table and figure: {report}")
 
 
+def _checked_output(output: str | os.PathLike) -> Path:
+    """The absolute path of a folder that is new, empty or a comparison's."""
+    folder = check_folder(output)
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    # Of a start that was killed while it read the text: an empty folder for runs, and perhaps the rows.
+    begun = {name for name in present if name.startswith(".corpus-")} | {"runs", "corpus.safetensors"}
+    if "corpus.json" not in present and (
+        not present <= begun or any(folder.glob("runs/*")) or present == {"corpus.safetensors"}
+    ):
+        raise ValueError(f"--output {output} holds something that is not a comparison; give a new folder")
+    return folder
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it to train that run again") from error
+
+
 def _check_same(folder: Path, facts: dict[str, Any]) -> None:
     """Runs of one folder are comparable: same settings (but for the number of seeds), same text."""
     record = folder / "settings.json"
     facts = json.loads(json.dumps(facts))
     comparable = {**facts, "settings": {**facts["settings"], "seeds": None}}
-    earlier = json.loads(record.read_text()) if record.exists() else comparable
+    earlier = read_json_object(record, remedy="give a new --output") if record.exists() else comparable
     if earlier != comparable and any((folder / "runs").iterdir()):
         different = [
             f"{part}.{key}"
@@ -266,11 +290,9 @@ def prepare_corpus(folder: Path, settings: CompareSettings, text: Path | None, c
         "packages": list(settings.packages),
     }
     if record.exists() and tensors.exists():
-        facts = json.loads(record.read_text())
-        if facts["wanted"] == wanted:
+        facts = read_json_object(record, remedy="give a new --output")
+        if facts.get("wanted") == wanted:
             return facts
-    if text is not None and not text.is_file():
-        raise ValueError(f"--text {text} is not a file; give one with UTF-8 text")
     console.print("Reading text and training a tokenizer on it")
     documents = installed_documentation(settings.packages) if text is None else documents_of_file(text)
     train = [document for document in documents if not document.is_held_out(0.05)]
@@ -287,7 +309,9 @@ def prepare_corpus(folder: Path, settings: CompareSettings, text: Path | None, c
         )
     # Spread over all held-out text, whatever its order.
     keep = torch.linspace(0, len(held_out_ids) - 1, min(len(held_out_ids), settings.held_out_rows)).long()
-    save_file({"train": train_ids, "held_out": held_out_ids[keep], "held_out_domain": held_out_domain[keep]}, tensors)
+    rows = {"train": train_ids, "held_out": held_out_ids[keep], "held_out_domain": held_out_domain[keep]}
+    with atomic_file(tensors) as partial:
+        save_file(rows, partial)
     facts = {
         "wanted": wanted,
         "source": "documentation of the installed packages" if text is None else text.name,

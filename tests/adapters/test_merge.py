@@ -104,7 +104,7 @@ def test_what_is_merged_never_lies_beside_an_adapter(make, tmp_path):
     """Transformers would load that on top: the delta would be added twice."""
     _, adapter, _ = make()
     shutil.copytree(adapter, tmp_path / "run")
-    with pytest.raises(ValueError, match="which Transformers would load on top"):
+    with pytest.raises(ValueError, match="is not empty"):
         merge_adapter(adapter, tmp_path / "run")
     assert contents(tmp_path / "run") == contents(adapter)
 
@@ -164,8 +164,13 @@ def test_what_does_not_fit_is_refused_before_any_weight_is_read(make, tmp_path, 
     with pytest.raises(ValueError, match="'int8' is unknown; choose one of auto"):
         merge_adapter(adapter, tmp_path / "merged", dtype=torch.int8)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file; give a folder"):
+    with pytest.raises(ValueError, match="is a file; give a new folder"):
         merge_adapter(adapter, tmp_path / "file")
+    for occupied in ("other", "adapter"):  # a checkpoint, with and without an adapter
+        before = {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+        with pytest.raises(ValueError, match="is not empty" if occupied == "other" else "is the folder of the adapter"):
+            merge_adapter(adapter, tmp_path / occupied)
+        assert before == {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
     (tmp_path / "empty").mkdir()
     for base, message in (
         ("nowhere", "is not there; give a folder or an id on the Hub"),
@@ -179,8 +184,7 @@ def test_what_does_not_fit_is_refused_before_any_weight_is_read(make, tmp_path, 
 
 def test_a_failed_merge_leaves_what_was_there(make, tmp_path, monkeypatch):
     _, adapter, _ = make()
-    merge_adapter(adapter, tmp_path / "merged")
-    before = contents(tmp_path / "merged")
+    before = sorted(tmp_path.rglob("*"))
 
     def full_disk(*_):
         raise OSError("no space left on device")
@@ -188,7 +192,7 @@ def test_a_failed_merge_leaves_what_was_there(make, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "_copy_tokenizer", full_disk)
     with pytest.raises(OSError, match="no space left"):
         merge_adapter(adapter, tmp_path / "merged")
-    assert contents(tmp_path / "merged") == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import grinmoe_cli
 from tests import ROOT
@@ -60,6 +64,60 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(goldens, tiny_tokenize
         shutil.copy(goldens["golden-a"].folder / name, tmp_path)
     assert run_main("generate", "--model", str(tmp_path), "--prompt", "x") == 2
     assert "which is not there; download that shard again" in capsys.readouterr().err
+
+
+def test_command_on_a_full_disk_says_so_in_one_line(monkeypatch, capsys, tmp_path):
+    import grinmoe.demo
+
+    def full(*arguments, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(grinmoe.demo, "run_demo", full)
+    assert run_main("demo", "--output", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("grinmoe demo: the disk is full: writing to ") and len(error.strip().splitlines()) == 1
+
+
+def test_command_that_quantises_nothing_says_nothing_of_kernels_for_it(monkeypatch, caplog, tmp_path):
+    """bitsandbytes warns when PEFT imports it, on CPUs with bfloat16 instructions."""
+    assert run_main("generate", "--model", "./not-there", "--prompt", "x") == 2
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("another warning")
+    assert [record.message for record in caplog.records if record.name == logger.name] == ["another warning"]
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "a link that leads nowhere"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo",
+        "analyze --model m --text t.txt",
+        "export --model m --to phimoe",
+        "upcycle --model m --experts 4 --top-k 2",
+        "merge --adapter a",
+        "compare",
+        "evaluate --model m --tasks t.jsonl",
+        "tokenizer build --source s",
+        "pull --repo a/b",
+    ],
+)
+def test_output_that_is_not_a_folder_is_refused_by_every_command_and_stays(
+    command, kind, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    out = Path("out")
+    os.mkfifo(out) if kind == "FIFO" else out.symlink_to("/dev/null" if kind == "device" else "nowhere")
+    for name in ("m", "a"):
+        Path(name).mkdir()
+        (Path(name) / "config.json").write_text("{}")
+    Path("t.txt").write_text("text")
+    Path("t.jsonl").write_text('{"question": "a", "choices": ["x", "y"], "answer": 1}')
+    (Path("a") / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "base_model_name_or_path": "m"}')
+    before = sorted(Path().rglob("*"))
+    assert run_main(*command.split(), "--output", "out") == 2
+    assert kind in capsys.readouterr().err
+    assert sorted(Path().rglob("*")) == before and not out.is_dir()
 
 
 def test_an_unknown_command_is_exit_code_2(capsys):

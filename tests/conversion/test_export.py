@@ -22,6 +22,7 @@ from transformers import (
 
 import grinmoe_cli
 from grinmoe import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, conversion
+from grinmoe.checkpoint_grinmoe import WORKSPACE, Workspace
 from grinmoe.conversion.compare import compare_logits, require_equal, text_lengths
 from grinmoe.conversion.configs import ConversionError, UnequalLogitsError, to_phimoe
 from grinmoe.conversion.export import ExportOptions, export_checkpoint, official_entries, read_config
@@ -608,7 +609,7 @@ class TestCommand:
         [
             (("--to", "onnx"), "invalid choice: 'onnx'"),
             (("--to", "phimoe", "--dtype", "int8"), "--dtype int8 is for safetensors and gguf"),
-            (("--to", "phimoe", "--max-shard-size", "big"), "--max-shard-size 'big' is no size"),
+            (("--to", "phimoe", "--max-shard-size", "big"), "--max-shard-size 'big' is not a size"),
             (("--to", "phimoe", "--model", "./nowhere"), "no folder ./nowhere"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
@@ -624,8 +625,10 @@ class TestCommand:
 
     def test_what_a_killed_export_left_is_in_nobody_s_way(self, checkpoint, tmp_path, capsys):
         out = tmp_path / "out"
-        (out / ".saving-abc" / "new").mkdir(parents=True)
-        (out / ".saving-abc" / "new" / "config.json").write_text("{")
+        out.mkdir()
+        left = Workspace.make(out, WORKSPACE)
+        (left.new / "config.json").write_text("{")
+        left.close()  # as the end of its process does
         code, _, _ = self.run("--model", checkpoint, "--to", "safetensors", "--output", out, capsys=capsys)
         assert code == 0 and not list(out.glob(".saving-*"))
 

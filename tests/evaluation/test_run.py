@@ -253,6 +253,14 @@ class TestBadInput:
             capsys, "--model", model_folder, "--tasks", letters, "--output", tmp_path
         )
 
+    def test_a_start_that_answered_nothing_is_in_nobodys_way(self, model_folder, letters, tmp_path, capsys):
+        (tmp_path / "tasks").mkdir()
+        (tmp_path / "settings.json").write_text('{"limit": 3}')
+        said = self.run(capsys, "--model", model_folder, "--tasks", letters, "nothing.jsonl", "--output", tmp_path)
+        assert "another limit" not in said
+        (tmp_path / "tasks" / "letters.json").write_text("{}")
+        assert "another" in self.run(capsys, "--model", model_folder, "--tasks", letters, "--output", tmp_path)
+
 
 def test_answers_may_be_letters_or_places(tmp_path):
     file = tmp_path / "two.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -122,6 +123,26 @@ def test_a_text_that_is_too_short_is_named(tmp_path):
     path.write_text("one\n\ntwo")
     with pytest.raises(ValueError, match="give a longer text"):
         run_comparison(tmp_path / "out", TINY, arms=["v2"], text=path)
+
+
+def test_comparison_in_a_folder_with_something_else_is_refused_and_it_stays(tmp_path, text):
+    (tmp_path / "corpus.safetensors").write_text("mine")
+    with pytest.raises(ValueError, match="holds something that is not a comparison"):
+        run_comparison(tmp_path, TINY, text=text)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.safetensors"]
+
+
+def test_comparison_of_more_runs_than_anybody_trains_is_refused():
+    with pytest.raises(ValueError, match="--seeds 1000000000000 cannot be compared; give 1 to 1000"):
+        replace(TINY, seeds=10**12)
+
+
+def test_a_damaged_run_of_a_comparison_is_named(compared, text, tmp_path):
+    shutil.copytree(compared, tmp_path / "copy")
+    file = next((tmp_path / "copy" / "runs").glob("*.json"))
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(ValueError, match=f"{file.name} is damaged .*; remove it to train that run again"):
+        run_comparison(tmp_path / "copy", TINY, arms=["dense", "topk", "v2"], text=text, workers=1)
 
 
 def test_a_text_that_is_no_text_is_named(tmp_path):
