@@ -12,6 +12,7 @@ import yaml
 
 from ..data import Message, held_out
 from ..files import require_packages
+from ..tokenization import encode_chat
 
 # In these files an entry is a dialogue; everywhere else it is a question and one or more answers to it.
 _DIALOGUES = ("conversations", "health")
@@ -149,7 +150,6 @@ def encode(conversations: list[Conversation], tokenizer, length: int) -> list[di
     """
     rows: list[dict[str, Any]] = []
     for conversation in conversations:
-        rendered: Any = tokenizer.apply_chat_template(conversation, tokenize=False)
-        ids = tokenizer(rendered, truncation=True, max_length=length).input_ids
+        ids = encode_chat(tokenizer, conversation, max_tokens=length)
         rows.append({"input_ids": ids, "labels": ids, "length": len(ids)})
     return rows

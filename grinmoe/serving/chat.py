@@ -11,6 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from ..loading import load_for_use
+from ..tokenization import encode_chat, encode_text
 from .options import ChatOptions, GenerateOptions
 
 
@@ -69,13 +70,11 @@ class Chat:
 
     def _encode(self, messages: list[dict[str, str]], prompt: str) -> dict[str, torch.Tensor]:
         """The conversation in chat form; just the prompt where the tokenizer has no chat template."""
-        if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            # The template has written all special tokens that there should be.
-            encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)
-        else:
-            encoded = self.tokenizer(prompt, return_tensors="pt", verbose=False)
-        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        ids = encode_chat(self.tokenizer, messages, True) if self.tokenizer.chat_template else None
+        input_ids = torch.tensor(
+            [encode_text(self.tokenizer, prompt) if ids is None else ids], device=self.model.device
+        )
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
 def run_generate(options: GenerateOptions) -> None:
