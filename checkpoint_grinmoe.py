@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -22,18 +23,25 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.file_download import try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .configuration_grinmoe import _FIELDS, AUTO_MAP, GrinMoeConfig
+from .configuration_grinmoe import _FIELDS, AUTO_MAP, GrinMoeConfig, read_json_object
+from .generation_grinmoe import check_generation_config
 from .quantization_grinmoe import (
     FUSED,
     check_agreement,
@@ -52,8 +60,11 @@ except ImportError:  # Windows
 ON_DISK = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
 # Of the shards that save_pretrained(distributed_checkpoint=True) writes; Transformers prefers them to all other weights.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-# Names that safetensors has for dtypes.
-_FLOATS = ("F64", "F32", "F16", "BF16")
+# Names that safetensors has for dtypes. Each holds its values; integers, bools, 8-bit floats and complex numbers would be
+# cast without their scales or their imaginary parts.
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Of one file: 130,000 tensors. safetensors itself takes up to 100 MB, of which Python would make gigabytes.
+_MAX_HEADER_BYTES = 16 * 2**20
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32", torch.float64: "F64"}
 _DTYPE_NAMES |= {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -300,32 +311,39 @@ def read_index(file: Path) -> dict[str, str]:
     """Read which shard holds each key.
 
     Raises:
-        CheckpointFileError: not JSON, as a part of a file.
+        CheckpointFileError: not JSON (see `read_json_object`).
         CheckpointError: an index that Transformers cannot read, that names a key twice or that leads out of its folder.
     """
+    is_broken = True
     try:
-        index = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
+        index = read_json_object(file, remedy="it has no weight_map that names tensors")
+        is_broken = False
+        if not isinstance(weight_map := index.get("weight_map"), dict) or not weight_map:
             raise ValueError("it has no weight_map that names tensors")
         if not isinstance(index.get("metadata"), dict):
             raise ValueError('it has no "metadata" object, which Transformers needs; add "metadata": {}')
-        for key, shard in index["weight_map"].items():
+        for key, shard in weight_map.items():
             path = PureWindowsPath(str(shard))  # which takes both separators
-            if not isinstance(shard, str) or path.anchor or ".." in path.parts or path.suffix != ".safetensors":
-                raise ValueError(f"it places {key} in {shard!r}, which is not a safetensors file of its folder")
-        return index["weight_map"]
+            is_inside = isinstance(shard, str) and shard.isprintable() and not path.anchor and ".." not in path.parts
+            # The file itself may be a link, as in the Hub's cache; a folder in between may not lead out.
+            if (
+                not is_inside
+                or path.suffix != ".safetensors"
+                or not _is_below(file.parent, (file.parent / shard).parent)
+            ):
+                place = repr(shard)[:200]
+                raise ValueError(f"it places {key[:200]} in {place}, which is not a safetensors file of its folder")
+        return weight_map
     except ValueError as error:
-        is_broken = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
         error_class = CheckpointFileError if is_broken else CheckpointError
         raise error_class(f"{file} is not a safetensors index ({error}); download it again") from error
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)} twice")
-    return result
+def _is_below(folder: Path, place: Path) -> bool:
+    try:
+        return place.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link to itself, a name that is too long
+        return False
 
 
 def _with_variant(name: str, variant: str | None) -> str:
@@ -377,13 +395,15 @@ def read_tensors(folder: str | os.PathLike, variant: str | None = None) -> dict[
             "word; remove the one that is out of date"
         )
     tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        promised = {key for key, file in weight_map.items() if file == shard}
+    shards: dict[str, set[str]] = {}
+    for key, shard in weight_map.items():
+        shards.setdefault(shard, set()).add(key)
+    for shard, promised in sorted(shards.items()):
         if not (folder / shard).is_file():
             raise CheckpointFileError(
                 f"{index_file} places {len(promised)} tensors in {shard}, which is not there; download that shard again"
             )
-        header = _read_header(folder / shard)
+        header = read_header(folder / shard)
         if absent := promised - header.keys():
             raise CheckpointFileError(
                 f"{folder / shard} lacks {len(absent)} tensors that the index promises, {min(absent)} for one; the "
@@ -397,7 +417,7 @@ def read_tensors(folder: str | os.PathLike, variant: str | None = None) -> dict[
                 "shard, or download index and shards again"
             )
         tensors |= header
-    return tensors if weight_map else _read_header(single_file)
+    return tensors if weight_map else read_header(single_file)
 
 
 def check_weights(
@@ -405,22 +425,26 @@ def check_weights(
     config: GrinMoeConfig,
     folder: str | os.PathLike,
     head_keys: tuple[str, ...] = (),
+    only_dtypes: bool = False,
 ) -> None:
     """
-    Hold a checkpoint's tensors against the config.
+    Hold a checkpoint's tensors against the config: first its sizes, before anything is listed.
 
     Args:
         tensors: by key, from `read_tensors`. Keys of a headless model may lack the `model.` prefix.
         config: what the checkpoint claims to be; its `quantization_config` says whether its experts are packed.
         folder: for the message.
-        head_keys: prefixes of further heads whose tensors are not checked.
+        head_keys: prefixes of further heads, of whose tensors only the dtype is checked.
+        only_dtypes: leave keys and shapes to the caller.
 
     Raises:
-        CheckpointError: an unknown key, two keys of one weight, a tensor of the wrong shape or dtype, a weight of the
-            network that is not there, or a head that differs from the embedding it is tied to.
+        CheckpointError: a config that needs far more weights than there are, an unknown key, two keys of one weight, a
+            tensor of the wrong shape or dtype, a weight of the network that is not there, or a head that differs from the
+            embedding it is tied to.
         ValueError: the config names weights of another file, or a quantisation method other than bitsandbytes.
     """
     _check_config(config)
+    _check_size(tensors, config, folder)
     quantization_config = getattr(config, "quantization_config", None)
     official = official_shapes(config)
     expected = official | fused_shapes(config)
@@ -436,29 +460,31 @@ def check_weights(
     keys: dict[str, str] = {}
     for key, tensor in tensors.items():
         name = key if key.startswith(("model.", "lm_head.", *head_keys)) else f"model.{key}"
-        if name not in expected:
-            if key.startswith(head_keys) or name.removesuffix("_format") in packed:  # a constant of bitsandbytes'
-                continue
+        is_head = key.startswith(head_keys) and name not in expected
+        if name in expected and not only_dtypes:
+            if name in keys:
+                raise CheckpointError(
+                    f"{folder} holds {key} and {keys[name]}, two copies of one weight; remove a stale one"
+                )
+            keys[name] = key
+            if tensor.shape != expected[name] and ".quant_state." not in name:  # a text, whose length varies
+                raise CheckpointError(
+                    f"{folder} holds {key} with shape {tensor.shape}, config.json makes it {expected[name]}; use the config "
+                    "that the weights were saved with, or pass ignore_mismatched_sizes=True to initialise it anew"
+                )
+        elif not (is_head or only_dtypes or name.removesuffix("_format") in packed):  # a constant of bitsandbytes'
             raise CheckpointError(
                 f"{folder} holds {key}, which is no weight of this config (num_hidden_layers={config.num_hidden_layers}, "
                 f"num_local_experts={config.num_local_experts}, attention_bias={config.attention_bias}, "
                 f"lm_head_bias={config.lm_head_bias}); the shards and config.json do not belong together"
             )
-        if name in keys:
+        if (is_head or name in expected) and tensor.dtype not in ([dtypes[name]] if name in dtypes else FLOATS):
             raise CheckpointError(
-                f"{folder} holds {key} and {keys[name]}, two copies of one weight; remove a stale one"
+                f"{folder} holds {key} as {tensor.dtype}, where {dtypes.get(name, 'F32, F16 or BF16')} belongs; "
+                "convert it, or use the config.json that the weights were saved with, with its quantization_config"
             )
-        keys[name] = key
-        if tensor.shape != expected[name] and ".quant_state." not in name:  # a text, whose length varies
-            raise CheckpointError(
-                f"{folder} holds {key} with shape {tensor.shape}, config.json makes it {expected[name]}; use the config "
-                "that the weights were saved with, or pass ignore_mismatched_sizes=True to initialise it anew"
-            )
-        if tensor.dtype not in ([dtypes[name]] if name in dtypes else _FLOATS):
-            raise CheckpointError(
-                f"{folder} holds {key} as {tensor.dtype}, where {dtypes.get(name, 'F32, F16 or BF16')} belongs; convert "
-                "it, or use the config.json that the weights were saved with, with its quantization_config"
-            )
+    if only_dtypes:
+        return
     bare = [key for name, key in keys.items() if name != key]
     whole = [key for key in keys.values() if key.startswith("model.")]
     if bare and whole:
@@ -479,6 +505,27 @@ def check_weights(
         raise CheckpointError(
             f"{folder} holds another {head} than {embedding}, and config.json ties them (tie_word_embeddings=True); set it "
             "to False to use both, or remove the head"
+        )
+
+
+def _check_size(tensors: Mapping[str, StoredTensor], config: GrinMoeConfig, folder: str | os.PathLike) -> None:
+    """
+    Raise CheckpointError where a config's sizes are out of all proportion to what the headers hold.
+
+    What is built, filled or listed for a config is bounded by the weights that are really there: four times their number
+    (two 4-bit codes are one stored byte), and 2**28, the size of a new head or of new embeddings, for a caller who takes a
+    model that differs from its checkpoint.
+    """
+    hidden, stored = config.hidden_size, sum(math.prod(tensor.shape) for tensor in tensors.values())
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_size
+    experts = config.num_local_experts * (3 * config.intermediate_size + 1)
+    needed = hidden * (config.num_hidden_layers * (heads + experts) + config.vocab_size + (config.num_labels or 0))
+    if needed > 4 * stored + 2**28:
+        names = "num_hidden_layers hidden_size intermediate_size num_local_experts vocab_size num_labels".split()
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        raise CheckpointError(
+            f"{folder} holds {stored:,} weights, and config.json makes them {needed:,} ({sizes}); use the config that the "
+            "weights were saved with"
         )
 
 
@@ -532,7 +579,7 @@ def add_remote_code(folder: str | os.PathLike) -> None:
     for file in code_files():
         shutil.copyfile(file, folder / file.name)
     config_file = folder / CONFIG_NAME
-    content = json.loads(config_file.read_text(encoding="utf-8"))
+    content = read_json_object(config_file)
     content["auto_map"] = AUTO_MAP
     config_file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -700,14 +747,27 @@ def _move_in(staging: Path, folder: Path, previous: Path) -> None:
     write_through(folder)
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """
+    Read the form of each tensor of a safetensors file. No weight is read.
+
+    Raises:
+        CheckpointFileError: not a regular file, truncated, not safetensors, or a header of more than `_MAX_HEADER_BYTES`.
+    """
     try:
+        if not file.is_file():
+            raise OSError("not a regular file")  # opening a FIFO would wait for a writer
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > _MAX_HEADER_BYTES:
+            raise OSError(f"its header has {length:,} bytes, more than {_MAX_HEADER_BYTES:,}")
         with safe_open(file, framework="pt") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}
             return {key: StoredTensor(file, tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size if file.exists() else 0
         raise CheckpointFileError(
-            f"{file} ({file.stat().st_size} bytes) is truncated or not safetensors ({error}); download it again"
+            f"{file} ({size} bytes) is truncated or not safetensors ({error}); download it again"
         ) from error
 
 
@@ -735,9 +795,21 @@ def _base_of_adapter(name: str | os.PathLike) -> str | os.PathLike:
     if not adapter.is_file() or Path(name, CONFIG_NAME).is_file():
         return name
     try:
-        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] or name
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointFileError(f"{adapter} does not name the adapter's base ({error!r}); save it again") from error
+        base = read_json_object(adapter)["base_model_name_or_path"]
+        if not isinstance(base, (str, type(None))):
+            raise ValueError(f"base_model_name_or_path={str(base)[:80]} is not a text")
+        return base or name
+    except (KeyError, ValueError) as error:
+        raise CheckpointFileError(f"{adapter} does not name the adapter's base ({error}); save it again") from error
+
+
+def _fetched(repo_id: str, name: str, where: dict[str, Any]) -> Path | None:
+    """A file of a repository, from the Hub or its cache; None where it is not to be had."""
+    try:
+        file = cached_file(repo_id, name, _raise_exceptions_for_missing_entries=False, **where)
+    except OSError:
+        return None
+    return None if file is None else Path(file)
 
 
 class OfficialCheckpointMixin:
@@ -765,8 +837,8 @@ class OfficialCheckpointMixin:
         """
         As in Transformers, from a folder or a Hub id in the official layout, with these checks on top.
 
-        A folder's shards are checked by their headers before anything is read, a repository's when they have arrived. Only
-        safetensors are loaded. A weight of the network itself that the checkpoint lacks is an error (a new head is not).
+        A folder's shards are checked by their headers before anything is built or read, a repository's when they have been
+        fetched. Only safetensors are loaded. A weight of the network that the checkpoint lacks is an error, a new head not.
         `output_loading_info=True` leaves keys and shapes to the caller, `ignore_mismatched_sizes=True` leaves shapes.
 
         Raises:
@@ -774,9 +846,8 @@ class OfficialCheckpointMixin:
                 copies of a tensor, unknown or missing key, tensor that does not fit the config, an adapter beside the model.
             ValueError: config of another model_type, or a `quantization_config` of another method than bitsandbytes.
         """
-        # A folder is checked before it is read, a repository once it has been downloaded. The checks do not know GGUF files.
+        # The checks do not know GGUF files.
         name, check_tensors = pretrained_model_name_or_path, not (output_loading_info or ignore_mismatched_sizes)
-        is_checked = True
         if kwargs.get("gguf_file") is None:
             check_method(kwargs.get("quantization_config"))
             if fields := [key for key in kwargs if key.startswith(("load_in_", "bnb_4bit_", "llm_int8_"))]:
@@ -784,28 +855,17 @@ class OfficialCheckpointMixin:
                 raise ValueError(f"{asked}: give quantization_config=BitsAndBytesConfig({asked}) instead")
             if name is not None:
                 kwargs = safetensors_only(kwargs)
-                is_checked = cls._check_folder(_base_of_adapter(name), kwargs, check_tensors)
-                if not is_checked:
-                    cls._check_remote_files(str(_base_of_adapter(name)), kwargs)
+                base = _base_of_adapter(name)
+                if not cls._check_folder(base, kwargs, check_tensors):
+                    kwargs = cls._check_repository(str(base), kwargs, check_tensors)
             elif kwargs.get("config") is not None:
                 _check_config(config := cls._read_config("", kwargs), kwargs.get("quantization_config"))
                 if kwargs.get("state_dict") and check_tensors:
                     tensors = {key: StoredTensor.of_value(value) for key, value in kwargs["state_dict"].items()}
                     check_weights(tensors, config, "state_dict", head_keys=("score.",))
         options = {"output_loading_info": True, "ignore_mismatched_sizes": ignore_mismatched_sizes, **kwargs}
-        try:
-            with experts_are_quantized():
-                model, loading_info = super().from_pretrained(name, *model_args, **options)
-        except Exception:
-            # What the library says names neither file nor remedy; if the checkpoint is at fault, this does.
-            if not is_checked:
-                cls._check_download(str(name), kwargs, check_tensors)
-            raise
-        if not is_checked:
-            # What has been loaded; an adapter of the Hub names its base.
-            source = model.config.name_or_path
-            if not cls._check_folder(source, kwargs, check_tensors):
-                cls._check_download(source, kwargs, check_tensors)
+        with experts_are_quantized():
+            model, loading_info = super().from_pretrained(name, *model_args, **options)
         if output_loading_info:
             return model, loading_info
         # An empty state dict asks for new weights, which Transformers' own tests do.
@@ -823,8 +883,9 @@ class OfficialCheckpointMixin:
         config = cls._read_config(name, kwargs)
         tensors = read_tensors(folder, kwargs.get("variant"))
         _check_config(config, kwargs.get("quantization_config"))
-        if tensors and check_tensors:
-            check_weights(tensors, config, folder, head_keys=("score.",))
+        check_generation_config(folder / GENERATION_CONFIG_NAME)
+        if tensors:
+            check_weights(tensors, config, folder, head_keys=("score.",), only_dtypes=not check_tensors)
         return True
 
     @classmethod
@@ -846,36 +907,37 @@ class OfficialCheckpointMixin:
         return cls.config_class.from_dict(content, **{key: kwargs[key] for key in _FIELDS if key in kwargs})
 
     @classmethod
-    def _check_remote_files(cls, repo_id: str, kwargs: dict[str, Any]) -> None:
-        """Fetch the small files that say whether the large ones are worth it. What is not there is left to the library."""
+    def _check_repository(cls, repo_id: str, kwargs: dict[str, Any], check_tensors: bool) -> dict[str, Any]:
+        """
+        `_check_folder` for a repository, whose files are fetched for it: the small ones, which say whether the large ones
+        are worth it, first. What is not there is left to the library.
+
+        Returns:
+            `kwargs` for the library, which need not fetch them once more.
+        """
         where = {key: kwargs[key] for key in _DOWNLOAD_OPTIONS & kwargs.keys()}
         try:
             _check_config(cls._read_config(repo_id, kwargs), kwargs.get("quantization_config"))
         except CheckpointFileError:
-            if kwargs.get("adapter_kwargs") is None and find_adapter_config_file(repo_id, **where) is None:
+            adapter = None if kwargs.get("adapter_kwargs") else find_adapter_config_file(repo_id, **where)
+            if adapter is None:
                 raise
+            base = str(_base_of_adapter(folder := Path(adapter).parent))
+            if base not in (repo_id, str(folder)) and not cls._check_folder(base, kwargs, check_tensors):
+                cls._check_repository(base, kwargs, check_tensors)
+            return kwargs
         except OSError:
-            pass
-        try:
-            index = cached_file(repo_id, _with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant")), **where)
-        except OSError:
-            return
-        if index is not None:
-            read_index(Path(index))
-
-    @classmethod
-    def _check_download(cls, repo_id: str, kwargs: dict[str, Any], check_tensors: bool) -> None:
-        """`_check_folder` for what the library has downloaded of a Hub repository."""
-        where = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
-        for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
-            name = os.path.join(kwargs.get("subfolder") or "", _with_variant(name, kwargs.get("variant")))
-            try:
-                file = try_to_load_from_cache(repo_id, name, **where)
-            except HFValidationError:
-                return  # the path of something that is not there
-            if isinstance(file, str):
-                cls._check_folder(file.removesuffix(name), kwargs, check_tensors)
-                return
+            return kwargs
+        _fetched(repo_id, GENERATION_CONFIG_NAME, where)
+        single = _fetched(repo_id, _with_variant(SAFE_WEIGHTS_NAME, kwargs.get("variant")), where)
+        index = _fetched(repo_id, _with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant")), where)
+        for shard in sorted(set(read_index(index).values())) if index else ():
+            if _fetched(repo_id, shard, where) is None:
+                return kwargs
+        if found := index or single:
+            folder = found.parents[len(Path(kwargs.get("subfolder") or "").parts)]
+            cls._check_folder(folder, kwargs, check_tensors)
+        return {key: value for key, value in kwargs.items() if key != "force_download"}
 
     def save_pretrained(
         self,
@@ -1012,5 +1074,5 @@ def _make_readable(folder: Path) -> None:
 
 
 _CARD = "README.md"
-_DOWNLOAD_OPTIONS = {"cache_dir", "revision", "token", "local_files_only", "proxies", "subfolder"}
+_DOWNLOAD_OPTIONS = {"cache_dir", "force_download", "revision", "token", "local_files_only", "proxies", "subfolder"}
 _HUB_OPTIONS = {"repo_id", "private", "token", "commit_message", "revision", "create_pr"}

@@ -6,12 +6,17 @@ The defaults are those of the released model (16 x 3.8B experts, top-2, 42B para
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import inspect
 import json
 import math
 import operator
 import os
+import re
+import reprlib
 import stat
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from transformers import MixtralConfig, PreTrainedConfig
@@ -46,7 +51,115 @@ _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 LONGROPE_SWITCHES = ("at_original", "above_original")
 # Fields of RoPE that a config may have beside rope_parameters (or rope_scaling, its older name).
 _FLAT_ROPE = ("rope_theta", _ORIGINAL, "partial_rotary_factor")
-_NOT_POSITIVE_NUMBERS = {"rope_type", "truncate", "short_factor", "long_factor", "longrope_switch"}
+_NOT_NUMBERS = {"rope_type", "truncate", "short_factor", "long_factor", "longrope_switch"}
+# Factors, scales and betas of RoPE.
+_ROPE_NUMBER = (1e-6, 1e6, "")
+
+# Numbers: the lowest value, the highest (of integers; floats stay below it), and what null means where it is allowed. The
+# upper bounds are far above any model and low enough that nothing made of a config's fields alone exhausts a machine.
+_NUMBERS: dict[str, tuple[float, float, str]] = {
+    "vocab_size": (1, 2**24, ""),
+    "hidden_size": (1, 2**17, ""),
+    "intermediate_size": (1, 2**20, ""),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), (1, 2**12, "")),
+    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), (1, 2**14, "")),
+    "head_dim": (1, 2**14, ", or leave it out"),
+    "max_position_embeddings": (1, 2**31, ""),
+    "original_max_position_embeddings": (2, 2**31, ", or leave it out"),
+    "sliding_window": (1, 2**31, ", or None for full attention"),
+    "num_labels": (1, 2**20, ", or leave it out"),
+    "chunk_size_feed_forward": (0, 2**31, ""),
+    "initializer_range": (0.0, 100.0, ""),
+    "rms_norm_eps": (1e-30, 1.0, ""),
+    "rope_theta": (1.1, 1e15, ", or leave it out"),
+    **dict.fromkeys(("router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef"), (0.0, 1e4, "")),
+    **dict.fromkeys(("input_jitter_noise", "attention_dropout", "hidden_dropout", "expert_dropout"), (0.0, 1.0, "")),
+    "router_capacity_factor": (1e-3, 1e6, ", or None to drop no token"),
+}
+
+
+def is_int(value: Any, low: float = 0, high: float = 2**31) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
+
+
+def is_one_of(*types: type) -> Callable[[Any], bool]:
+    return lambda value: value is None or isinstance(value, types)
+
+
+def is_dict_of(is_key: Callable[[Any], bool], is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        value is None
+        or (
+            isinstance(value, dict) and len(value) <= 2**20 and all(is_key(k) and is_value(v) for k, v in value.items())
+        )
+    )
+
+
+def is_list_of(is_entry: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, (list, tuple)) and all(map(is_entry, value)))
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_label_id(value: Any) -> bool:  # JSON has only texts as keys
+    return is_int(value) or (is_text(value) and value.isascii() and value.isdecimal() and len(value) < 10)
+
+
+def _is_reference(value: Any) -> bool:  # a tokenizer has two, of which one may be null
+    return is_text(value) or (isinstance(value, (list, tuple)) and all(map(is_one_of(str), value)))
+
+
+# Fields that are not numbers: what is right, and how to say it.
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        "use_cache attention_bias lm_head_bias tie_word_embeddings output_router_logits is_encoder_decoder".split(),
+        (lambda value: isinstance(value, bool), "True or False"),
+    ),
+    **dict.fromkeys(
+        ("output_hidden_states", "output_attentions", "return_dict"),
+        (is_one_of(bool), "True, False or null"),
+    ),
+    **dict.fromkeys(
+        ("transformers_version", "_name_or_path", "tokenizer_class"),
+        (is_one_of(str), "a text or null"),
+    ),
+    **dict.fromkeys(
+        ("attn_implementation", "experts_implementation", "_attn_implementation", "_experts_implementation"),
+        (is_one_of(str, dict), "a name or null"),
+    ),
+    "name_or_path": (is_one_of(str, os.PathLike), "a text or null"),
+    **dict.fromkeys(("architectures", "layer_types", "mlp_layer_types"), (is_list_of(is_text), "a list of texts")),
+    **dict.fromkeys(
+        ("dtype", "torch_dtype"),
+        (
+            lambda value: (
+                value is None or str(value).removeprefix("torch.") in ("bfloat16", "float16", "float32", "float64")
+            ),
+            "bfloat16, float16, float32 or float64",
+        ),
+    ),
+    "problem_type": (
+        lambda value: value in (None, "regression", "single_label_classification", "multi_label_classification"),
+        "regression, single_label_classification, multi_label_classification or null",
+    ),
+    "id2label": (is_dict_of(_is_label_id, is_one_of(str, int)), "a map of ids to at most 1,048,576 labels"),
+    "label2id": (is_dict_of(is_one_of(str, int), _is_label_id), "a map of at most 1,048,576 labels to ids"),
+    "auto_map": (is_dict_of(is_text, _is_reference), "a map of Auto classes to file.Class"),
+    "per_layer_config": (lambda value: value in (None, {}), "left out: all layers of this model are alike"),
+    "quantization_config": (lambda value: hasattr(value, "to_dict") or is_one_of(dict)(value), "an object or null"),
+    "eos_token_id": (
+        lambda value: is_int(value) or is_list_of(is_int)(value),
+        "a token's id, a list of them or null",
+    ),
+}
+# Fields of the library, which acts on them at once: it makes a list of num_labels, and some versions raise a TypeError.
+_CHECKED_WHEN_ASSIGNED = {"num_labels", "chunk_size_feed_forward", *_FORMS} - {"dtype", "torch_dtype"}
 
 # Fields of related models that this one does not have, each with the value that asks for nothing. null asks for nothing too.
 _FOREIGN_FIELDS: dict[str, Any] = {
@@ -184,7 +297,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"it names {twice!r} twice")
+        raise ValueError(f"it names {ascii(twice)[1:-1]:.200} twice")
     return result
 
 
@@ -324,9 +437,10 @@ class GrinMoeConfig(PreTrainedConfig):
                     f"num_experts={experts!r} contradicts num_local_experts={self.num_local_experts!r}; give one"
                 )
             self.num_local_experts = experts
-        if kwargs.get("per_layer_config"):  # layers that differ, which Transformers keeps for any config
-            raise ValueError(f"per_layer_config={kwargs['per_layer_config']!r}: all layers of this model are alike")
-        self._check_fields()  # RoPE's fields below assume sane sizes
+        _check_names_of_class(kwargs)
+        self._check_fields({**self.__dict__, **kwargs})  # what follows assumes sane values
+        if kwargs.get("num_labels", 2) is None:
+            del kwargs["num_labels"]
         super().__post_init__(**kwargs)
         self.check()
         if getattr(self, "auto_map", None):
@@ -339,6 +453,8 @@ class GrinMoeConfig(PreTrainedConfig):
         return kwargs
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKED_WHEN_ASSIGNED:
+            check_fields({name: value})
         # One spelling is kept, also of what is assigned. The first assignment, of the constructor, is converted above.
         if "rope_parameters" in self.__dict__:
             own = self.__dict__["rope_parameters"] or {}
@@ -358,14 +474,14 @@ class GrinMoeConfig(PreTrainedConfig):
         rope = {"rope_type": "default", **rope}
         if rope["rope_type"] == "su":  # its name in the first files of Phi-3
             rope["rope_type"] = "longrope"
-        required, _ = _ROPE_FIELDS.get(rope["rope_type"], ((), ()))
+        required, _ = _ROPE_FIELDS.get(str(rope["rope_type"]), ((), ()))
         if _ORIGINAL in required:
             rope.setdefault(_ORIGINAL, self.max_position_embeddings)
         elif rope["rope_type"] in ("default", "linear") or rope.get(_ORIGINAL) == self.max_position_embeddings:
-            rope.pop(_ORIGINAL, None)
+            check_fields({_ORIGINAL: rope.pop(_ORIGINAL, None)})
         if "longrope_switch" in required:
             rope.setdefault("longrope_switch", LONGROPE_SWITCHES[0])
-        if rope.get("partial_rotary_factor") == 1:
+        if _is_number(rope.get("partial_rotary_factor"), 1, 1.5) and rope["partial_rotary_factor"] == 1:
             del rope["partial_rotary_factor"]
         return rope
 
@@ -415,6 +531,19 @@ class GrinMoeConfig(PreTrainedConfig):
         return _of_this_model(config_dict), kwargs
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """The library's hook: every config.json that it reads for this class."""
+        content = read_json_object(json_file, remedy="correct it, or take the original file again")
+        if not is_list_of(is_text)(files := content.get("configuration_files")):
+            raise ValueError(f"{json_file}: configuration_files={_shown(files)} must be a list of names; leave it out")
+        return cls._decode_special_floats(content)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> GrinMoeConfig:
+        """As `from_pretrained` of a file; the library's does not look at `model_type`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
         Build from a config.json's content. `model_type` must be `grinmoe`, or `phimoe`, which is converted. Keyword
@@ -425,7 +554,10 @@ class GrinMoeConfig(PreTrainedConfig):
         """
         # The library assigns overrides to the finished config. As part of the content they are checked and standardised.
         overrides = {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
+        if not isinstance(config_dict, Mapping):
+            raise ValueError(f"the config is {_shown(config_dict)}, not a JSON object; give that of a checkpoint")
         content = {**_of_this_model(config_dict)}
+        _check_names_of_class(content)
         rope = _take_rope(content)
         if overrides.keys() & {"rope_parameters", "rope_scaling"}:  # an override replaces the file's dict
             rope = {"rope_theta": rope.get("rope_theta")}
@@ -451,7 +583,7 @@ class GrinMoeConfig(PreTrainedConfig):
         Raises:
             ValueError: names the field, its value and the remedy.
         """
-        self._check_fields()
+        self._check_fields(self.__dict__)
         self.rope_parameters = self.rope_parameters  # an edit inside of the dict is put into the one spelling
         _check_rope(self.rope_parameters or {}, self.head_size)
         _check_names(self.__dict__, self.__dict__)
@@ -471,34 +603,12 @@ class GrinMoeConfig(PreTrainedConfig):
         for name in neutral.keys() & self.__dict__.keys():
             if (value := self.__dict__[name]) is not None and value != neutral[name]:
                 raise ValueError(
-                    f"{name}={value!r} is a field of another architecture, and this model computes what "
-                    f"{name}={neutral[name]!r} means; leave it out, or load the checkpoint with its own class"
+                    f"{name}={_shown(value)} is a field of another architecture, and this model computes what "
+                    f"{name}={_shown(neutral[name])} means; leave it out, or load the checkpoint with its own class"
                 )
 
-    def _check_fields(self) -> None:
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "max_position_embeddings num_local_experts num_experts_per_tok"
-        ).split():
-            _require_int(name, getattr(self, name), minimum=1)
-        if self.__dict__.get("head_dim") is not None:
-            _require_int("head_dim", self.head_dim, minimum=1, remedy=", or leave it out")
-        if self.sliding_window is not None:
-            _require_int("sliding_window", self.sliding_window, minimum=1, remedy=", or None for full attention")
-        for name in ("router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef", "initializer_range"):
-            _require_number(name, getattr(self, name), 0.0, math.inf)
-        for name in ("input_jitter_noise", "attention_dropout", "hidden_dropout", "expert_dropout"):
-            _require_number(name, getattr(self, name), 0.0, 1.0)
-        capacity = self.router_capacity_factor
-        if capacity is not None and not (_is_number(capacity) and 0 < capacity < math.inf):
-            raise ValueError(
-                f"router_capacity_factor={capacity!r} is not a positive number; give one, or None to drop no token"
-            )
-        if not _is_number(self.rms_norm_eps) or not 0 < self.rms_norm_eps < math.inf:
-            raise ValueError(f"rms_norm_eps={self.rms_norm_eps!r} is not a positive number; the released value is 1e-5")
-        for name in "use_cache attention_bias lm_head_bias tie_word_embeddings output_router_logits".split():
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a bool; give True or False")
+    def _check_fields(self, fields: Mapping[str, Any]) -> None:
+        check_fields(fields)
         _require_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
         _require_choice("norm_type", self.norm_type, NORM_TYPES)
         _require_choice("router_estimator", self.router_estimator, tuple(ESTIMATORS))
@@ -520,6 +630,10 @@ class GrinMoeConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}; choose a divisor"
+            )
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}; give a token's id, or null"
             )
         if self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
@@ -561,7 +675,7 @@ def _of_this_model(config_dict: dict[str, Any]) -> dict[str, Any]:
     if model_type == "phimoe":
         return _from_phimoe_dict(config_dict)
     raise ValueError(
-        f"model_type={model_type!r} is not a GRIN-MoE config; give a checkpoint whose config.json has model_type "
+        f"model_type={_shown(model_type)} is not a GRIN-MoE config; give a checkpoint whose config.json has model_type "
         "'grinmoe' or 'phimoe', or load this one with its own class (AutoModelForCausalLM)"
     )
 
@@ -571,11 +685,16 @@ def _from_phimoe_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
     defaults = {name: value for name, value in _PHIMOE_DEFAULTS.items() if name not in rope}
     if config_dict.get("num_experts_per_tok", 2) != 2:
         raise ValueError(
-            f"num_experts_per_tok={config_dict['num_experts_per_tok']}: phimoe's own code computes 2 whatever it says; "
-            "correct config.json"
+            f"num_experts_per_tok={_shown(config_dict['num_experts_per_tok'])}: phimoe's own code computes 2 whatever it "
+            "says; correct config.json"
         )
     # An export of ours: its window is spelled for phimoe, and its own fields are beside (but `written_out` is no field).
-    extras = {k: v for k, v in (config_dict.get(FOREIGN_EXTRAS) or {}).items() if k != "written_out"}
+    own = config_dict.get(FOREIGN_EXTRAS)
+    if not is_one_of(dict)(own):
+        raise ValueError(
+            f"{FOREIGN_EXTRAS}={_shown(own)} must be an object; leave it out, or export the checkpoint again"
+        )
+    extras = {k: v for k, v in (own or {}).items() if k != "written_out"}
     converted = {**defaults, **config_dict, **extras, "model_type": GrinMoeConfig.model_type}
     converted.pop(FOREIGN_EXTRAS, None)
     # They name phimoe's own classes and files, unless somebody has put our code beside the weights.
@@ -585,8 +704,8 @@ def _from_phimoe_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
     return converted
 
 
-def _is_our_auto_map(auto_map: dict[str, Any] | None) -> bool:
-    reference = (auto_map or {}).get("AutoConfig")
+def _is_our_auto_map(auto_map: Any) -> bool:
+    reference = auto_map.get("AutoConfig") if isinstance(auto_map, dict) else None
     return isinstance(reference, str) and reference.rpartition("--")[2].startswith("configuration_grinmoe.")
 
 
@@ -599,23 +718,83 @@ def _completed_auto_map(auto_map: dict[str, Any]) -> dict[str, Any]:
     return {**{auto_class: prefix + target for auto_class, target in AUTO_MAP.items()}, **auto_map}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    return _SHORT.repr(value)
 
 
-def _require_int(name: str, value: Any, minimum: int, remedy: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}={value!r} is not an integer of at least {minimum}; give one{remedy}")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
-def _require_number(name: str, value: Any, low: float, high: float) -> None:
-    if not _is_number(value) or not low <= value < high:
-        raise ValueError(f"{name}={value!r} is not a number in [{low:g}, {high:g}); give one, 0 switches it off")
+def _check_number(name: str, value: Any, low: float, high: float, remedy: str = "") -> None:
+    if value is None and remedy:
+        return
+    if isinstance(low, int):
+        if not is_int(value, low, high):
+            raise ValueError(f"{name}={_shown(value)} is not an integer from {low} to {high}; give one{remedy}")
+    elif not _is_number(value, low, high):
+        raise ValueError(f"{name}={_shown(value)} is not a number in [{low:g}, {high:g}); give one{remedy}")
+
+
+def check_fields(
+    fields: Mapping[str, Any],
+    numbers: Mapping[str, tuple[float, float, str]] = _NUMBERS,
+    forms: Mapping[str, tuple[Callable[[Any], bool], str]] = _FORMS,
+) -> None:
+    """
+    Hold fields against tables of numbers (bounds) and of other forms. Names that no table has are not looked at.
+
+    Raises:
+        ValueError: for the first field of another type or beyond its bounds: its name, value, and what is right.
+    """
+    for name, value in fields.items():
+        if name in numbers:
+            _check_number(name, value, *numbers[name])
+        is_right, form = forms.get(name, (is_one_of(object), ""))
+        if name not in forms and name.endswith("_token_id"):
+            is_right, form = (
+                (lambda value: value is None or is_int(value)),
+                "a token's id, an integer of at least 0, or null",
+            )
+        if not is_right(value):
+            raise ValueError(f"{name}={_shown(value)} must be {form}")
+
+
+def check_pattern(name: str, pattern: Any) -> None:
+    """
+    Check a regular expression of others, which is matched against the names of modules.
+
+    Raises:
+        ValueError: not a regular expression, or one whose matching can take exponential time: a repeated group, more than
+            five repetitions, or more than 2,000 characters.
+    """
+    bare = re.sub(r"\\.|\[[^\]]*\]", "x", pattern) if isinstance(pattern, str) else ""
+    try:
+        if (
+            not isinstance(pattern, str)
+            or len(pattern) > 2000
+            or len(re.findall(r"[*+{]", bare)) > 5
+            or re.search(r"\)[*+{]", bare)
+        ):
+            raise ValueError("repeated groups and more than five repetitions are not taken")
+        re.compile(pattern)
+    except (re.error, ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name} has {_shown(pattern)}, which is not a pattern of module names ({error})") from error
+
+
+def _check_names_of_class(names: Iterable[str]) -> None:
+    """Raise ValueError for a name of the class itself (a method, a plan, a constant), which a config would overwrite."""
+    for name in names:
+        own = inspect.getattr_static(GrinMoeConfig, name, None)
+        is_field = name in (*(field.name for field in dataclasses.fields(GrinMoeConfig)), *_FIELDS, "model_type")
+        if name in ("self", "s") or not (own is None or is_field or (isinstance(own, property) and own.fset)):
+            raise ValueError(f"{name} is a name of the class GrinMoeConfig, which a config cannot set; leave it out")
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={_shown(value)} is unknown; choose one of {', '.join(choices)}")
 
 
 def _take_rope(fields: dict[str, Any]) -> dict[str, Any]:
@@ -629,7 +808,7 @@ def _take_rope(fields: dict[str, Any]) -> dict[str, Any]:
     for place in ("rope_parameters", "rope_scaling"):
         if (inside := fields.pop(place, None)) is not None:
             if not isinstance(inside, dict):
-                raise ValueError(f"{place}={inside!r} is not a dict; give at least {{'rope_type': 'default'}}")
+                raise ValueError(f"{place}={_shown(inside)} is not a dict; give at least {{'rope_type': 'default'}}")
             spelled += [(f"{place}[{key!r}]", key, value) for key, value in inside.items()]
     spelled += [(key, key, fields.pop(key)) for key in _FLAT_ROPE if key in fields]
     rope: dict[str, Any] = {}
@@ -641,7 +820,7 @@ def _take_rope(fields: dict[str, Any]) -> dict[str, Any]:
             continue
         if name in rope and rope[name] != value:
             raise ValueError(
-                f"{places[name]}={rope[name]!r} and {place}={value!r} contradict each other; give one of them"
+                f"{places[name]}={_shown(rope[name])} and {place}={_shown(value)} contradict each other; give one of them"
             )
         rope[name], places[name] = value, place
     return rope
@@ -660,7 +839,7 @@ def _check_names(names: dict[str, Any], fields: dict[str, Any]) -> None:
         )
         if meant and value != fields.get(meant[0], fields):
             raise ValueError(
-                f"{name}={value!r} is not a field of this model and would do nothing; did you mean {meant[0]}?"
+                f"{name}={_shown(value)} is not a field of this model and would do nothing; did you mean {meant[0]}?"
             )
 
 
@@ -674,19 +853,18 @@ def _check_rope(rope: dict[str, Any], head_size: int) -> None:
                 f"rope_parameters has no {name}, which rope_type={rope_type!r} needs; it needs {', '.join(required)}"
             )
     if rope.get("partial_rotary_factor") is not None:
-        raise ValueError(
-            f"partial_rotary_factor={rope['partial_rotary_factor']!r}: this architecture rotates whole heads; leave it out"
-        )
+        factor = _shown(rope["partial_rotary_factor"])
+        raise ValueError(f"partial_rotary_factor={factor}: this architecture rotates whole heads; leave it out")
     for name, value in rope.items():
         if name not in ("rope_type", "rope_theta", *required, *optional):
             raise ValueError(
-                f"rope_parameters[{name!r}]={value!r}: rope_type={rope_type!r} has no such field, and it would do nothing; "
-                f"leave it out (fields: {', '.join(('rope_theta', *required, *optional))})"
+                f"rope_parameters[{name!r}]={_shown(value)}: rope_type={rope_type!r} has no such field, and it would do "
+                f"nothing; leave it out (fields: {', '.join(('rope_theta', *required, *optional))})"
             )
-        if name not in _NOT_POSITIVE_NUMBERS and not (_is_number(value) and 0 < value < math.inf):
-            raise ValueError(f"{name}={value!r} is not a positive number; correct it, or leave it out for the default")
+        if name not in _NOT_NUMBERS:
+            _check_number(name, value, *_NUMBERS.get(name, _ROPE_NUMBER))
     if not isinstance(rope.get("truncate", True), bool):
-        raise ValueError(f"truncate={rope['truncate']!r} is not a bool; give True or False")
+        raise ValueError(f"truncate={_shown(rope['truncate'])} is not a bool; give True or False")
     if ("mscale" in rope) != ("mscale_all_dim" in rope):
         raise ValueError(f"rope_parameters={rope!r}: mscale and mscale_all_dim do nothing without each other")
     if rope_type != "longrope":
@@ -700,8 +878,10 @@ def _check_rope(rope: dict[str, Any], head_size: int) -> None:
         )
     for name in ("short_factor", "long_factor"):
         factors = rope[name]
-        if not isinstance(factors, list) or not all(_is_number(f) and 0 < f < math.inf for f in factors):
-            raise ValueError(f"{name}={factors!r} is not a list of positive numbers; longrope needs one per frequency")
+        if not isinstance(factors, list) or not all(_is_number(f, *_ROPE_NUMBER[:2]) for f in factors):
+            raise ValueError(
+                f"{name}={_shown(factors)} is not a list of positive numbers; longrope needs one per frequency"
+            )
         if len(factors) != head_size // 2:
             raise ValueError(
                 f"{name} has {len(factors)} entries, heads of size {head_size} have {head_size // 2} frequencies; give "

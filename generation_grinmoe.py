@@ -12,13 +12,16 @@ import copy
 import functools
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
+
+from .configuration_grinmoe import check_fields, is_int, is_list_of, is_one_of, is_text, read_json_object
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +29,58 @@ logger = logging.get_logger(__name__)
 # What the installed Transformers calls a cache, as an argument and in outputs: `cache` since 5.24. Before, that name was
 # for the paged cache of continuous batching, which goes straight to the attention function.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+# Fields of generation_config.json, in the form of the tables in configuration_grinmoe.py.
+_OR_NULL = ", or null"
+_NUMBERS: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("num_beams", "num_return_sequences"), (1, 2**10, _OR_NULL)),
+    **dict.fromkeys(
+        "max_length max_new_tokens min_length min_new_tokens top_k no_repeat_ngram_size max_cache_len prefill_chunk_size "
+        "num_assistant_tokens prompt_lookup_num_tokens max_matching_ngram_size assistant_early_exit".split(),
+        (0, 2**31, _OR_NULL),
+    ),
+    **dict.fromkeys(
+        "temperature top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty length_penalty guidance_scale "
+        "max_time assistant_confidence_threshold".split(),
+        (-1e9, 1e9, _OR_NULL),
+    ),
+}
+_IDS = (lambda value: is_int(value) or is_list_of(is_int)(value), "a token's id, a list of them or null")
+_FORMS: dict[str, Any] = {
+    **dict.fromkeys(
+        "do_sample use_cache renormalize_logits remove_invalid_values token_healing output_attentions output_hidden_states "
+        "output_scores output_logits return_dict_in_generate disable_compile".split(),
+        (is_one_of(bool), "True, False or null"),
+    ),
+    **dict.fromkeys("eos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens".split(), _IDS),
+    "bad_words_ids": (
+        is_list_of(lambda one: isinstance(one, list) and all(map(is_int, one))),
+        "a list of lists of ids",
+    ),
+    "early_stopping": (lambda value: value == "never" or is_one_of(bool)(value), "True, False, never or null"),
+    "stop_strings": (lambda value: is_text(value) or is_list_of(is_text)(value), "a text, a list of texts or null"),
+    **dict.fromkeys(("cache_implementation", "transformers_version"), (is_one_of(str), "a text or null")),
+    **dict.fromkeys(("cache_config", "watermarking_config", "compile_config"), (is_one_of(dict), "an object or null")),
+}
+
+
+def check_generation_config(file: Path) -> None:
+    """
+    Check what `from_pretrained` will make a `GenerationConfig` of: `generation_config.json`, or config.json beside it.
+
+    Raises:
+        ValueError: not JSON (see `read_json_object`), or a field of the wrong type: the file, the field and its value.
+    """
+    file = file if file.is_file() else file.with_name(CONFIG_NAME)
+    if not file.is_file():
+        return
+    content = read_json_object(file, remedy="correct it, or remove it")
+    try:
+        check_fields(content, _NUMBERS, _FORMS)
+        GenerationConfig.from_dict(content)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be used for generation ({error}); correct it, or remove it") from error
 
 
 def take_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Cache | None:

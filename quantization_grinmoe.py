@@ -34,6 +34,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils import is_bitsandbytes_available, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .configuration_grinmoe import check_pattern
+
 logger = logging.get_logger(__name__)
 
 MISSING = (
@@ -465,6 +467,15 @@ def check_method(quantization_config: QuantizationConfigMixin | dict[str, Any] |
             "down_proj of every layer, 96 % of the released model's weights, would stay in full precision or not work; give "
             "a full-precision checkpoint and transformers.BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True)"
         )
+    if isinstance(quantization_config, dict):
+        try:
+            quantization_config = BitsAndBytesConfig.from_dict(quantization_config)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                f"quantization_config cannot be used ({error}); correct it, or take the original config.json again"
+            ) from error
+        for pattern in quantization_config.llm_int8_skip_modules or ():
+            check_pattern("llm_int8_skip_modules", pattern)
 
 
 def check_agreement(asked: BitsAndBytesConfig | dict[str, Any], stored: BitsAndBytesConfig | dict[str, Any]) -> None:

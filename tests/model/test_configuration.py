@@ -123,7 +123,7 @@ WRONG = [
     ({"router_aux_loss_scope": "layer"}, "router_aux_loss_scope='layer'"),
     ({"router_estimator": "reinforce"}, "router_estimator='reinforce' is unknown; choose one of sparsemixer_v2, "),
     ({"router_z_loss_coef": -0.1}, "router_z_loss_coef=-0.1"),
-    ({"router_capacity_factor": 0}, "router_capacity_factor=0 is not a positive number"),
+    ({"router_capacity_factor": 0}, "router_capacity_factor=0 is not a number in "),
     ({"router_capacity_factor": "1"}, "router_capacity_factor='1'"),
     ({"expert_dropout": 1.0}, "expert_dropout=1.0"),
     ({"hidden_act": "swiglu9"}, "hidden_act='swiglu9'"),
@@ -342,7 +342,10 @@ IGNORED = [
         "mscale and mscale_all_dim do nothing without each other",
     ),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": "no"}}, "truncate='no' is not a bool"),
-    ({"per_layer_config": {0: {"intermediate_size": 8}}}, "per_layer_config={0: {'intermediate_size': 8}}: all layers"),
+    (
+        {"per_layer_config": {0: {"intermediate_size": 8}}},
+        "per_layer_config={0: {'intermediate_size': 8}} must be left out: all layers",
+    ),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: this architecture rotates whole heads"),
     ({**SMALL, "rope_parameters": {**LONGROPE, "longrope_switch": "below"}}, "longrope_switch='below' is unknown"),
     # Names that are meant for a field of ours.
