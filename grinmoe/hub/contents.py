@@ -1,4 +1,4 @@
-"""What is in a file, told by its bytes: formats that can run code when something loads or opens them."""
+"""What is in a file, told by its bytes: formats that can run code, text inside pictures, SentencePiece models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import stat
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ PICKLE_SUFFIXES = (
     *(".h5", ".hdf5", ".keras", ".mar", ".nemo", ".ptl", ".torchscript", ".pt2", ".pte", ".whl", ".msgpack"),
 )
 _START_BYTES = 2**26  # longer than any file of a checkpoint except the weights
+_MOST_TEXT_BYTES = 2**20
 _SIGNATURES = {
     "a pickle": rb"\x80[\x00-\x0f]",
     "a zip archive, as torch.save and Keras write it": rb"PK(\x03\x04|\x05\x06|\x07\x08)",
@@ -100,3 +102,55 @@ def _calls_something(start: bytes) -> bool:
     except Exception:
         return False
     return False
+
+
+def texts_of_picture(content: bytes) -> str:
+    """
+    Text inside a picture, a piece a line: compressed text of a PNG, and whatever can be read in any picture, as letters of
+    one byte or two. Metadata, comments and what stands behind the picture's end are such text.
+    """
+    pieces = [match[0].decode("latin-1") for match in re.finditer(rb"[\x20-\x7e]{12,}", content)]
+    pieces += [match[0][::2].decode("latin-1") for match in re.finditer(rb"(?:[\x20-\x7e]\x00){12,}", content)]
+    if content.startswith(b"\x89PNG"):
+        place = 8
+        while place + 8 <= len(content):
+            length, kind = struct.unpack(">I4s", content[place : place + 8])
+            if kind in (b"zTXt", b"iTXt"):
+                pieces += _compressed_text(content[place + 8 : place + 8 + length])
+            place += length + 12
+    return "\n".join(pieces)
+
+
+def _compressed_text(chunk: bytes) -> list[str]:
+    """Behind the keyword, and in iTXt a language and a translation, there is zlib's data: tried from each zero on."""
+    texts = []
+    for match in list(re.finditer(rb"\x00", chunk))[:8]:
+        for start in (match.end(), match.end() + 1):
+            try:
+                text = zlib.decompressobj().decompress(chunk[start:], _MOST_TEXT_BYTES)
+            except zlib.error:
+                continue
+            texts += text.decode("utf-8", errors="replace").split("\n")
+    return texts
+
+
+def is_sentencepiece(content: bytes) -> bool:
+    """Whether these bytes are a message of SentencePiece: pieces first, and every field has a length that fits."""
+    place, fields = 0, []
+    while place < len(content):
+        numbers = []
+        for _ in range(2):  # the field, then its length
+            value, shift = 0, 0
+            while place < len(content) and shift < 64:
+                byte = content[place]
+                place, value, shift = place + 1, value | (byte & 0x7F) << shift, shift + 7
+                if byte < 0x80:
+                    break
+            else:
+                return False
+            numbers.append(value)
+        if numbers[0] & 7 != 2:
+            return False
+        fields.append(numbers[0] >> 3)
+        place += numbers[1]
+    return place == len(content) and fields[:1] == [1]

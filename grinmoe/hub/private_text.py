@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
+from urllib.parse import unquote
 
-# Formats that the issuers document: a prefix and a length. What is only words (sk-learn-...) has no digit.
-_SECRETS = {
-    "a Hugging Face token": re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{30,}"),
-    "a key of an AI service": re.compile(
-        r"(?<![A-Za-z0-9-])(?:sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}|AIza[A-Za-z0-9_-]{35}|r8_[A-Za-z0-9]{37})"
-    ),
-    "a GitHub or GitLab token": re.compile(
-        r"(?<![A-Za-z0-9])(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,}|glpat-[A-Za-z0-9_-]{20,})"
-    ),
-    "an AWS key": re.compile(r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}(?![0-9A-Za-z])"),
-    "a Slack token": re.compile(r"(?<![A-Za-z0-9])xox[abeprs]-[A-Za-z0-9-]{10,}"),
-    "a Weights & Biases key": re.compile(
-        r"wandb_v1_[A-Za-z0-9_]{30,}|wandb[ .]login[^\n]{0,40}?(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])"
-    ),
-    "a PyPI or npm token": re.compile(r"(?<![A-Za-z0-9])(?:pypi-AgEI[A-Za-z0-9_-]{20,}|npm_[A-Za-z0-9]{36})"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"),
-    "a token in a header": re.compile(r"(?i)\bauthorization\b\W{1,4}(?:bearer|basic|token)\s+[A-Za-z0-9._~+/=-]{16,}"),
-    "a signed address": re.compile(r"[?&](?:X-Amz-Signature|X-Goog-Signature|Signature|sig)=[A-Za-z0-9%/+=_-]{20,}"),
-    # A name that says so, and a value that is no word: letters and digits.
-    "a key or password": re.compile(
-        r"(?i)(?<![a-z])(?:[a-z0-9_-]{0,40}[_-])?(?:api[_-]?key|access[_-]?key|secret(?:[_-]?key)?|token|passwd|password|"
-        r"passphrase|credentials?)\b[\"']?\s*[:=]\s*[\"']?"
-        r"(?=[a-z/+_=-]*\d)(?=[\d/+_=-]*[a-z])[a-z0-9/+_=-]{16,}"
-    ),
-    "credentials in an address": re.compile(r"\b[a-z][a-z0-9+.-]{0,20}://[^/\s:@\"'<>{}$]+:[^/\s:@\"'<>{}$]+@[\w\[]"),
-}
+from .secret_formats import FORMATS, SecretFormat
+
 _STAND_INS = re.compile(r"(?i)example|your[_-]|placeholder|:(?:password|passwd|pass|token|secret)@")
 
 # A user's name stands behind these; the stand-ins that documentation uses do not count.
@@ -56,6 +37,11 @@ _PATH_IN_METADATA = re.compile(
 _ENVIRONMENT = re.compile(r"(?i)(?:^|_)(?:key|token|secret|password|passwd|pat|credentials?)$")
 _FRONT_MATTER = re.compile(r"\s*---\r?\n.*?\n---\s*?(?:\n|$)", re.DOTALL)
 _ESCAPES = re.compile(r"(?<!\\)\\[nrt]")
+_ESCAPED = re.compile(r"\\[u/\"]")
+_UNICODE_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_PERCENT = re.compile(r"%[0-9A-Fa-f]{2}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{24,}")
+_NETRC = next(form for form in FORMATS if "netrc" in form.issuer)
 _SHOWN_CHARACTERS = 6
 
 
@@ -83,7 +69,7 @@ class Private:
 
     def in_text(self, text: str, metadata: bool = False) -> Iterator[Finding]:
         """
-        What is private in a text.
+        What is private in a text, also where it is written with JSON's, HTML's or an address's escapes, or in base64.
 
         Args:
             text: of a file.
@@ -92,14 +78,23 @@ class Private:
         """
         front = _FRONT_MATTER.match(text)
         metadata_lines = text.count("\n", 0, front.end()) if front else 0
+        lines: list[tuple[int, str]] = []  # and what is encoded in them
         for number, line in enumerate(text.split("\n"), 1):
-            is_metadata = metadata or number <= metadata_lines
             # A line feed written as two characters must not look like the letter before a path.
-            line = _ESCAPES.sub("  ", line) if is_metadata else line
-            if found := self._secret(line):
+            plain = _ESCAPES.sub("  ", line) if metadata or number <= metadata_lines else line
+            lines += ((number, reading) for reading in _readings(plain))
+        named: set[tuple[int, bool]] = set()
+        for (number, line), forms in zip(lines, _forms_in([line for _, line in lines])):
+            found, path = self._secret(line, forms), self._path(line, metadata or number <= metadata_lines)
+            if found and (number, True) not in named:
+                named.add((number, True))
                 yield Finding(number, *found)
-            if path := self._path(line, is_metadata):
+            if path and (number, False) not in named:
+                named.add((number, False))
                 yield Finding(number, path, f"a path of this machine ({path}); remove it, or name a Hub repository")
+        for match in _NETRC.pattern.finditer(text):
+            if "\n" in match[0]:
+                yield Finding(text.count("\n", 0, match.start()) + 1, match[0].split("\n")[0], _masked(_NETRC, ""))
 
     def in_bytes(self, content: bytes) -> Iterator[str]:
         """Names of the known secrets and paths that are in a file of any kind. Patterns would match by chance there."""
@@ -108,15 +103,15 @@ class Private:
             f"a path of this machine ({path})" for path in self.paths if re.search(_whole_path(path).encode(), content)
         )
 
-    def _secret(self, line: str) -> tuple[str, str] | None:
+    def _secret(self, line: str, forms: list[SecretFormat]) -> tuple[str, str] | None:
         for name, secret in self.secrets.items():
             if secret in line:
                 return secret, _masked(name, secret)
-        for kind, pattern in _SECRETS.items():
-            for match in pattern.finditer(line):
+        for form in forms:
+            for match in form.pattern.finditer(line):
                 # AKIAIOSFODNN7EXAMPLE has the form of a key: who means it as an example can write another.
-                if kind == "an AWS key" or not _is_stand_in(match[0]):
-                    return match[0], _masked(kind, match[0])
+                if form.issuer == "AWS" or not _is_stand_in(match.groupdict().get("value") or match[0]):
+                    return match[0], _masked(form, match[0])
         return None
 
     def _path(self, line: str, metadata: bool) -> str | None:
@@ -153,6 +148,44 @@ def _is_stand_in(secret: str) -> bool:
     return "PRIVATE KEY" not in secret and "://" not in secret and set(longest.lower()) <= {"x", "0"}
 
 
-def _masked(kind: str, secret: str) -> str:
+def _masked(kind: str | SecretFormat, secret: str) -> str:
     shown = secret[:_SHOWN_CHARACTERS] if len(secret) > 2 * _SHOWN_CHARACTERS else ""
+    kind = f"a secret, by its form of {kind.issuer}" if isinstance(kind, SecretFormat) else kind
     return f"{kind} ({shown}...); remove it, and revoke it if others could see it"
+
+
+def _forms_in(lines: list[str]) -> list[list[SecretFormat]]:
+    """For each line the formats that may be in it. Looking for their hints is much faster than their expressions."""
+    lowered = [line.lower() for line in lines]
+    text = "\n".join(lowered)
+    starts = [0, *accumulate(len(line) + 1 for line in lowered)]
+    forms: list[list[SecretFormat]] = [[] for _ in lines]
+    for form in FORMATS:
+        numbers = set() if form.hints else set(range(len(lines)))
+        for hint in form.hints:
+            place = text.find(hint)
+            while place >= 0:
+                numbers.add(number := bisect_right(starts, place) - 1)
+                place = text.find(hint, starts[number + 1])
+        for number in numbers:
+            forms[number].append(form)
+    return forms
+
+
+def _readings(line: str) -> Iterator[str]:
+    """A line as it is, and as programs read what is escaped or encoded in it."""
+    yield line
+    if _ESCAPED.search(line):
+        plain = _UNICODE_ESCAPE.sub(lambda match: chr(int(match[1], 16)), line)
+        yield plain.replace("\\/", "/").replace('\\"', '"')
+    if "&#" in line or "&amp;" in line:
+        yield html.unescape(line)
+    if _PERCENT.search(line):
+        yield unquote(line)
+    for match in _BASE64.finditer(line):
+        encoded = match[0].replace("-", "+").replace("_", "/")
+        decoded = (
+            base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=False) if len(encoded) % 4 != 1 else b""
+        )
+        if decoded.isascii() and (text := decoded.decode("ascii")).replace("\n", "").isprintable():
+            yield from text.split("\n")

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ..checkpoint_grinmoe import stale_weights
 from .checks import ReleaseError
-from .errors import COMMIT_WAIT_S, WAIT_S, HubError, check_repo, first_line, said_clearly, status_of
+from .errors import COMMIT_WAIT_S, WAIT_S, HubError, check_repo, first_line, printable, said_clearly, status_of
 from .options import PushOptions
 from .readme import CARD_NAME
 from .release import Release, make_release
@@ -87,10 +87,10 @@ def _show(release: Release, repo: str, console: Console) -> None:
     table.add_row(f"{len(release.files)} files", decimal(release.size))
     console.print(table)
     for note in release.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {printable(note)}")
     if release.left_out:
         shown = ", ".join(release.left_out[:8]) + (", ..." if len(release.left_out) > 8 else "")
-        console.print(f"left out ({len(release.left_out)}): {shown}")
+        console.print(f"left out ({len(release.left_out)}): {printable(shown)}")
 
 
 # --- where it goes -----------------------------------------------------------------------------------------------------
@@ -158,14 +158,14 @@ def _publish(release: Release, place: _Place, options: PushOptions, api: HfApi, 
         operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
         commit = _commit(operations, place, options, str(head.sha), api)
         if stale:
-            console.print(f"removed there, of a former checkpoint: {', '.join(stale)}")
+            console.print(f"removed there, of a former checkpoint: {printable(', '.join(stale))}")
         if commit.oid == head.sha:
             console.print("nothing has changed: the repository holds this release already")
         if options.tag:
             _tag(place.repo, options.tag, commit.oid, api)
             console.print(f"tagged {options.tag}")
     address = str((commit.pr_url if options.create_pr else None) or commit.commit_url)
-    console.print(f"published {address}")
+    console.print(f"published {printable(address)}")
     return address
 
 

@@ -40,7 +40,7 @@ from ..tokenization import check_tokenizer, load_tokenizer, template_difference
 from .card import card_for
 from .card_facts import FACTS_NAME
 from .card_metadata import BASE_MODEL_TAG, is_repo_id
-from .checks import ReleaseError, check_files, check_finite, sha256_of
+from .checks import ReleaseError, check_files, check_finite, check_source, sha256_of
 from .isolated_load import load_elsewhere, logits_without_the_package
 from .options import ReleaseOptions
 from .private_text import Private, secrets_of_environment
@@ -128,6 +128,7 @@ def _source_of(model: str | os.PathLike) -> tuple[Path, bool]:
     source = Path(model).expanduser()
     if not os.fspath(model) or not source.is_dir():
         raise ReleaseError(f"--model {model} is no folder; give that of a checkpoint or an adapter")
+    check_source(source)
     is_adapter = (source / ADAPTER_CONFIG_NAME).is_file()
     weights = next((name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if (source / name).is_file()), None)
     if is_adapter and weights:
@@ -214,6 +215,8 @@ def _tokenizer_folder(source: Path, options: ReleaseOptions) -> Path | None:
     if options.tokenizer is None:
         return source if (source / _TOKENIZER).is_file() else None
     folder = Path(options.tokenizer).expanduser()
+    if folder.is_dir():
+        check_source(folder)
     if not (folder / _TOKENIZER).is_file():
         raise ReleaseError(f"--tokenizer {options.tokenizer} holds no {_TOKENIZER}; give the folder of a tokenizer")
     return folder

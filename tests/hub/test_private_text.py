@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import re
@@ -16,6 +17,9 @@ import pytest
 from grinmoe.hub.checks import ReleaseError, check_files
 from grinmoe.hub.private_text import Private, secrets_of_environment
 from grinmoe.hub.release import ReleaseOptions, make_release
+from grinmoe.hub.secret_formats import FORMATS, SecretFormat
+from grinmoe.provenance import markdown_table
+from tests import ROOT
 from tests.hub.release_folders import SHARDS, edit_json, edit_weights, save_adapter, save_model
 
 LETTERS = string.ascii_letters + string.digits
@@ -74,6 +78,154 @@ def test_secrets_are_found_and_not_shown(kind, metadata):
         assert found[0].match in line and "remove it, and revoke it" in found[0].what
         for part in re.findall(r"[\w/+-]{9,}", re.sub(r".*[=:] ?|PRIVATE KEY", "", secret)):
             assert part not in found[0].what, "only the first letters are shown"
+
+
+UPPER, HEXADECIMAL = string.ascii_uppercase + string.digits, "0123456789abcdef"
+BASE64 = LETTERS + "+/"
+BODY = made_up("", 40)
+# An example for each row of the table in docs/hub.md that is not a prefix and letters.
+EXAMPLES = {
+    "OpenAI, Anthropic, DeepSeek, OpenRouter": [
+        made_up("sk-", 32),
+        made_up("sk-or-v1-", 64),
+        made_up("sk-ant-admin01-", 93),
+    ],
+    "Weights & Biases": [made_up("wandb_v1_", 60), f"wandb login {HEX}"],
+    "AWS": [made_up(prefix, 16, UPPER) for prefix in ("AKIA", "ASIA", "ABIA", "ACCA")] + [made_up("ABSK", 120)],
+    "Azure, keys": [
+        f"AccountName=a;AccountKey={made_up('', 86, BASE64)}==;EndpointSuffix=core.windows.net",
+        f"Endpoint=sb://a.servicebus.windows.net/;SharedAccessKey={made_up('', 43, BASE64)}=",
+        f"{made_up('', 76)}AZDO{made_up('', 4)}",
+        f"{made_up('', 52)}JQQJ99{made_up('', 26)}",
+        f"{made_up('', 76, BASE64)}+ASt{made_up('', 6, BASE64)}==",
+    ],
+    "Azure, client secret": [f"{made_up('', 3)}8Q~{made_up('', 34)}"],
+    "Cloudflare, origin key": [f"v1.0-{made_up('', 24, HEXADECIMAL)}-{made_up('', 146, HEXADECIMAL)}"],
+    "Terraform Cloud": [f"{made_up('', 14)}.atlasv1.{made_up('', 67)}"],
+    "Slack": [
+        made_up("xoxb-", 50),
+        f"xoxe.xoxp-1-{made_up('', 60)}",
+        made_up("xapp-1-", 60),
+        f"https://hooks.slack.com/services/{made_up('T', 8, UPPER)}/{made_up('B', 8, UPPER)}/{made_up('', 24)}",
+        f"https://hooks.slack.com/workflows/{made_up('T', 8, UPPER)}/{made_up('A', 8, UPPER)}/1234567890/{made_up('', 24)}",
+    ],
+    "Discord": [
+        f"https://discord.com/api/webhooks/{made_up('1', 18, string.digits)}/{made_up('', 68)}",
+        f"https://discordapp.com/api/v10/webhooks/{made_up('1', 18, string.digits)}/{made_up('', 68)}",
+        f"{made_up('MTA5', 22)}.{made_up('G', 5)}.{made_up('', 38)}",
+    ],
+    "Microsoft Teams, Zapier": [
+        f"https://x.webhook.office.com/webhookb2/{made_up('', 36)}@{made_up('', 36)}/IncomingWebhook/{made_up('', 32)}/x",
+        "https://hooks.zapier.com/hooks/catch/123456/" + "abcde1",
+    ],
+    "Telegram": [f"{made_up('1', 9, string.digits)}:AA{made_up('', 33)}"],
+    "SendGrid": [f"SG.{made_up('', 22)}.{made_up('', 43)}"],
+    "Twilio": [made_up("SK", 32, HEXADECIMAL)],
+    "Mailgun, Mailchimp": [
+        made_up("key-", 32, HEXADECIMAL),
+        f"{made_up('', 32, HEXADECIMAL)}-us12",
+        f"{made_up('', 32, HEXADECIMAL)}-{made_up('', 8, HEXADECIMAL)}-{made_up('1', 7, HEXADECIMAL)}",
+    ],
+    "Resend": [f"re_{made_up('', 8)}_{made_up('', 24)}"],
+    "Dynatrace": [f"dt0c01.{made_up('', 24, UPPER)}.{made_up('', 64, UPPER)}"],
+    "Airtable": [f"{made_up('pat', 14)}.{made_up('', 64, HEXADECIMAL)}"],
+    "JSON Web Token": [f"{made_up('eyJ', 30)}.{made_up('eyJ', 60)}.{made_up('', 43)}"],
+    "private key": [
+        "-----BEGIN RSA PRIVATE " + "KEY-----",
+        "-----BEGIN ENCRYPTED PRIVATE " + "KEY-----",
+        "---- BEGIN SSH2 ENCRYPTED PRIVATE " + "KEY ----",
+        "-----BEGIN PGP PRIVATE " + "KEY BLOCK-----",
+        "PuTTY-User-Key-" + "File-3: ssh-ed25519",
+        made_up("AGE-SECRET-" + "KEY-1", 58, UPPER),
+        "-----BEGIN OpenVPN Static " + "key V1-----",
+        f"PrivateKey = {made_up('', 43, BASE64)}=",
+        f"client-key-data: {made_up('LS0t', 80, BASE64)}",
+        made_up("b3BlbnNzaC1rZXkt" + "djEAAAAA", 40),
+        made_up("LS0tLS1CRUdJTiBS" + "U0EgUFJJVkFURSBLRVkt", 40),
+    ],
+    "token in a header": [
+        f"Authorization: {kind} {made_up('', 30)}" for kind in ("Bearer", "Basic", "token", "ApiKey")
+    ],
+    "signed address": [
+        f"https://a.blob.core.windows.net/c/b?sv=2022-11-02&ss=b&srt=o&sp=r&se=2030&sig={made_up('', 43)}%3D",
+        f"https://storage.googleapis.com/x?X-Goog-Signature={made_up('', 64, HEXADECIMAL)}",
+        f"https://a.blob.core.windows.net/c/b?sv=1&amp;sig={made_up('', 43)}",
+    ],
+    "key or password by its name": [
+        f"{name}={made_up('', 24)}"
+        for name in (
+            "DB_PASSWORD",
+            "client_secret",
+            "private-key",
+            "AccountKey",
+            "pwd",
+            "EXAMPLE_TOKEN",
+            "//r/:_authToken",
+        )
+    ],
+    "password of a connection": ["Server=db.example.com;Database=x;User Id=a;Password=hunter2;"],
+    "password of .netrc": ["machine example.com login me password hunter2"],
+    "password of a container registry": [f'"auth": "{made_up("", 31)}="'],
+    "credentials in an address": ["redis://:hunter2@cache:6379", "mongodb+srv://me:hunter2@db.mongodb.net"],
+}
+
+
+def examples(form: SecretFormat) -> list[str]:
+    """Those above; of prefixes and letters as few letters as there are."""
+    if form.issuer in EXAMPLES:
+        return EXAMPLES[form.issuer]
+    prefixes, least, letters = re.fullmatch(r"(.+), then (\d+)(?: or more)? of `(.+)`", form.form).groups()
+    alphabet = "".join(chr(code) for code in range(33, 127) if re.fullmatch(f"[{letters}]", chr(code)))
+    alphabet = "".join(letter for letter in alphabet if letter.isalnum())
+    return [made_up(prefix, int(least), alphabet) for prefix in re.findall(r"`([^`]+)`", prefixes)]
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.issuer)
+def test_every_documented_format_is_found_wherever_it_stands(form):
+    for secret in examples(form):
+        assert form.pattern.search(secret) and (not form.hints or any(hint in secret.lower() for hint in form.hints))
+        for line in (
+            secret,
+            f"see {secret} there",
+            f"`{secret}`",
+            f"x = '{secret}'",
+            f"<a>{secret}</a>",
+            f"# {secret}",
+        ):
+            for text in (line, json.dumps(line), json.dumps(line).replace(secret[2], f"\\u{ord(secret[2]):04x}")):
+                found = list(Private().in_text(f"first\n{text}\nlast"))
+                assert {finding.line for finding in found} == {2}, text
+                assert all(secret[8:] not in finding.what for finding in found)
+
+
+def test_secrets_in_base64_and_escapes_are_found():
+    for text in (
+        base64.b64encode(f"token: {HF} ".encode()).decode(),
+        base64.urlsafe_b64encode(f"?? {HF} ~~".encode()).decode().rstrip("="),
+        "".join(f"\\u{ord(letter):04x}" for letter in HF),
+        "".join(f"%{ord(letter):02X}" for letter in HF),
+        "".join(f"&#{ord(letter)};" for letter in HF),
+        "machine example.com\n  login me\n\tpassword hunter2\n",
+    ):
+        (found,) = Private().in_text(f"first\n{text}")
+        assert found.line == 2 and HF not in found.what
+
+
+def test_documentation_lists_every_format():
+    documented = (ROOT / "docs" / "hub.md").read_text()
+    assert markdown_table(["secret", "form"], [[form.issuer, form.form] for form in FORMATS]).strip() in documented
+
+
+def test_files_of_this_project_have_nothing_private():
+    files = [
+        *ROOT.glob("grinmoe/**/*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("*_grinmoe.py"),
+        ROOT / "README.md",
+    ]
+    for file in files:
+        found = [finding for finding in Private().in_text(file.read_text()) if not finding.what.startswith("a path")]
+        assert found == [], file
 
 
 PATHS_IN_METADATA = [

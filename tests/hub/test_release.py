@@ -165,7 +165,7 @@ def test_a_tokenizer_of_another_folder(model, made, tmp_path):
         (model / name).unlink()
     tokenizer = tmp_path / "tokenizer"
     small_tokenizer().save_pretrained(tokenizer)
-    (tokenizer / "tokenizer.model").write_bytes(b"\n\x0b pieces")
+    (tokenizer / "tokenizer.model").write_bytes(b"\n\x07 pieces")
     made_release = made(model, ReleaseOptions(load_check=False, tokenizer=str(tokenizer)))
     assert contents(made_release.folder).keys() == {*MODEL, "tokenizer.model"}
     assert AutoTokenizer.from_pretrained(made_release.folder)("Hello").input_ids == small_tokenizer()("Hello").input_ids
@@ -389,7 +389,7 @@ def test_a_tokenizer_file_of_something_else(model, made):
 
 
 def test_a_picture_that_is_none(model, made):
-    (model / "training.png").write_bytes(b"cos\nsystem\n(S'echo hi'\ntR.")
+    (model / "training.png").write_bytes(b"<script>alert(1)</script>")
     (model / "README.md").write_text("---\nlicense: mit\n---\n# A model\n\n![x](training.png)\n")
     with pytest.raises(ReleaseError, match=r"training\.png is no picture"):
         made(model)
