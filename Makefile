@@ -8,10 +8,10 @@ OLDEST_TRITON := 3.6.0
 PIP    := -m pip install --quiet --disable-pip-version-check
 # Two processes of one thread each: at these sizes a second thread of torch gains nothing.
 PYTEST := -m pytest -q -n 2 --dist worksteal
-test test-integration test-all test-oldest: export OMP_NUM_THREADS = 1
+test test-integration test-all test-oldest fuzz: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo example test test-integration test-all test-oldest check bench bench-gpu clean
+.PHONY: help demo example test test-integration test-all test-oldest fuzz check bench bench-gpu clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
@@ -50,6 +50,9 @@ test-all: $(VENV)/.stamp  ## both
 test-oldest: $(OLDEST)/.stamp  ## both on the oldest supported Transformers, without the tests marked newest_only
 	@$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)", transformers.__version__'
 	@$(OLDEST)/bin/python $(PYTEST) -m "not newest_only and not slow and not gpu"
+
+fuzz: $(VENV)/.stamp  ## hostile configs, checkpoints, rows, requests and command lines: 3000 random ones of each (about 20 minutes)
+	@$(BIN)/python $(PYTEST) tests/fuzzing -m "" --fuzz-examples 3000
 
 check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
 	@$(BIN)/ruff check .

@@ -26,6 +26,10 @@ from tests.small_chat import chat_data, chat_model  # noqa: F401
 DATA = Path(__file__).parent / "goldens" / "data"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-examples", type=int, metavar="N", help="random examples of each test in tests/fuzzing")
+
+
 def pytest_collection_finish() -> None:
     """Leave what the imports made out of garbage collections, which Transformers runs after each shard: 0.5 s each."""
     gc.collect()
