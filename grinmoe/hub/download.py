@@ -34,7 +34,7 @@ from ..tokenization import TokenizerError, load_tokenizer
 from .contents import runs_code
 from .errors import WAIT_S, HubError, check_repo, first_line, printable, said_clearly
 from .options import PullOptions
-from .remote_files import Remote, read_list
+from .remote_files import Remote, RemoteFile, read_list
 
 try:
     import fcntl
@@ -278,16 +278,26 @@ def _download(remote: Remote, folder: Path, names: Collection[str], **options: A
     class Bar(tqdm):
         """A line for each file while it arrives. It ends the download when the user interrupts the command."""
 
+        file: RemoteFile
+
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **{**kwargs, "desc": printable(str(kwargs.get("desc"))), "leave": False})
+            self.arrived = 0
 
         def update(self, n: float | None = 1) -> bool | None:
             if is_stopped.is_set():
                 raise InterruptedError("interrupted")
+            self.arrived += int(n or 0)
+            if self.arrived > self.file.size:
+                raise HubError(
+                    f"{self.file.name} of {remote.repo} is larger than the {self.file.size} bytes that the Hub announces; "
+                    "run the same command again"
+                )
             return super().update(n)
 
     def download(name: str) -> None:
-        hf_hub_download(remote.repo, name, revision=remote.commit, local_dir=folder, tqdm_class=Bar, **options)
+        bar = type("Bar", (Bar,), {"file": remote.files[name]})
+        hf_hub_download(remote.repo, name, revision=remote.commit, local_dir=folder, tqdm_class=bar, **options)
 
     with said_clearly(remote.repo, "pull"), ThreadPoolExecutor(_AT_ONCE) as executor:
         futures = [executor.submit(download, name) for name in sorted(names)]

@@ -26,6 +26,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ..checkpoint_grinmoe import stale_weights
+from ..files import telling_disk_full
 from .checks import ReleaseError
 from .errors import COMMIT_WAIT_S, WAIT_S, HubError, check_repo, first_line, printable, said_clearly, status_of
 from .options import PushOptions
@@ -52,11 +53,12 @@ def push(options: PushOptions) -> str | None:
         ReleaseError, CheckpointError, TokenizerError, ValueError: the folder cannot be published (see `make_release`).
         HubError: the Hub refused, or cannot be reached. Nothing is published then, unless the message says that only the tag
             is missing, or that the Hub did not confirm the commit.
+        DiskFullError: there is no room for the release in the folder of temporary files.
     """
     check_repo(options.repo)
     # Not markup: what stands in brackets in a file's name is part of it.
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    with tempfile.TemporaryDirectory(prefix="grinmoe-release-") as name:
+    with telling_disk_full(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="grinmoe-release-") as name:
         folder = Path(name) / "release"
         folder.mkdir()
         if options.dry_run:

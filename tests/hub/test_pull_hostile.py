@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -85,6 +86,36 @@ def test_pull_of_a_file_of_another_size_is_refused(pushed, refused, output, body
     refused(keeps=True)
     pushed.heal()
     assert contents(pull(REPO, output)) == whole(pushed)
+
+
+def test_pull_ends_a_download_that_is_larger_than_announced(pushed, refused, monkeypatch):
+    """Without an end to it, it would fill the disk."""
+    endless = gzip.compress(bytes(300_000_000))
+    headers = {"Content-Encoding": "gzip", "Content-Type": "text/plain"}
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    written = []
+    write = tqdm.update
+    monkeypatch.setattr(tqdm, "update", lambda self, n=1: written.append(n) or write(self, n))
+    pushed.change(
+        "/resolve/.*/LICENSE", lambda reply: replace(reply, body=endless, headers=headers), times=100, method="GET"
+    )
+    assert "LICENSE of writer-user/model is larger than the 12 bytes that the Hub announces" in refused(keeps=True)
+    assert sum(written) < 10_000_000
+
+
+@pytest.mark.parametrize("etag", ['"../../../../tmp/x"', '"/tmp/x"', '"x/y"', "", '"' + "e" * 5000 + '"', '"\x01"'])
+def test_pull_from_a_server_with_a_strange_etag_is_right_or_refused(pushed, output, capsys, etag):
+    """The client makes names of files of it."""
+
+    def relabel(reply: Reply) -> Reply:
+        return replace(reply, headers={**reply.headers, "ETag": etag, "X-Linked-Etag": etag})
+
+    pushed.change(f"/resolve/.*{SHARDS[0]}", relabel, times=100)
+    code, _, error = run_cli(capsys, "pull", "--repo", REPO, "--output", str(output))
+    assert code == 0 or (code == 2 and error.splitlines()[-1].startswith("grinmoe pull: ") and not output.exists())
+    assert {path.name for path in output.parent.parent.iterdir()} <= {"model", "pulled"}
+    pushed.heal()
+    assert contents(output if code == 0 else pull(REPO, output)) == whole(pushed)
 
 
 def test_pull_when_the_clients_cache_is_damaged_fetches_the_file_itself(pushed, output):
@@ -202,6 +233,44 @@ def test_pull_gives_files_the_usual_permissions(pushed, output):
         os.umask(mask)
     assert stat.S_IMODE(output.stat().st_mode) == 0o750
     assert {stat.S_IMODE(path.stat().st_mode) for path in output.iterdir()} == {0o640}, "nothing can be executed"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (".", "is the current folder or a mount point"),
+        ("..", "is not empty"),
+        ("/", "is not empty"),
+        ("~", "is not empty"),
+        ("file", "is a file"),
+        ("file/model", "lies in"),
+        ("fifo", "is a FIFO"),
+        ("fifo/model", "is a FIFO"),
+        ("/dev/null", "is a device"),
+        ("dangling", "is a link that leads nowhere"),
+        ("dangling/model", "is a link that leads nowhere"),
+        ("", "is empty"),
+        ("full", "is not empty"),
+        ("link-to-full", "is not empty"),
+        ("x" * 300, "too long"),
+    ],
+)
+def test_pull_refuses_outputs_that_are_not_new_folders(pushed, tmp_path, capsys, monkeypatch, name, message):
+    here = tmp_path / "here"
+    (here / "now").mkdir(parents=True)
+    (here / "file").write_text("mine")
+    os.mkfifo(here / "fifo")
+    (here / "dangling").symlink_to("nowhere")
+    (here / "full").mkdir()
+    (here / "full" / "mine.txt").write_text("mine")
+    (here / "link-to-full").symlink_to("full")
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.chdir(here / "now" if name in (".", "..") else here)
+    before = contents(here), sorted(here.rglob("*"))
+    code, _, error = run_cli(capsys, "pull", "--repo", REPO, "--output", name)
+    assert code == 2 and message in error and len(error.splitlines()) == 1, error
+    assert (contents(here), sorted(here.rglob("*"))) == before and stat.S_ISFIFO((here / "fifo").stat().st_mode)
+    assert not fetched(pushed)
 
 
 # ---- names
