@@ -36,14 +36,15 @@ from transformers import (
 from transformers.cli.serving.utils import CBGenerateManager, CBWorkerDeadError, GenerateManager
 from transformers.generation import GenerationMode
 
+from .gate import SHUTTING_DOWN
 from .requests import refusal
 from .text_stream import TextUntil, text_until
 
 # Tokens of a block of the paged cache: the library's default, under two names (block_size until 5.17, page_size since).
 BLOCK_TOKENS = 256
-SHUTTING_DOWN = "the server is shutting down"
-# Where a request's generation config has its seed, which is not Transformers' field.
-SEED = "seed_of_request"
+# Where a request's generation config has its seed, which is not Transformers' field, and the texts that its answer ends
+# before. In the library's own field they would be compared with every token of the vocabulary, letter by letter.
+SEED, STOPS = "seed_of_request", "stops_of_request"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,31 @@ class _Unless(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+class _When(StoppingCriteria):
+    """Ends `generate` when something has happened."""
+
+    def __init__(self, happened: Callable[[], bool]):
+        self.happened = happened
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.happened(), dtype=torch.bool, device=input_ids.device)
+
+
+class _AtStop(StoppingCriteria):
+    """Ends each text of `generate` at a stop. Looks at its end alone, in which the stop is that the last token completes."""
+
+    def __init__(self, tokenizer: Any, stops: list[str], prompt_length: int):
+        self.tokenizer, self.stops, self.prompt_length = tokenizer, stops, prompt_length
+        # A letter has up to four tokens, which are bytes; some more, since one step may bring several tokens.
+        self.tokens = 4 * max(map(len, stops)) + 16
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        ends = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.tokens) :]
+        texts = self.tokenizer.batch_decode(ends, skip_special_tokens=True)
+        found = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
+
+
 class _Seeded(LogitsProcessor):
     """Seeds the draws of one request when it begins to draw, which is when its turn has come."""
 
@@ -125,7 +151,10 @@ class OneAtATime(_Limited, GenerateManager):
 
     def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
         self.limit(inputs, gen_config)
-        inputs = self._with_own(inputs, gen_config, self._stopping.is_set)
+        # It ends by itself at a stop.
+        decoder = TextUntil(_stops(gen_config), lambda: None)
+        ends = _Unless(self._stopping.is_set), _When(lambda: decoder.has_stopped)
+        inputs = self._with_own(inputs, gen_config, *ends)
         # The other thread must not begin before the streamer is as it should be.
         held: list[tuple[Any, ...]] = []
         self._held = held
@@ -134,17 +163,15 @@ class OneAtATime(_Limited, GenerateManager):
         finally:
             self._held = None
         loop = asyncio.get_running_loop()
-        # It ends by itself at a stop.
-        decoder = TextUntil(_stops(gen_config), lambda: None)
         _decode_with(streamer, decoder, gen_config, lambda text: loop.call_soon_threadsafe(queue.put_nowait, text))
         for work in held:
             self.submit(*work)
         return queue, streamer
 
     @staticmethod
-    def _with_own(inputs: Any, gen_config: Any, *ends: Callable[[], bool]) -> dict[str, Any]:
+    def _with_own(inputs: Any, gen_config: Any, *ends: StoppingCriteria) -> dict[str, Any]:
         """Transformers hands on to `generate` whatever is among the inputs."""
-        own: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([_Unless(*ends)])}
+        own: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList(ends)}
         if (seed := getattr(gen_config, SEED, None)) is not None:
             own["logits_processor"] = LogitsProcessorList([_Seeded(seed)])
         return {**inputs, **own}
@@ -158,14 +185,17 @@ class OneAtATime(_Limited, GenerateManager):
     async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
         self.limit(inputs, gen_config)
         left = threading.Event()
-        inputs = self._with_own(inputs, gen_config, self._stopping.is_set, left.is_set)
+        ends: list[StoppingCriteria] = [_Unless(self._stopping.is_set, left.is_set)]
+        if stops := _stops(gen_config):
+            ends.append(_AtStop(processor, stops, inputs["input_ids"].shape[-1]))
+        inputs = self._with_own(inputs, gen_config, *ends)
         answer = asyncio.ensure_future(
             super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
         )
         try:
             # The thread that generates must find a future that is not cancelled.
             text, input_length, ids = await asyncio.shield(answer)
-            whole = text_until(text, _stops(gen_config))
+            whole = text_until(text, stops)
             _note_end(gen_config, ids.tolist(), has_stopped=len(whole) < len(text))
             return whole, input_length, ids
         except asyncio.CancelledError:
@@ -335,9 +365,15 @@ class _Submission:
             raise CBWorkerDeadError(SHUTTING_DOWN)
 
 
-def _stops(gen_config: Any) -> list[str]:
+def set_stops(gen_config: Any) -> None:
+    """Move the stops of a request, or of the checkpoint's generation config, from the library's field into [`STOPS`]."""
     stops = gen_config.stop_strings or []
-    return [stops] if isinstance(stops, str) else stops
+    setattr(gen_config, STOPS, [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop])
+    gen_config.stop_strings = None
+
+
+def _stops(gen_config: Any) -> list[str]:
+    return getattr(gen_config, STOPS, [])
 
 
 def _note_end(gen_config: Any, ids: list[int], has_stopped: bool = False) -> None:

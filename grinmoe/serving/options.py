@@ -64,10 +64,33 @@ class ServeOptions:
     cache_tokens: Annotated[
         int | None, "tokens in memory, of all requests (default: what an accelerator has room for; 16384 on a CPU)", "N"
     ] = None
+    api_key_file: Annotated[
+        str | None, "file with the key that clients have to present, in one line (default: no key is asked for)", "FILE"
+    ] = None
+    allowed_host: Annotated[
+        tuple[str, ...],
+        "more names that clients reach this server by, such as a reverse proxy's; '*': any (default: those of this machine)",
+        "NAME",
+    ] = ()
+    max_requests: Annotated[int, "prompts that are answered or wait at a time; more get 429", "N"] = 256
+    max_connections: Annotated[
+        int | None, "connections at a time (default: 512, or what the limit of open files has room for)", "N"
+    ] = None
+    request_timeout: Annotated[float, "seconds in which a request has to arrive whole", "S"] = 30.0
 
     def __post_init__(self):
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port} is no port; give 1 to 65535, or 0 for a free one")
+        for option in ("max_requests", "max_connections"):
+            if (value := getattr(self, option)) is not None and value < 1:
+                raise ValueError(f"--{option.replace('_', '-')} {value} answers nobody; give 1 or more")
+        if not 0 < self.request_timeout < math.inf:
+            raise ValueError(f"--request-timeout {self.request_timeout} must be a number of seconds above 0")
+        for name in self.allowed_host:
+            if not name or set(name) & set(" /:@"):
+                raise ValueError(
+                    f"--allowed-host {name!r} must be a host name without scheme and port, such as models.example.org"
+                )
         for option in ("max_length", "max_new_tokens", "cache_tokens"):
             value, lowest = getattr(self, option), 2 if option == "max_length" else 1
             if value is not None and value < lowest:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import ipaddress
 import math
+import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 CPU_CACHE_TOKENS = 16384
 # Tokens that a CPU computes in one step. Longer prompts are computed in parts, between which other requests go on.
 CPU_STEP_TOKENS = 512
+DEFAULT_CONNECTIONS, FEWEST_CONNECTIONS = 512, 16
+# File descriptors that the process may need for something else than connections, while it serves.
+SPARE_FILES = 48
 
 
 def run_serve(options: ServeOptions) -> None:
@@ -43,23 +50,63 @@ def run_serve(options: ServeOptions) -> None:
         KeyboardInterrupt: on Ctrl-C.
     """
     _check_packages(options)
+    from .access import Access, read_api_key
     from .http import Server
-    from .server import build_app
+    from .server import build_app, default_limits
 
     source = folder_or_repository(options.model, "--model")
+    api_key = None if options.api_key_file is None else read_api_key(options.api_key_file)
+    max_connections = _max_connections(options)
     # Before the weights: loading them takes minutes, and the port may be taken.
     with _leaving_on_sigterm(), _bound_socket(options.host, options.port) as listener:
         served, manager = _load(source, options)
         try:
             # Warnings are for who calls the library: one for each request that came, or was too long and is refused.
             logging.set_verbosity_error()
-            app = build_app(served, manager)
+            access = Access.at(options.host, listener.getsockname()[0], options.allowed_host, api_key)
+            limits = dataclasses.replace(
+                default_limits(served),
+                max_connections=max_connections,
+                max_requests=options.max_requests,
+                request_timeout=options.request_timeout,
+            )
+            app = build_app(served, manager, access, limits)
+            _warn_of_open_access(listener, api_key)
             _listen(listener, options)
             print(_ready(listener, served), flush=True)
             # Ends by raising the signal again that ended it.
             Server(app, manager.stop).run(sockets=[listener])
         finally:
             manager.stop()
+
+
+def _max_connections(options: ServeOptions) -> int:
+    """So many connections that accepting one never fails for want of a file descriptor."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return options.max_connections or DEFAULT_CONNECTIONS
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most == resource.RLIM_INFINITY:
+        return options.max_connections or DEFAULT_CONNECTIONS
+    room = most - len(os.listdir("/dev/fd")) - SPARE_FILES
+    if room < max(options.max_connections or 0, FEWEST_CONNECTIONS):
+        raise ValueError(
+            f"the limit of open files (ulimit -n) is {most} and leaves room for {max(room, 0)} connections, too few for "
+            f"--max-connections {options.max_connections or FEWEST_CONNECTIONS}; raise the limit, or lower the option"
+        )
+    return options.max_connections or min(DEFAULT_CONNECTIONS, room)
+
+
+def _warn_of_open_access(listener: socket.socket, api_key: bytes | None) -> None:
+    address, port = listener.getsockname()[:2]
+    if api_key is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        print(
+            f"grinmoe serve: warning: everyone who can reach port {port} of this machine ({address}) can use the model and "
+            "read what it answers to them, without a key; give --api-key-file FILE, or listen at 127.0.0.1 (the default)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _check_packages(options: ServeOptions) -> None:

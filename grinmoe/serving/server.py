@@ -1,38 +1,40 @@
-"""The server of Transformers (`transformers serve`) for one loaded model.
+"""The application behind `grinmoe serve`: OpenAI's routes for one loaded model, answered by Transformers' own server.
 
 All that `grinmoe serve` takes from inside Transformers is in this file and in `batching.py`, and
 `tests/serving/test_serve_inside.py` says what has moved when a new version moves it. `transformers serve` itself cannot
 load a GRIN-MoE: it looks for the class of a checkpoint among the attributes of the transformers module, where remote code
-never is. Here its handlers, its routes and its batching get a loaded model. What differs, each with its reason:
+never is. Here its handlers and its batching get a loaded model. What differs, each with its reason:
 
 - one model, which no request unloads, exchanges or downloads another beside;
 - requests are checked before they reach the model, which a single bad one could stop for all;
+- parsing, checks, the chat template and tokenising, whose time grows with a request, run in a thread of their own, so that
+  the event loop goes on answering;
 - errors have the form that OpenAI's clients read.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import inspect
 import json
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jinja2
 import torch
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
-from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 
-from .batching import SEED, Batches, OneAtATime, ServedModel
+from ..tokenization import encode_chat
+from .access import Access
+from .batching import SEED, Batches, OneAtATime, ServedModel, set_stops
 from .completions import Answers, Prompt, event_of
-from .http import MAX_BODY, EndWithClient
+from .gate import ADMITTED, Admitted, Gate, Limits
 from .requests import (
     ADDS_NOTHING,
     NEUTRAL_SETTINGS,
@@ -43,15 +45,17 @@ from .requests import (
     drop_absent,
     error_body,
     error_response,
+    read_body,
     refusal,
+    shortened,
 )
 
-# The routes of Transformers that are served. The others are for other kinds of models, or change which model is loaded.
-SERVED_ROUTES = {"/v1/chat/completions", "/v1/completions", "/health"}
 # As Transformers writes an error into a stream, with whatever its message has in it.
 _STREAM_ERROR, _STREAM_ERROR_END = 'data: {"error": "', '"}\n\n'
 # Below it the logits divided by the temperature could overflow; the likeliest token is all but certain long before.
 LOWEST_TEMPERATURE = 0.01
+# Bytes of a body for each token that the model takes: a letter in JSON's longest form has 12.
+BODY_BYTES_PER_TOKEN = 32
 
 
 class OneModel(ModelManager):
@@ -68,7 +72,7 @@ class OneModel(ModelManager):
         """Its name without the revision that Transformers would add."""
         if model_id != self.force_model:
             raise refusal(
-                f"the model {model_id!r} is not served here; this server has {self.force_model!r}",
+                f"the model {shortened(model_id)!r} is not served here; this server has {self.force_model!r}",
                 404,
                 "model",
                 "model_not_found",
@@ -127,21 +131,65 @@ class _Checked:
         super().__init__(model_manager=models, generation_state=state)  # type: ignore[call-arg]
         self.served = served
         self.longest_token = max(map(len, served.tokenizer.get_vocab()))
+        # One thread: a fast tokenizer is not for several at once.
+        self._thread = ThreadPoolExecutor(1, "requests")
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        response = await super().handle_request(body, request_id)  # type: ignore[misc]
+    async def answer(self, request: Request) -> Response:
+        """
+        Answer a request that has passed the gate.
+
+        Raises:
+            HTTPException: 400, 404 or 429, with what is wrong.
+        """
+        admitted: Admitted = request.scope[ADMITTED]
+        admitted.take_places(1)
+        with admitted.body() as body:
+            asked, prompts = await asyncio.get_running_loop().run_in_executor(self._thread, self.prepare, body)
+        admitted.take_places(len(prompts) - 1)
+        response = await self._respond(asked, prompts, admitted.request_id)
         if isinstance(response, StreamingResponse):
-            include_usage = (body.get("stream_options") or {}).get("include_usage")
+            include_usage = asked.stream_options.include_usage if asked.stream_options else None
             response.body_iterator = _as_openai_streams(response.body_iterator, include_usage)
         return response
 
-    def _validate_request(self, body: dict[str, Any]) -> None:
-        self.checked(body)
+    def prepare(self, data: bytes) -> tuple[ChatRequest | CompletionRequest, list[Prompt]]:
+        """
+        Understand a body. Takes time that is linear in its size, and runs in a thread of its own.
+
+        Returns:
+            The request, and its prompts with a generation config each.
+
+        Raises:
+            HTTPException: 400 or 404, with what is wrong.
+        """
+        body = read_body(data)
+        asked = self.checked(body)
+        model = self.served.model
+        use_cb = self.served.continuous_batching
+        manager: Any = self.generation_state.get_manager(self.served.name, use_cb=use_cb)  # type: ignore[attr-defined]
+        prompts = []
+        for ids in self._encoded(asked, body):
+            inputs: dict[str, Any] = {"input_ids": ids}
+            if not use_cb:
+                whole = torch.tensor([ids], dtype=torch.long, device=model.device)
+                inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+            config = self._build_generation_config(body, model.generation_config, use_cb=use_cb)
+            # Before the first prompt is begun.
+            manager.limit(inputs, config)
+            prompts.append(Prompt(inputs, config, len(ids)))
+        return asked, prompts
+
+    def _encoded(self, asked: Any, body: dict[str, Any]) -> Iterator[list[int]]:
+        """The token ids of each prompt."""
+        raise NotImplementedError
+
+    async def _respond(self, asked: Any, prompts: list[Prompt], request_id: str) -> Response:
+        raise NotImplementedError
 
     def checked(self, body: dict[str, Any]) -> ChatRequest | CompletionRequest:
         """The request. Its body is brought into the form that Transformers reads."""
         drop_absent(body)
-        request = check_body(self.body, body)
+        request: ChatRequest | CompletionRequest = check_body(self.body, body)
         if isinstance(request, ChatRequest):
             body["messages"] = [message.for_template() for message in request.messages]
             self._check_size(*(message["content"] for message in body["messages"]))
@@ -168,6 +216,7 @@ class _Checked:
         # The library would seed at once, in the middle of what others draw.
         known = {name: value for name, value in body.items() if name not in ("seed", *ADDS_NOTHING)}
         config = super()._build_generation_config(known, model_generation_config, use_cb=use_cb)  # type: ignore[misc]
+        set_stops(config)
         for name in NEUTRAL_SETTINGS.keys() & body.keys():
             config.update(**NEUTRAL_SETTINGS[name])
         setattr(config, SEED, body.get("seed"))
@@ -199,35 +248,27 @@ class _Checked:
 class ChatRequests(_Checked, ChatCompletionHandler):
     body = ChatRequest
 
+    def _encoded(self, asked: ChatRequest, body: dict[str, Any]) -> Iterator[list[int]]:
+        try:
+            yield encode_chat(self.served.tokenizer, body["messages"], add_generation_prompt=True)
+        except ValueError as error:
+            raise refusal(str(error), param="messages") from error
+
+    async def _respond(self, asked: ChatRequest, prompts: list[Prompt], request_id: str) -> Response:
+        served, (prompt,) = self.served, prompts
+        manager = self.generation_state.get_manager(served.name, use_cb=served.continuous_batching)
+        work = request_id, served.model, served.tokenizer, served.name, prompt.inputs, prompt.config, manager
+        return self._streaming(*work) if asked.stream else await self._non_streaming(*work)
+
 
 class CompletionRequests(_Checked, CompletionHandler):
     """Completions of one prompt or several. Transformers' handler knows one, which is a text."""
 
     body = CompletionRequest
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> JSONResponse | StreamingResponse:
-        request = self.checked(body)
-        assert isinstance(request, CompletionRequest)
-        name, model, _ = self._resolve_model(body)
-        use_cb = self.served.continuous_batching
-        manager: Any = self.generation_state.get_manager(name, use_cb=use_cb)
-        prompts = []
-        for place, prompt in enumerate(request.prompt):
-            ids = self._ids(prompt, place)
-            inputs: dict[str, Any] = {"input_ids": ids}
-            if not use_cb:
-                whole = torch.tensor([ids], device=model.device)
-                inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
-            config = self._build_generation_config(body, model.generation_config, use_cb=use_cb)
-            # Before the first prompt is begun.
-            manager.limit(inputs, config)
-            prompts.append(Prompt(inputs, config, len(ids)))
-        answers = Answers(self.served, manager, prompts, request_id)
-        if not request.stream:
-            return JSONResponse(await answers.whole())
-        include_usage = request.stream_options.include_usage if request.stream_options else None
-        answers.begin()
-        return StreamingResponse(_as_openai_streams(answers.in_pieces(), include_usage), media_type="text/event-stream")
+    def _encoded(self, asked: CompletionRequest, body: dict[str, Any]) -> Iterator[list[int]]:
+        for place, prompt in enumerate(asked.prompt):
+            yield self._ids(prompt, place)
 
     def _ids(self, prompt: str | list[int], place: int) -> list[int]:
         if isinstance(prompt, str):
@@ -237,53 +278,76 @@ class CompletionRequests(_Checked, CompletionHandler):
             raise refusal(f"prompt.{place}: the model has no token {largest}; give 0 to {size - 1}", param="prompt")
         return prompt
 
+    async def _respond(self, asked: CompletionRequest, prompts: list[Prompt], request_id: str) -> Response:
+        manager: Any = self.generation_state.get_manager(self.served.name, use_cb=self.served.continuous_batching)
+        answers = Answers(self.served, manager, prompts, request_id)
+        if not asked.stream:
+            return JSONResponse(await answers.whole())
+        answers.begin()
+        return StreamingResponse(answers.in_pieces(), media_type="text/event-stream")
 
-def build_app(served: ServedModel, manager: OneAtATime | Batches) -> FastAPI:
+
+def default_limits(served: ServedModel) -> Limits:
+    """Limits whose bodies have room for the longest prompt."""
+    return Limits(max_body=max(Limits.max_body, BODY_BYTES_PER_TOKEN * served.max_length))
+
+
+def build_app(
+    served: ServedModel, manager: OneAtATime | Batches, access: Access | None = None, limits: Limits | None = None
+) -> Gate:
     """
     The web application.
 
     Args:
         served: the model.
         manager: how it generates.
+        access: who may send requests; by default, clients of the loopback interface.
+        limits: of requests; by default, those that fit the model.
     """
     models = OneModel(served)
     state = OneModelState(served, manager)
-    handlers: dict[str, Any] = {
-        "chat_handler": ChatRequests(served, models, state),
-        "completion_handler": CompletionRequests(served, models, state),
-    }
-    # Each version has handlers for other kinds of models, whose routes are not served.
-    others = [name for name in inspect.signature(build_server).parameters if name.endswith("_handler")]
-    app = build_server(models, generation_state=state, **{**dict.fromkeys(others), **handlers})
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in SERVED_ROUTES]
-    _add_routes(app, models)
+    app = FastAPI(openapi_url=None)
+    _add_routes(app, models, state)
+    _add_answers(app, ChatRequests(served, models, state), CompletionRequests(served, models, state))
     _add_errors(app)
-    app.add_middleware(
-        EndWithClient,
-        too_large=error_response(
-            413, f"the body has more than {MAX_BODY // 2**20} MiB", code="context_length_exceeded"
-        ),
-    )
-    return app
+    return Gate(app, access, limits or default_limits(served))
 
 
-def _add_routes(app: FastAPI, models: OneModel) -> None:
+def _add_answers(app: FastAPI, chats: ChatRequests, completions: CompletionRequests) -> None:
+    @app.post("/v1/chat/completions")
+    async def complete_chat(request: Request) -> Response:
+        return await chats.answer(request)
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        return await completions.answer(request)
+
+
+def _add_routes(app: FastAPI, models: OneModel, state: OneModelState) -> None:
     entry = {"id": models.force_model, "object": "model", "created": 0, "owned_by": "grinmoe"}
 
+    @app.get("/health")
+    async def health() -> Response:
+        if not state.is_cb_alive():
+            return JSONResponse({"status": "unhealthy", "reason": "cb_worker_dead"}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
     @app.get("/v1/models")
-    def list_models() -> dict[str, Any]:
+    async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [entry]}
 
     @app.get("/v1/models/{model_id:path}")
-    def retrieve_model(model_id: str) -> dict[str, Any]:
+    async def retrieve_model(model_id: str) -> dict[str, Any]:
         models.process_model_name(model_id)
         return entry
 
     @app.post("/load_model")
-    async def load_model(body: dict) -> StreamingResponse:
+    async def load_model(request: Request) -> Response:
         """`transformers chat` asks for its model before it starts."""
-        check_body(LoadRequest, body)
-        name = models.process_model_name(body["model"])
+        with request.scope[ADMITTED].body() as data:
+            body = await asyncio.to_thread(read_body, data)
+        asked: LoadRequest = check_body(LoadRequest, body)
+        name = models.process_model_name(asked.model)
         return StreamingResponse(models.load_model_streaming(name), media_type="text/event-stream")
 
 
@@ -294,17 +358,9 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(_request: Request, error: StarletteHTTPException) -> Response:
         detail: Any = error.detail
         fields = detail if isinstance(detail, dict) else {"message": str(detail)}
-        return error_response(error.status_code, **fields)
-
-    @app.exception_handler(RequestValidationError)
-    async def no_object(_request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        reason = first.get("ctx", {}).get("error", first["msg"])
-        return error_response(400, f"the body is no JSON object ({reason}); send one, as Content-Type application/json")
-
-    @app.exception_handler(jinja2.TemplateError)
-    async def no_chat(_request: Request, error: jinja2.TemplateError) -> Response:
-        return error_response(400, f"the chat template refuses these messages: {error}", "messages")
+        response = error_response(error.status_code, **fields)
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(CBWorkerDeadError)
     async def dead(_request: Request, error: CBWorkerDeadError) -> Response:

@@ -52,6 +52,41 @@ class TextStream:
         return text or None
 
 
+class _Search:
+    """
+    Search for one text in another that comes in pieces, by Knuth, Morris and Pratt: in time that is linear in both.
+
+    Attributes:
+        begun: how many of its first letters end the text so far; no text that is found counts.
+    """
+
+    def __init__(self, wanted: str):
+        self._wanted = wanted
+        # Of each beginning of `wanted`: the longest shorter one that ends it.
+        self._shorter = [0] * (len(wanted) + 1)
+        length = 0
+        for place in range(1, len(wanted)):
+            while length and wanted[length] != wanted[place]:
+                length = self._shorter[length]
+            length += wanted[length] == wanted[place]
+            self._shorter[place + 1] = length
+        self.begun = 0
+
+    def step(self, piece: str) -> int | None:
+        """Where in this piece the text begins that is complete for the first time; below zero, in an earlier one."""
+        begun, wanted = self.begun, self._wanted
+        if not begun and wanted[0] not in piece:
+            return None
+        for place, letter in enumerate(piece):
+            while begun and wanted[begun] != letter:
+                begun = self._shorter[begun]
+            begun += wanted[begun] == letter
+            if begun == len(wanted):
+                return place + 1 - begun
+        self.begun = begun
+        return None
+
+
 class TextUntil(TextStream):
     """
     The text before the first of some others. What may be the beginning of one is held back until it is known.
@@ -69,7 +104,8 @@ class TextUntil(TextStream):
         """
         super().__init__()
         self.ids: list[int] = []
-        self._stops, self._when_found = stops, when_found
+        self._searches = [_Search(stop) for stop in stops]
+        self._when_found = when_found
         self._held, self.has_stopped = "", False
 
     def step(self, tokenizer: Tokenizer, token_id: int) -> str | None:
@@ -77,17 +113,17 @@ class TextUntil(TextStream):
         text = None if self.has_stopped else super().step(tokenizer, token_id)
         if text is None:
             return None
-        self._held += text
-        whole = text_until(self._held, self._stops)
-        if len(whole) < len(self._held):
+        held = self._held + text
+        places = [place for search in self._searches if (place := search.step(text)) is not None]
+        if places:
+            # Counted from the end of what was held.
+            whole = held[: len(self._held) + min(places)]
             self._held, self.has_stopped = "", True
             self._when_found()
             return whole or None
-        beginnings = {stop[:length] for stop in self._stops for length in range(1, len(stop))}
-        kept = max((len(one) for one in beginnings if whole.endswith(one)), default=0)
-        known = len(whole) - kept
-        self._held = whole[known:]
-        return whole[:known] or None
+        known = len(held) - max((search.begun for search in self._searches), default=0)
+        self._held = held[known:]
+        return held[:known] or None
 
     def rest(self) -> str:
         """What was held back and has not become a stop, at the end."""

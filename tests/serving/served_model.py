@@ -23,6 +23,9 @@ from tests.small_chat import COLOURS, THINGS, save_talking_model, words
 if TYPE_CHECKING:
     import openai
 
+    from grinmoe.serving.access import Access
+    from grinmoe.serving.gate import Limits
+
 MAX_LENGTH = 128
 QUESTIONS = [f"What is a {colour} {thing}?" for colour in COLOURS for thing in THINGS][:32]
 
@@ -40,6 +43,7 @@ class ServedProcess:
     """A running `grinmoe serve`."""
 
     process: subprocess.Popen
+    before: str  # what was printed before it was ready
     ready: str  # the line that says so
     url: str  # with /v1
     name: str
@@ -60,8 +64,8 @@ class ServedProcess:
         return self.process.returncode, output
 
 
-def start(folder: Path, *options: str) -> ServedProcess:
-    """Start the command on a free port, and wait for the line that says it is ready."""
+def start(folder: Path, *options: str, open_files: int | None = None) -> ServedProcess:
+    """Start the command on a free port, and wait for the line that says it is ready. `open_files` is its `ulimit -n`."""
     command = [sys.executable, "-m", "grinmoe_cli", "serve", "--model", str(folder), "--port", "0", "--device", "cpu"]
     # A shell starts its background jobs with SIGINT ignored, which processes inherit; the server is ended by one.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -73,6 +77,7 @@ def start(folder: Path, *options: str) -> ServedProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=None if open_files is None else lambda: _limit_open_files(open_files),
         )
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -82,12 +87,24 @@ def start(folder: Path, *options: str) -> ServedProcess:
         printed.append(line)
         if " is ready at " in line:
             name, rest = line.split(" is ready at ")
-            return ServedProcess(process, line.strip(), rest.split()[0], name)
+            return ServedProcess(process, "".join(printed[:-1]), line.strip(), rest.split()[0], name)
     raise AssertionError(f"the server ended with {process.wait()}:\n{''.join(printed)}")
 
 
+def _limit_open_files(most: int) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 @contextmanager
-def in_this_process(folder: Path, continuous_batching: bool, **limits: int) -> Iterator[tuple]:
+def in_this_process(
+    folder: Path,
+    continuous_batching: bool,
+    http_limits: Limits | None = None,
+    access: Access | None = None,
+    **limits: int,
+) -> Iterator[tuple]:
     """The server in a thread, for requests that look into it: (client, how it generates, server)."""
     import openai
 
@@ -99,7 +116,7 @@ def in_this_process(folder: Path, continuous_batching: bool, **limits: int) -> I
     served, manager = serve._load(str(folder), options)
     manager.served = dataclasses.replace(served, **limits)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        running = Server(inside.build_app(manager.served, manager), manager.stop)
+        running = Server(inside.build_app(manager.served, manager, access, http_limits), manager.stop)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"

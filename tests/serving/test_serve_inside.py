@@ -23,7 +23,6 @@ import grinmoe.serving.serve as serve
 import grinmoe.serving.server as inside
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.loading import load_for_use
-from grinmoe.serving.http import EndWithClient
 from grinmoe.serving.serve import ServeOptions
 from tests.serving.served_model import ask, chat, in_this_process
 
@@ -193,41 +192,6 @@ class TestInThisProcess:
         submission.register_result_handler("x", print)
         assert calls == ["x", {"input_ids": [1], "request_id": "x", "streaming": True, "temperature": 1.0}]
 
-    def test_a_request_that_has_no_answer_yet_is_ended_with_its_client(self):
-        ended = []
-
-        async def application(scope, receive, send):
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                ended.append(True)
-                raise
-
-        async def receive():
-            return {"type": "http.disconnect"}
-
-        asyncio.run(EndWithClient(application, None)({"type": "http"}, receive, None))
-        assert ended == [True]
-
-    def test_a_body_that_is_too_large_is_not_kept(self, monkeypatch):
-        monkeypatch.setattr("grinmoe.serving.http.MAX_BODY", 100)
-        sent, received = [], []
-
-        async def application(scope, receive, send):
-            while True:
-                await receive()
-
-        async def receive():
-            received.append(60)
-            return {"type": "http.request", "body": bytes(60), "more_body": True}
-
-        async def send(message):
-            sent.append(message)
-
-        too_large = inside.error_response(413, "too large")
-        asyncio.run(EndWithClient(application, too_large)({"type": "http"}, receive, send))
-        assert sent[0]["status"] == 413 and len(received) == 2
-
     def test_errors_in_a_stream_are_json(self):
         """Transformers puts a message between quotes as it is."""
 
@@ -247,10 +211,10 @@ def test_a_tokenizer_without_a_chat_template_is_for_completions(served_folder, t
     (plain / "chat_template.jinja").unlink()
     served, _ = serve._load(str(plain), ServeOptions(str(plain), device="cpu", continuous_batching=False))
     with pytest.raises(HTTPException) as refused:
-        inside.ChatRequests(served, None, None)._validate_request({"messages": chat("Hello")})
+        inside.ChatRequests(served, None, None).checked({"messages": chat("Hello")})
     assert refused.value.status_code == 400
     assert "use /v1/completions" in refused.value.detail["message"]
-    inside.CompletionRequests(served, None, None)._validate_request({"prompt": "Hello"})
+    inside.CompletionRequests(served, None, None).checked({"prompt": "Hello"})
 
 
 @pytest.mark.parametrize(
@@ -335,17 +299,12 @@ def test_a_request_is_bounded_by_the_cache(served_folder, monkeypatch):
 class TestInsideTransformers:
     """What `transformers_server.py` and `transformers_generation.py` build on. Where one of these fails, that has moved."""
 
-    def test_routes(self):
-        handlers = [name for name in inspect.signature(inside.build_server).parameters if name.endswith("_handler")]
-        app = inside.build_server(None, generation_state=None, **dict.fromkeys(handlers))
-        assert {route.path for route in app.router.routes} > inside.SERVED_ROUTES
-
     @pytest.mark.parametrize(
         "owner, names",
         [
             (inside.ModelManager, "process_model_name load_model_and_processor load_model_streaming"),
-            (inside.ChatCompletionHandler, "_validate_request _build_generation_config _resolve_model"),
-            (inside.CompletionHandler, "_validate_request _build_generation_config _resolve_model"),
+            (inside.ChatCompletionHandler, "_streaming _non_streaming _build_generation_config"),
+            (inside.CompletionHandler, "_build_generation_config"),
             (generation.CBGenerateManager, "init_cb generate_streaming generate_non_streaming is_alive stop"),
             (generation.GenerateManager, "generate_streaming generate_non_streaming stop"),
             (inside.GenerationState, "get_manager is_cb_alive use_continuous_batching"),

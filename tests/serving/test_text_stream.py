@@ -64,6 +64,59 @@ def test_what_is_no_character_becomes_one_and_the_rest_stays():
     assert text_of(ids) == "q\ufffd What"
 
 
+def naive(pieces: list[str], stops: list[str]) -> tuple[list[str], bool, str]:
+    """What `TextUntil` gives for each piece, whether it has stopped, and the rest: found by looking at everything again."""
+    given_out, held = [], ""
+    for piece in pieces:
+        held += piece
+        whole = text_until(held, stops)
+        if len(whole) < len(held):
+            return [*given_out, whole], True, ""
+        kept = max((n for stop in stops for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0)
+        given_out.append(whole[: len(whole) - kept])
+        held = whole[len(whole) - kept :]
+    return given_out, False, held
+
+
+class Pieces:
+    """A tokenizer whose tokens are these texts."""
+
+    def __init__(self, pieces: list[str]):
+        self.pieces = pieces
+
+
+def until_of(pieces: list[str], stops: list[str], monkeypatch) -> tuple[list[str], bool, str]:
+    monkeypatch.setattr(TextStream, "step", lambda self, tokenizer, token_id: tokenizer.pieces[token_id] or None)
+    until = TextUntil(stops, lambda: None)
+    given_out = []
+    for place in range(len(pieces)):
+        if until.has_stopped:
+            break
+        given_out.append(until.step(Pieces(pieces), place) or "")
+    return given_out, until.has_stopped, until.rest()
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.text("ab\u00e9", max_size=6), max_size=12),
+    st.lists(st.text("ab\u00e9", min_size=1, max_size=7), max_size=4),
+)
+def test_stops_in_pieces_of_any_size_are_found_as_by_looking_at_everything(pieces, stops):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert until_of(pieces, stops, monkeypatch) == naive(pieces, stops)
+
+
+def test_search_for_a_stop_takes_steps_in_proportion_to_the_text():
+    """A stop of a million letters that begins again and again; by looking at everything it would take hours."""
+    size = 10**6
+    until = TextUntil(["a" * size + "b"], lambda: None)
+    (search,) = until._searches
+    assert search.step("a" * size) is None and search.begun == size
+    assert search.step("a" * size) is None and search.begun == size
+    assert search.step("xb") is None and search.begun == 0
+    assert search.step("a" * size + "b") == 0
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_a_stop_that_comes_in_pieces_is_found_when_it_is_whole(text, stops):
