@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from rich.console import Console
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, set_seed
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from ..adapters import check_adapter, load_adapter, lora_config, quantization_config
@@ -96,10 +96,7 @@ def train(recipe: Recipe, command: str) -> RunResult:
                 "command starts again"
             )
             return RunResult(STOPPED, 0, None, {}, interruption.received)
-        if is_main:
-            report = prepared.data.report
-            for said in folder.start(command, asdict(report.train), report.summary(), prepared.digests):
-                console.print(said)
+        prepared.trainer.add_callback(_RecordStart(command, folder, prepared, console))
         interruption.run = folder.run
         interruption.train(prepared.trainer, folder.checkpoint, is_checked=True)
         with telling_disk_full(path):
@@ -112,6 +109,20 @@ class _Prepared:
     monitor: RoutingMonitor | None
     data: PreparedData
     digests: dict[str, str | None]
+
+
+class _RecordStart(TrainerCallback):
+    """Writes down that a start trains when optimizer and scheduler are there: settings that they refuse leave nothing."""
+
+    def __init__(self, command: str, folder: RunFolder, prepared: _Prepared, console: Console):
+        self._command, self._folder, self._prepared, self._console = command, folder, prepared, console
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            report = self._prepared.data.report
+            said = self._folder.start(self._command, asdict(report.train), report.summary(), self._prepared.digests)
+            for sentence in said:
+                self._console.print(sentence)
 
 
 def _prepare(recipe: Recipe, folder: RunFolder, console: Console) -> _Prepared:

@@ -95,8 +95,10 @@ def _lock(file: Path) -> tuple[_Held, str | None]:
         held = _Held(descriptor)
         _held.add(held)
         try:
-            status, text = os.fstat(descriptor), os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or (text and not text.startswith(_SAYS)):
+            status = os.fstat(descriptor)
+            is_file = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            text = os.pread(descriptor, 200, 0).decode(errors="replace").strip() if is_file else ""
+            if not is_file or (text and not text.startswith(_SAYS)):
                 raise ValueError(f"{file} is not a lock file of this command; remove it, or give another output_dir")
             note = None
             try:
