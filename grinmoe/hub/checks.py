@@ -57,12 +57,15 @@ def check_source(folder: Path) -> None:
         ReleaseError: a link leads out of the folder, or nowhere; something is a FIFO, device or folder in place of a file;
             or a file is too large.
     """
-    for path in sorted(folder.iterdir()):
-        if not _TAKEN.fullmatch(path.name):
-            continue
+    for path in sorted(filter(is_taken, folder.iterdir())):
         is_folder = path.name == "additional_chat_templates" and path.is_dir()
         for entry in (path, *(sorted(path.iterdir()) if is_folder and not leads_out(path, folder) else ())):
             _check_entry(entry, folder, is_folder and entry == path)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether a release takes a file of this name, or Transformers reads it for one."""
+    return _TAKEN.fullmatch(path.name) is not None
 
 
 def _check_entry(entry: Path, folder: Path, is_folder: bool) -> None:

@@ -40,7 +40,7 @@ from ..tokenization import check_tokenizer, load_tokenizer, template_difference
 from .card import card_for
 from .card_facts import FACTS_NAME
 from .card_metadata import BASE_MODEL_TAG, is_repo_id
-from .checks import ReleaseError, check_files, check_finite, check_source, sha256_of
+from .checks import ReleaseError, check_files, check_finite, check_source, is_taken, sha256_of
 from .isolated_load import load_elsewhere, logits_without_the_package
 from .options import ReleaseOptions
 from .private_text import Private, secrets_of_environment
@@ -119,7 +119,7 @@ def make_release(model: str | os.PathLike, folder: Path, repo_id: str, options: 
         release.notes.append("not loaded for a check, as asked")
     # Whatever was checked before the files were hashed was checked of the same files.
     if _stamps(source) != stamps:
-        raise ReleaseError(f"the weights in {source} changed while they were checked; push when nothing writes there")
+        raise ReleaseError(f"files in {source} changed while they were checked; push when nothing writes there")
     return release
 
 
@@ -143,10 +143,16 @@ def _source_of(model: str | os.PathLike) -> tuple[Path, bool]:
     return source, is_adapter
 
 
-def _stamps(source: Path) -> dict[str, tuple[int, int, int]]:
-    """What changes when something writes to the weights, which are linked: all other files are copied."""
-    stats = {path.name: path.stat() for path in source.glob("*.safetensors*") if path.is_file()}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+def _stamps(source: Path) -> dict[str, list[int]]:
+    """
+    What changes when something writes to a file that a release takes, or puts another one or a link in its place; the time
+    of change tells that even when everything is put back.
+    """
+    stats = {path.name: (path.lstat(), path.stat()) for path in source.iterdir() if is_taken(path)}
+    return {
+        name: [value for stat in both for value in (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)]
+        for name, both in stats.items()
+    }
 
 
 # --- what goes in ------------------------------------------------------------------------------------------------------

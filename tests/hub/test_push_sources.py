@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import snapshot_download
 
+from grinmoe.hub.checks import check_files
 from grinmoe.hub.contents import is_sentencepiece
 from grinmoe.hub.options import CardOverrides, ReleaseOptions
 from grinmoe.hub.release import make_release
@@ -242,3 +243,23 @@ def test_push_of_a_secret_in_a_template_is_refused(model, made):
     template = (model / "chat_template.jinja").read_text()
     (model / "chat_template.jinja").write_text(f"{{# {TOKEN} #}}{template}")
     assert "chat_template.jinja, line 1: a secret" in made(model, own_template=True)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "LICENSE", SHARDS[1]])
+@pytest.mark.parametrize("is_put_back", [True, False])
+def test_push_of_a_file_that_is_exchanged_during_the_checks_is_refused(
+    model, made, tmp_path, monkeypatch, name, is_put_back
+):
+    """Somebody else could put a link there when the links have been looked at, and put the file back later."""
+    (tmp_path / "private").write_bytes((model / name).read_bytes())
+
+    def exchange(*arguments, **options):
+        (model / name).rename(tmp_path / "aside")
+        (model / name).symlink_to(tmp_path / "private")
+        if is_put_back:
+            (model / name).unlink()
+            (tmp_path / "aside").rename(model / name)
+        return check_files(*arguments, **options)
+
+    monkeypatch.setattr("grinmoe.hub.release.check_files", exchange)
+    assert f"files in {model} changed while they were checked" in made(model)
