@@ -13,6 +13,8 @@ from typing import Any
 from ..tokenization import check_unicode
 from .sources import shown
 
+# The template takes more than linear time for the marks of many answers.
+MOST_MESSAGES = 10_000
 FORMATS = ("messages", "prompt-completion", "text", "preference")
 
 # What the fields of a row mean here. A field that changes what other tools learn from the row is honoured or refused. A
@@ -243,6 +245,11 @@ def checked_messages(value: Any, column: str, place: str) -> list[Message] | Non
         raise ValueError(f'{place}: {column!r} is a list of {{"role": ..., "content": ...}}, not {shown(value)}')
     if not value:
         raise ValueError(f"{place}: {column!r} is an empty list; a conversation has at least one message")
+    if len(value) > MOST_MESSAGES:
+        raise ValueError(
+            f"{place}: {column!r} has {len(value)} messages, and a conversation has at most {MOST_MESSAGES}; write several "
+            "rows"
+        )
     return [
         _checked_message(message, f"{place}: message {i} of {column!r}") for i, message in enumerate(value, start=1)
     ]

@@ -6,14 +6,25 @@ Every error names the place: the file and its line, or the data set and its row.
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from ..files import kind_of
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+# In bytes. A row takes some ten times as much memory while it is read, and an array is read at once.
+LARGEST_ROW = 2**28
+LARGEST_ARRAY = 2**31
+_DEEPEST = 64
+_TOO_DEEP = f"it has more than {_DEEPEST} levels of lists and objects; a row has no more than a handful"
+_ROWS_AT_ONCE = 256
 
 # Files that describe a data set: `datasets` and the Hub write them beside its rows.
 _METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -60,13 +71,13 @@ def _files(path: Path) -> list[Path]:
         raise ValueError(
             f"{path} does not exist; give a {', '.join(SUFFIXES)} file, a folder of them, or a Hub data set"
         )
-    if path.is_file():
-        _check_readable(path)
+    if not path.is_dir():
+        _check_readable(path, is_given=True)
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{path} has the suffix {path.suffix!r}; training data are {', '.join(SUFFIXES)} files")
         return [path]
     shown_files = [
-        file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path)) and file.is_file()
+        file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path)) and not file.is_dir()
     ]
     for file in shown_files:
         _check_readable(file)
@@ -85,8 +96,11 @@ def _is_metadata(file: Path) -> bool:
     return file.name in _METADATA_FILES or file.stem.upper() == "README"
 
 
-def _check_readable(file: Path) -> None:
-    """Refuse data in a form that is not read, which a folder would leave out silently."""
+def _check_readable(file: Path, is_given: bool = False) -> None:
+    """Refuse data in a form that is not read, which a folder would leave out silently, or which would block."""
+    if not file.is_file() and (file.suffix in SUFFIXES or is_given):
+        kind = "a link that leads nowhere" if file.is_symlink() and not file.exists() else kind_of(file)
+        raise ValueError(f"{file} is {kind}, not a file; write the data to a file")
     if file.suffix == ".arrow":
         raise ValueError(
             f"{file} is an Arrow file, as save_to_disk of datasets writes it, which is not read; write the data as Parquet: "
@@ -115,29 +129,60 @@ def _check_one_split(path: Path, files: list[Path]) -> None:
 
 def _read_files(files: list[Path]) -> Iterator[PlacedRow]:
     for file in files:
-        if file.stat().st_size == 0:
+        try:
+            yield from _read_file(file)
+        except OSError as error:
+            raise ValueError(
+                f"{file} cannot be read: {error.strerror or error}; check the file and its disk"
+            ) from error
+
+
+def _read_file(file: Path) -> Iterator[PlacedRow]:
+    # Without O_NONBLOCK, opening a FIFO that has taken the file's place waits for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(file, flags), "rb") as opened:
+        before = os.fstat(opened.fileno())
+        if not stat.S_ISREG(before.st_mode):
+            raise ValueError(f"{file} is not a file; write the data to a file")
+        if before.st_size == 0:
             raise ValueError(f"{file} is empty")
-        for place, row in _read_parquet(file) if file.suffix == ".parquet" else _read_json(file):
+        for place, row in _read_parquet(file, opened) if file.suffix == ".parquet" else _read_json(file, opened):
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: a row is an object with named columns, not {shown(row)}")
             yield place, row
+        after = os.fstat(opened.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ValueError(f"{file} was changed while it was read; wait until it is whole, and start again")
 
 
-def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
+def _read_json(file: Path, opened: BinaryIO) -> Iterator[tuple[str, Any]]:
     """JSON Lines, whatever the suffix, or one array of objects."""
-    with file.open("rb") as lines:
-        begin = len(BOM_UTF8) if lines.read(len(BOM_UTF8)) == BOM_UTF8 else 0
-        lines.seek(begin)
-        first_line = next((line.lstrip() for line in lines if line.strip()), b"")
-        lines.seek(begin)
-        if first_line.startswith(b"["):
-            array = _parsed(_decoded(lines.read(), str(file)), file, 1)
-            yield from ((f"{file}, row {number}", row) for number, row in enumerate(array, start=1))
+    begin = len(BOM_UTF8) if opened.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+    opened.seek(begin)
+    first = b" "
+    while first.isspace():
+        first = opened.read(2**16)
+    opened.seek(begin)
+    if first.lstrip().startswith(b"["):
+        data = opened.read(LARGEST_ARRAY + 1)
+        if len(data) > LARGEST_ARRAY:
+            raise ValueError(
+                f"{file} is one array of more than {LARGEST_ARRAY:,} bytes, which is read at once; write one object a line"
+            )
+        array = _parsed(_decoded(data, str(file)), file, 1)
+        yield from ((f"{file}, row {number}", row) for number, row in enumerate(array, start=1))
+        return
+    for number in count(1):
+        line = opened.readline(LARGEST_ROW + 1)
+        if not line:
             return
-        for number, line in enumerate(lines, start=1):
-            place = f"{file}, line {number}"
-            if text := _decoded(line, place).rstrip():  # a syntax error at its end is on this line
-                yield place, _parsed(text, file, number)
+        place = f"{file}, line {number}"
+        if len(line) > LARGEST_ROW:
+            raise ValueError(
+                f"{place}: it is longer than {LARGEST_ROW:,} bytes; write the text in several rows, one object a line"
+            )
+        if text := _decoded(line, place).rstrip():  # a syntax error at its end is on this line
+            yield place, _parsed(text, file, number)
 
 
 def _decoded(data: bytes, place: str) -> str:
@@ -151,24 +196,57 @@ def _decoded(data: bytes, place: str) -> str:
 
 def _parsed(text: str, file: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
+        if text.count("[") + text.count("{") > _DEEPEST:
+            _check_depth(value)
+        return value
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(
             f"{file}, line {line}: not JSON ({error.msg} at column {error.colno}); one object a line, or one array"
         ) from error
+    except RecursionError as error:
+        raise ValueError(f"{file}, line {first_line}: {_TOO_DEEP}") from error
+    except ValueError as error:  # a key twice, too deep, an integer of more digits than Python reads
+        raise ValueError(f"{file}, line {first_line}: {error}") from error
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has the key {shown(twice)} twice; write each key once")
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    # Without recursion: the value may be deeper than Python's stack.
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            one
+            for outer in level
+            if isinstance(outer, dict | list)
+            for one in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
+
+def _read_parquet(file: Path, opened: BinaryIO) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+        # Few rows at once: a small file can hold large ones.
+        for batch in pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=_ROWS_AT_ONCE):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}, row {number}", row
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"{file} cannot be read as Parquet behind row {number}: {error}") from error
 
 
 def _read_hub(name: str, split: str, config: str | None, revision: str | None) -> Iterator[PlacedRow]:
