@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import shlex
+import signal
 
 from .options import RecipeOptions
 from .recipe import option_help, read_recipe
@@ -24,4 +26,7 @@ def run_recipe(options: RecipeOptions) -> int:
     from .run import train
 
     command = shlex.join(["grinmoe", options.task, *arguments])
-    return 130 if train(recipe, command).signal == "SIGINT" else 0
+    result = train(recipe, command)
+    # All is written. The interpreter takes a second to end, in which a signal would make a failure of it.
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+    return 130 if result.signal == "SIGINT" else 0
