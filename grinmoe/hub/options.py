@@ -88,8 +88,9 @@ class PushOptions:
 class PullOptions:
     """Download a checkpoint from the Hub, whole and checked.
 
-    Download a repository of the Hub into a folder, without pickles, and check that the weights are those of its
-    config. The folder appears when it is complete; an interrupted pull goes on where it was.
+    Download the files of a checkpoint, compare each with the size and hash that the Hub announces, and check that the
+    weights are those of the config. Pickles, hidden files and other code are left out. The folder appears when it is
+    complete; an interrupted pull goes on where it was.
 
     example: grinmoe pull --repo microsoft/GRIN-MoE --output GRIN-MoE
     """
