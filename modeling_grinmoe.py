@@ -1055,6 +1055,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
             use_cache=use_cache,
             output_router_logits=records_routing,
             output_selected_experts=records_routing,
+            return_dict=True,  # whatever the config says of what a caller gets
             **kwargs,
         )
         router_losses = None

@@ -43,7 +43,7 @@ def loads_or_is_refused(folder: Path) -> GrinMoeForCausalLM | None:
     if refusal is not None:
         return None
     with torch.no_grad():
-        logits = model.eval()(torch.tensor([[1, 2, 3]])).logits
+        logits = model.eval()(torch.tensor([[1, 2, 3]]), return_dict=True).logits
     assert logits.shape == (1, 3, model.config.vocab_size)
     return model
 

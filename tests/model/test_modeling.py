@@ -537,3 +537,15 @@ class TestFlashAttention:
     def test_asking_for_it_without_the_package_says_so(self, tiny_config):
         with pytest.raises((ImportError, ValueError), match=r"[Ff]lash"):
             GrinMoeForCausalLM._from_config(tiny_config(), attn_implementation="flash_attention_2")
+
+
+def test_model_whose_config_asks_for_tuples_returns_the_same_values(tiny_model):
+    """Transformers' Mixtral cannot compute at all with such a config."""
+    ids = torch.tensor([[1, 2, 3]])
+    model = tiny_model()
+    expected = model(ids, labels=ids, use_cache=False)
+    model.config.return_dict = False
+    with_tuple = model(ids, labels=ids, use_cache=False)
+    assert isinstance(with_tuple, tuple)
+    torch.testing.assert_close(with_tuple[:2], (expected.loss, expected.logits), rtol=0, atol=0)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 5)
