@@ -72,6 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
     experts.add_argument("--warmup", type=int, default=5, metavar="N", help="uncounted rounds (default: 5)")
     experts.add_argument("--rounds", type=int, default=30, metavar="N", help="counted rounds (default: 30)")
     _add_limits(experts)
+    soak = commands.add_parser(
+        "soak",
+        help="grinmoe serve under streams and hostile clients at once: what is left behind",
+        epilog="example: python -m benchmarks soak --minutes 10",
+    )
+    soak.add_argument("--minutes", type=float, default=10.0, metavar="M", help="of load (default: 10)")
+    soak.add_argument("--streams", type=int, default=32, metavar="N", help="clients at a time (default: 32)")
+    soak.add_argument("--one-at-a-time", action="store_true", help="without continuous batching")
     _add_models(commands)
     _add_suites(commands)
     return parser
@@ -184,6 +192,10 @@ def run(command: str, options: dict[str, Any]) -> Path:
         from benchmarks import bench_lora
 
         return bench_lora.run(bench_lora.LoraSettings(**options))
+    if command == "soak":
+        from benchmarks import bench_soak
+
+        return bench_soak.run(bench_soak.SoakSettings(**options))
     from benchmarks import bench_load
 
     return bench_load.run(bench_load.LoadSettings(**options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ REQUEST_ID = "x-request-id"
 SHUTTING_DOWN = "the server is shutting down"
 # Seconds after which clients may try again where the server has too much to do. OpenAI's client does so by itself.
 RETRY_AFTER = 2
+# Seconds for which the body of a refused request is taken and dropped.
+_DROP_S = 5.0
 _SOUND_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -98,7 +101,7 @@ class Admitted:
 
 class _Refused(Exception):
     def __init__(self, response: Response, is_last: bool = False):
-        self.response = response
+        self.response, self.is_last = response, is_last
         if is_last:
             response.headers["connection"] = "close"
 
@@ -126,7 +129,7 @@ class Gate:
         """
         self.app, self.access, self.limits = app, access or Access(), limits or Limits()
         self.held = self.places = 0
-        self._arriving: list[asyncio.Task] = []  # the oldest first
+        self._arriving: dict[asyncio.Task, bytearray] = {}  # the oldest first
         self._is_closing = False
 
     def close(self) -> None:
@@ -153,7 +156,7 @@ class Gate:
                 raise _Refused(refused)
             body = await self._read(receive) if scope["method"] == "POST" else b""
         except _Refused as error:
-            await error.response(scope, receive, send_with_id)
+            await self._refuse(error, scope, receive, send_with_id)
             return
         if body is None:  # the client has left
             return
@@ -164,11 +167,32 @@ class Gate:
         finally:
             admitted.leave()
 
+    async def _refuse(self, refused: _Refused, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, and take the rest of the body for a while: clients that still send might not read the answer otherwise."""
+
+        async def send_and_take_rest(message: Message) -> None:
+            if message["type"] == "http.response.body" and not refused.is_last:
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._drop(receive), min(_DROP_S, self.limits.request_timeout))
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
+            await send(message)
+
+        await refused.response(scope, receive, send_and_take_rest)
+
+    async def _drop(self, receive: Receive) -> None:
+        size = 0
+        while size < self.limits.max_bodies:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
+
     async def _read(self, receive: Receive) -> bytes | None:
         """The body, or None where the client has left. Its bytes are counted as held."""
         body = bytearray()
         reading = asyncio.ensure_future(self._collect(receive, body))
-        self._arriving.append(reading)
+        self._arriving[reading] = body
         try:
             if self._is_closing:
                 raise _Refused(error_response(503, SHUTTING_DOWN), is_last=True)
@@ -187,7 +211,7 @@ class Gate:
             raise
         finally:
             reading.cancel()
-            self._arriving.remove(reading)
+            self._arriving.pop(reading, None)
         if not is_whole:
             self.held -= len(body)
             return None
@@ -204,13 +228,18 @@ class Gate:
                 raise _Refused(too_large(self.limits.max_body))
             body += data
             self.held += len(data)
-            if self.held > self.limits.max_bodies:
-                # The one that has been arriving longest makes room.
-                oldest = self._arriving[0]
+            while self.held > self.limits.max_bodies:
+                # The one that has been arriving longest makes room, at once.
+                oldest, its_body = next(iter(self._arriving.items()))
                 if oldest is asyncio.current_task():
                     raise _Refused(_too_many_bodies(), is_last=True)
                 oldest.cancel()
+                del self._arriving[oldest]
+                self.held -= len(its_body)
+                its_body.clear()
             if not message.get("more_body", False):
+                # It is whole, and makes room for no other.
+                self._arriving.pop(asyncio.current_task(), None)  # type: ignore[arg-type]
                 return True
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

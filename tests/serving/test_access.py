@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -239,6 +241,16 @@ class TestServer:
         assert status == 401 and headers["www-authenticate"] == "Bearer"
         status, *_ = send(url, post_head(CHATS, url, 10**12, Authorization=f"Bearer {KEY.decode()}"))
         assert status == 413
+
+    def test_client_that_sends_all_of_a_refused_body_reads_the_answer(self, url):
+        """urllib reads nothing before all is sent, and asks for an end of the connection."""
+        for authorization, status in ((f"Bearer {KEY.decode()}", 413), ("Bearer none", 401)):
+            fields = {"Content-Type": "application/json", "Authorization": authorization}
+            request = urllib.request.Request(url + CHATS, b" " * 6 * 2**20, fields)
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(request, timeout=60)
+            assert error.value.code == status
+            error.value.close()
 
     @pytest.mark.parametrize("method", ["OPTIONS", "PUT", "DELETE", "PATCH", "HEAD", "TRACE", "BREW"])
     def test_other_methods_are_refused_with_those_that_there_are(self, url, method):

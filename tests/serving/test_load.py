@@ -210,7 +210,7 @@ class TestConnections:
                     connection.sendall(whole[:size])
                     time.sleep(wait)
         assert until(lambda: not running.server_state.connections and not running.server_state.tasks)
-        assert (gate.held, gate.places, gate._arriving) == (0, 0, [])
+        assert (gate.held, gate.places, gate._arriving) == (0, 0, {})
         assert answered(url)
 
     def test_tiny_reads_keep_chunks_of_one_byte_from_taking_the_loop(self):
@@ -301,7 +301,7 @@ class TestGate:
             self.run(gate, [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
             == []
         )
-        assert (gate.held, gate._arriving) == (0, [])
+        assert (gate.held, gate._arriving) == (0, {})
 
     def test_body_that_is_too_large_is_not_kept(self):
         gate = Gate(self.never_answers, limits=Limits(max_body=100))
