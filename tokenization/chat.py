@@ -22,7 +22,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .loading import TokenizerError
+from .loading import LONGEST_ADDED_TOKEN, TokenizerError
 from .long_text import Encoded, LongTexts
 from .sources import FIRST_TOKENS
 
@@ -303,6 +303,10 @@ class _Rules:
         self._copies: dict[str, LongTexts] = {}
         self._without_added_tokens: Tokenizer | None = None
         added = tokenizer.added_tokens_decoder
+        if any(len(token.content) > LONGEST_ADDED_TOKEN for token in added.values()):
+            raise TokenizerError(
+                f"the tokenizer has an added token of more than {LONGEST_ADDED_TOKEN} characters; take the original files"
+            )
         named = {*tokenizer.all_special_tokens, *FIRST_TOKENS}
         self.control = {token.content for token in added.values() if token.special or token.content in named} - {""}
         # A user must not write what the template writes, whatever its flags; in an answer it may be what the model said.

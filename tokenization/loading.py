@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ TOKENIZER_FILES = (
 _ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _END_OF_TEXT = "<|endoftext|>"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+# Characters.
+LONGEST_ADDED_TOKEN = 512
+_LONGEST_TEMPLATE = 2**20
 _SPACE = "▁"
 _BYTES_TO_TEXT = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
 # Each of them comes out otherwise if a rule of the family is lost: the space in front, every further space, bytes for what
@@ -56,7 +60,8 @@ def load_tokenizer(source: str | os.PathLike, *, check: bool = True, **kwargs: A
         text, so that assistant-only loss works; any other template is kept.
 
     Raises:
-        TokenizerError: (a ValueError) there is none or it cannot be read; a special token is missing; its ids exceed the
+        TokenizerError: (a ValueError) there is none or it cannot be read; its chat template, an added token or its
+            model_max_length has another type or is far too long; a special token is missing; its ids exceed the
             vocabulary in config.json; its tokenizer.json was rewritten by another class.
     """
     name = os.fspath(source)
@@ -71,15 +76,39 @@ def load_tokenizer(source: str | os.PathLike, *, check: bool = True, **kwargs: A
         raise TokenizerError(
             f"no tokenizer can be loaded from {name!r}; {remedy}. Transformers says: {error}"
         ) from error
-    if not check:
-        return tokenizer
     try:
+        _check_settings(tokenizer)
+        if not check:
+            return tokenizer
         check_tokenizer(tokenizer, vocab_size_beside(source, **kwargs))
     except TokenizerError as error:
         raise TokenizerError(f"{name}: {error}") from error
     if "chat_template" not in kwargs:
         tokenizer.chat_template = with_marks(tokenizer.chat_template)
     return tokenizer
+
+
+def _check_settings(tokenizer: Any) -> None:
+    """What Transformers takes from the files without looking at it, and trips over when a text is encoded."""
+    length, template = tokenizer.model_max_length, tokenizer.chat_template
+    if not isinstance(length, int | float) or isinstance(length, bool) or length != length:
+        raise TokenizerError(
+            f"its model_max_length is {reprlib.repr(length)}, not a number; correct it in tokenizer_config.json"
+        )
+    templates = template if isinstance(template, dict) else {"chat_template": template}
+    for name, text in templates.items():
+        if text is not None and not isinstance(text, str):
+            raise TokenizerError(f"its {name} is {reprlib.repr(text)}, not a Jinja template; correct or remove it")
+        if text is not None and len(text) > _LONGEST_TEMPLATE:
+            raise TokenizerError(
+                f"its {name} has {len(text):,} characters, and at most {_LONGEST_TEMPLATE:,} are taken; shorten it"
+            )
+    for token in tokenizer.added_tokens_decoder.values():
+        if len(token.content) > LONGEST_ADDED_TOKEN:
+            raise TokenizerError(
+                f"its added token {reprlib.repr(token.content)} has {len(token.content):,} characters, and at most "
+                f"{LONGEST_ADDED_TOKEN} are taken; take the original files again"
+            )
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int | None = None) -> None:

@@ -122,7 +122,7 @@ def _pairs(vocab: Any, merges: Any) -> list[tuple[str, str]]:
 def _read_tokenizer_json(path: Path) -> Vocabulary:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error}); take the original file again") from error
     return vocabulary_of_json(content)
 

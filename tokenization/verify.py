@@ -28,6 +28,7 @@ import os
 import re
 import reprlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ def read_vectors(path: str | os.PathLike) -> list[Vector]:
 
 
 def _text(file: Path) -> str:
+    if file.exists() and not file.is_file():  # opening a FIFO would wait
+        raise ValueError(f"{file.name} is not a file; give the original file")
     try:
         return file.read_bytes().decode("utf-8-sig")  # not read_text: line feeds stay what they are
     except (OSError, UnicodeDecodeError) as error:
@@ -113,7 +116,7 @@ def _text(file: Path) -> str:
 def _of_json(file: Path) -> list[Vector]:
     try:
         content = json.loads(_text(file), object_pairs_hook=_without_repetition)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error}); take the original file again") from error
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}; give an object from string to list of ids")
@@ -123,8 +126,8 @@ def _of_json(file: Path) -> list[Vector]:
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice; remove one")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it has {twice!r} twice; remove one")
     return content
 
 
