@@ -81,7 +81,11 @@ def encode_chat_with_mask(
 
 
 def encode_text(
-    tokenizer: Any, text: str, with_control_tokens: bool = False, max_tokens: int | None = None
+    tokenizer: Any,
+    text: str,
+    with_control_tokens: bool = False,
+    max_tokens: int | None = None,
+    add_special_tokens: bool = True,
 ) -> list[int]:
     """
     Encode a plain text, with the tokens that the tokenizer puts around texts (this family's puts none).
@@ -91,6 +95,7 @@ def encode_text(
         text: may end in a part of a word; nothing is stripped.
         with_control_tokens: whether `<|end|>` in the text is the token, as the tokenizer gives it when it is called.
         max_tokens: how many ids are wanted; those of a long text are not all computed then.
+        add_special_tokens: whether the tokens that the tokenizer puts around texts belong to it.
 
     Returns:
         Token ids, as the tokenizer gives them when it is called, but without `with_control_tokens` no control token comes
@@ -104,13 +109,13 @@ def encode_text(
     rules = _rules(tokenizer)
     if with_control_tokens or (rules.pattern(False).search(text) is None and not rules.is_normalized):
         if len(text) > _SHORT:
-            return rules.copy("").ids(text, max_tokens, True)
-        return tokenizer(text, verbose=False)["input_ids"][:max_tokens]
+            return rules.copy("").ids(text, max_tokens, add_special_tokens)
+        return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"][:max_tokens]
     marker = rules.marker([text])
     marked = marker.text(text, False)
-    return _repaired(_Found(marked, marker, rules.copy(marker.marks).encode(marked, max_tokens, True)), rules)[0][
-        :max_tokens
-    ]
+    return _repaired(
+        _Found(marked, marker, rules.copy(marker.marks).encode(marked, max_tokens, add_special_tokens)), rules
+    )[0][:max_tokens]
 
 
 def control_tokens(tokenizer: Any) -> list[str]:

@@ -19,6 +19,7 @@ from ..data import (
     continued,
     read_rows,
 )
+from ..tokenization import encode_chat, encode_text
 
 # Characters read at once; a piece ends at the last line's end among them.
 _PIECE = 16384
@@ -84,9 +85,12 @@ def token_rows(path: Path, tokenizer: Any, max_length: int, max_tokens: int) -> 
         # What a tokenizer adds at the beginning belongs at a document's; a chat template has written it already.
         special = begins and isinstance(content, str)
         text = rendered(content, tokenizer, path)
-        # No more of a long document than could be asked for: a token more, for the word that is cut.
-        text = text[: (left + 1) * longest]
-        row = row + tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        if isinstance(content, str):
+            # No more of a long document than could be asked for: a token more, for the word that is cut.
+            text = text[: (left + 1) * longest]
+            row = row + encode_text(tokenizer, text, add_special_tokens=special)
+        else:
+            row = row + encode_chat(tokenizer, content, max_tokens=left + 1)
         whole = len(row) // max_length * max_length
         for start in range(0, whole, max_length):
             yield row[start : start + min(max_length, left)]
