@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.adapters.lora import load_adapter
+from grinmoe.distributed import check_manifest
 from grinmoe.training import recipe
 from grinmoe.training import run as training
 from grinmoe.training.run_directory import COMPLETE
@@ -47,8 +48,12 @@ def test_a_sharded_run_leaves_what_loads_anywhere_and_goes_on(tmp_path, chat_mod
     run_on_two(sft, tmp_path, flags, None)
     first = weights(chat_model, output, method)
     assert any((output / "checkpoint-4").rglob("*.distcp")), "each rank wrote its part"
-    # Cut off behind the second step.
-    shutil.rmtree(output / "checkpoint-4")
+    # One rank's part of the last checkpoint is damaged.
+    pattern = "pytorch_model_fsdp_0/__1_*.distcp" if method == "full" else "rng_state_1.pth"
+    (part,) = (output / "checkpoint-4").glob(pattern)
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
     shutil.rmtree(output / ("model" if method == "full" else "adapter"))
     (tmp_path / "store").unlink(missing_ok=True)
     for rank in range(2):
@@ -56,6 +61,9 @@ def test_a_sharded_run_leaves_what_loads_anywhere_and_goes_on(tmp_path, chat_mod
     run_on_two(sft, tmp_path, flags, "checkpoint-2")
     for name, tensor in weights(chat_model, output, method).items():
         assert torch.equal(tensor, first[name]), name
+    assert (output / "damaged-checkpoint-4" / pattern.partition("/")[0]).exists(), "kept"
+    files = check_manifest(output / "checkpoint-4")["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "pytorch_model_fsdp_0/.metadata"} <= files.keys(), "of both ranks"
 
 
 def weights(base: Path, output: Path, method: str) -> dict[str, torch.Tensor]:
