@@ -86,7 +86,6 @@ def folder_when_whole(target: Path, kept_for: str | None = None) -> Iterator[Pat
             folder beside it that has the result.
         OSError: `target` cannot be replaced; it stays.
     """
-    before = _entries(target)
     nearest = next(path for path in target.parents if path.exists())
     prefix, purpose = f".{target.name}-", kept_for or ""
     workspace = None
@@ -98,6 +97,7 @@ def folder_when_whole(target: Path, kept_for: str | None = None) -> Iterator[Pat
             workspace = left
         else:
             left.remove()
+    before = _entries(target)
     with telling_disk_full(target.parent):
         workspace = workspace or Workspace.make(nearest, prefix, purpose)
         is_kept = kept_for is not None
@@ -105,7 +105,8 @@ def folder_when_whole(target: Path, kept_for: str | None = None) -> Iterator[Pat
             yield workspace.new
             is_kept = False
             workspace.new.chmod(default_mode(is_folder=True))
-            write_through(*(path for path in workspace.new.rglob("*") if not path.is_symlink()), workspace.new)
+            written = [path for path in workspace.new.rglob("*") if not path.is_symlink()]
+            write_through(*(path for path in written if path.is_file() or path.is_dir()), workspace.new)
             target.parent.mkdir(parents=True, exist_ok=True)
             if _entries(target) != before:
                 aside = target.with_name(f"{target.name}{workspace.path.name.removeprefix(f'.{target.name}')}")

@@ -234,6 +234,11 @@ class TestFolderWhenWhole:
             raise KeyboardInterrupt
         assert (tmp_path / "out" / "old").read_text() == "old"
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        killed_in(body, tmp_path)
+        with folder_when_whole(tmp_path / "out") as folder:
+            (folder / "newest").write_text("")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["newest"]
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     def test_kept_workspace_is_gone_on_with_for_the_same_purpose_alone(self, tmp_path):
         for part, kept_for in (("1", "model a"), ("2", "model b"), ("3", "model b")):
