@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from .manifest import check_manifest, has_manifest
 from .sharded_checkpoint import export_sharded
 from .sharding import check_launch
 
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.command == "check":
             check_launch(options.launch)
         else:
+            if has_manifest(options.checkpoint):
+                check_manifest(options.checkpoint)
             export_sharded(options.checkpoint, options.output, options.config, getattr(torch, options.dtype))
     except (OSError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 
 from grinmoe import GrinMoeForCausalLM
+from grinmoe.distributed import write_manifest
 from grinmoe.distributed.__main__ import main
 from grinmoe.distributed.sharding import check_gpus, check_launch, check_sharded, placement, shard_for, shard_model
 from tests import ROOT
@@ -81,6 +82,18 @@ def test_the_check_of_gpus_runs_before_a_launch(monkeypatch, capsys):
         main(["check", str(ROOT / "recipes" / "accelerate" / "fsdp2_8xh100_lora.yaml")])
     assert stopped.value.code == 1
     assert "error: this needs 8 GPUs" in (said := capsys.readouterr().err) and "check the driver" in said
+
+
+def test_an_export_of_a_damaged_checkpoint_is_refused(tmp_path, capsys):
+    folder = tmp_path / "checkpoint-2"
+    (folder / "pytorch_model_fsdp_0").mkdir(parents=True)
+    (part := folder / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"12")
+    write_manifest(folder)
+    part.write_bytes(b"13")
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", "--checkpoint", str(folder), "--output", str(tmp_path / "model")])
+    assert stopped.value.code == 1 and "__0_0.distcp has another SHA-256" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
 
 
 def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
