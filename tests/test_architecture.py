@@ -189,7 +189,7 @@ TEST_FOLDERS = {path.name for path in (ROOT / "tests").iterdir() if (path / "__i
 
 
 def test_tests_have_the_rooms_of_the_package():
-    elsewhere = {"cli", "fake_hub", "goldens", "model", "remote_code", "tokenization"}
+    elsewhere = {"cli", "fake_hub", "fuzzing", "goldens", "model", "remote_code", "tokenization"}
     assert set(ROOMS) | elsewhere >= TEST_FOLDERS
     assert set(ROOMS) <= TEST_FOLDERS
 
