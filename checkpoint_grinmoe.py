@@ -32,6 +32,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -508,6 +509,12 @@ def check_weights(
         )
 
 
+def check_folder(folder: str | os.PathLike, config: GrinMoeConfig) -> None:
+    """`check_weights` for the weights of a folder, if it holds any: before a model is made of its config."""
+    if tensors := read_tensors(folder):
+        check_weights(tensors, config, folder, head_keys=("score.",))
+
+
 def _check_size(tensors: Mapping[str, StoredTensor], config: GrinMoeConfig, folder: str | os.PathLike) -> None:
     """
     Raise CheckpointError where a config's sizes are out of all proportion to what the headers hold.
@@ -520,12 +527,14 @@ def _check_size(tensors: Mapping[str, StoredTensor], config: GrinMoeConfig, fold
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_size
     experts = config.num_local_experts * (3 * config.intermediate_size + 1)
     needed = hidden * (config.num_hidden_layers * (heads + experts) + config.vocab_size + (config.num_labels or 0))
-    if needed > 4 * stored + 2**28:
-        names = "num_hidden_layers hidden_size intermediate_size num_local_experts vocab_size num_labels".split()
-        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+    if needed > 4 * stored + 2**28 or config.num_hidden_layers > len(
+        tensors
+    ):  # one tensor for each layer, at the least
+        names = "num_hidden_layers hidden_size num_attention_heads intermediate_size num_local_experts vocab_size num_labels"
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names.split())
         raise CheckpointError(
-            f"{folder} holds {stored:,} weights, and config.json makes them {needed:,} ({sizes}); use the config that the "
-            "weights were saved with"
+            f"{folder} holds {stored:,} weights in {len(tensors):,} tensors, and config.json makes them {needed:,} "
+            f"({sizes}); use the config that the weights were saved with"
         )
 
 
@@ -639,15 +648,14 @@ class Workspace:
             names = sorted(os.listdir(parent)) if fcntl is not None else []
         # mkdtemp adds 8 characters: .a-b-12345678 is not of .a-
         for path in (parent / n for n in names if n.startswith(prefix) and len(n) == len(prefix) + 8):
-            if path.is_symlink():
-                continue
             try:
                 lock = os.open(path / _OWNED, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             except OSError:
                 continue
             with contextlib.suppress(OSError, UnicodeDecodeError):  # locked by a process that lives, or not ours
-                owner = os.fstat(lock)
-                if owner.st_uid == os.geteuid() and stat.S_ISREG(owner.st_mode):
+                folder, marker = os.lstat(path), os.fstat(lock)
+                is_ours = folder.st_uid == marker.st_uid == os.geteuid()
+                if is_ours and stat.S_ISDIR(folder.st_mode) and stat.S_ISREG(marker.st_mode):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     yield cls(path, os.pread(lock, 4096, 0).decode(), lock)
                     continue
@@ -655,6 +663,8 @@ class Workspace:
 
     def holds_replaced_files(self) -> bool:
         """Whether there is anything in `previous`: perhaps the only copy of what was to be replaced."""
+        if self.previous.is_symlink():
+            return False
         return any(not path.is_dir() or path.is_symlink() for path in self.previous.rglob("*"))
 
     def remove(self) -> None:
@@ -790,7 +800,12 @@ def safetensors_only(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base_of_adapter(name: str | os.PathLike) -> str | os.PathLike:
-    """The model whose weights the library loads: for an adapter's folder, the base that it names."""
+    """
+    The model whose weights the library loads: for an adapter's folder, the base that it names.
+
+    Raises:
+        CheckpointFileError: the adapter names none, or its weights are pickled, broken or not floats.
+    """
     adapter = Path(name, ADAPTER_CONFIG_NAME)
     if not adapter.is_file() or Path(name, CONFIG_NAME).is_file():
         return name
@@ -798,9 +813,14 @@ def _base_of_adapter(name: str | os.PathLike) -> str | os.PathLike:
         base = read_json_object(adapter)["base_model_name_or_path"]
         if not isinstance(base, (str, type(None))):
             raise ValueError(f"base_model_name_or_path={str(base)[:80]} is not a text")
-        return base or name
     except (KeyError, ValueError) as error:
         raise CheckpointFileError(f"{adapter} does not name the adapter's base ({error}); save it again") from error
+    for key, tensor in read_header(adapter.with_name(ADAPTER_SAFE_WEIGHTS_NAME)).items():
+        if tensor.dtype not in FLOATS:
+            raise CheckpointFileError(
+                f"{tensor.file} holds {key} as {tensor.dtype}, where floats belong; save it again"
+            )
+    return base or name
 
 
 def _fetched(repo_id: str, name: str, where: dict[str, Any]) -> Path | None:
@@ -922,6 +942,8 @@ class OfficialCheckpointMixin:
             adapter = None if kwargs.get("adapter_kwargs") else find_adapter_config_file(repo_id, **where)
             if adapter is None:
                 raise
+            if _fetched(repo_id, ADAPTER_SAFE_WEIGHTS_NAME, where) is None:
+                return kwargs
             base = str(_base_of_adapter(folder := Path(adapter).parent))
             if base not in (repo_id, str(folder)) and not cls._check_folder(base, kwargs, check_tensors):
                 cls._check_repository(base, kwargs, check_tensors)

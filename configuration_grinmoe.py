@@ -67,7 +67,7 @@ _NUMBERS: dict[str, tuple[float, float, str]] = {
     "max_position_embeddings": (1, 2**31, ""),
     "original_max_position_embeddings": (2, 2**31, ", or leave it out"),
     "sliding_window": (1, 2**31, ", or None for full attention"),
-    "num_labels": (1, 2**20, ", or leave it out"),
+    "num_labels": (1, 2**17, ", or leave it out"),
     "chunk_size_feed_forward": (0, 2**31, ""),
     "initializer_range": (0.0, 100.0, ""),
     "rms_norm_eps": (1e-30, 1.0, ""),
@@ -82,7 +82,7 @@ def is_int(value: Any, low: float = 0, high: float = 2**31) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
 
 
@@ -94,7 +94,7 @@ def is_dict_of(is_key: Callable[[Any], bool], is_value: Callable[[Any], bool]) -
     return lambda value: (
         value is None
         or (
-            isinstance(value, dict) and len(value) <= 2**20 and all(is_key(k) and is_value(v) for k, v in value.items())
+            isinstance(value, dict) and len(value) <= 2**17 and all(is_key(k) and is_value(v) for k, v in value.items())
         )
     )
 
@@ -148,8 +148,8 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value in (None, "regression", "single_label_classification", "multi_label_classification"),
         "regression, single_label_classification, multi_label_classification or null",
     ),
-    "id2label": (is_dict_of(_is_label_id, is_one_of(str, int)), "a map of ids to at most 1,048,576 labels"),
-    "label2id": (is_dict_of(is_one_of(str, int), _is_label_id), "a map of at most 1,048,576 labels to ids"),
+    "id2label": (is_dict_of(_is_label_id, is_one_of(str, int)), "a map of ids to at most 131,072 labels"),
+    "label2id": (is_dict_of(is_one_of(str, int), _is_label_id), "a map of at most 131,072 labels to ids"),
     "auto_map": (is_dict_of(is_text, _is_reference), "a map of Auto classes to file.Class"),
     "per_layer_config": (lambda value: value in (None, {}), "left out: all layers of this model are alike"),
     "quantization_config": (lambda value: hasattr(value, "to_dict") or is_one_of(dict)(value), "an object or null"),
@@ -481,7 +481,7 @@ class GrinMoeConfig(PreTrainedConfig):
             check_fields({_ORIGINAL: rope.pop(_ORIGINAL, None)})
         if "longrope_switch" in required:
             rope.setdefault("longrope_switch", LONGROPE_SWITCHES[0])
-        if _is_number(rope.get("partial_rotary_factor"), 1, 1.5) and rope["partial_rotary_factor"] == 1:
+        if is_number(rope.get("partial_rotary_factor"), 1, 1.5) and rope["partial_rotary_factor"] == 1:
             del rope["partial_rotary_factor"]
         return rope
 
@@ -635,6 +635,11 @@ class GrinMoeConfig(PreTrainedConfig):
             raise ValueError(
                 f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}; give a token's id, or null"
             )
+        if self.num_hidden_layers * self.num_local_experts > 2**18:
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers} times num_local_experts={self.num_local_experts} is more than "
+                f"{2**18} experts; lower one"
+            )
         if self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_local_experts={self.num_local_experts}; "
@@ -733,7 +738,7 @@ def _check_number(name: str, value: Any, low: float, high: float, remedy: str = 
     if isinstance(low, int):
         if not is_int(value, low, high):
             raise ValueError(f"{name}={_shown(value)} is not an integer from {low} to {high}; give one{remedy}")
-    elif not _is_number(value, low, high):
+    elif not is_number(value, low, high):
         raise ValueError(f"{name}={_shown(value)} is not a number in [{low:g}, {high:g}); give one{remedy}")
 
 
@@ -878,7 +883,7 @@ def _check_rope(rope: dict[str, Any], head_size: int) -> None:
         )
     for name in ("short_factor", "long_factor"):
         factors = rope[name]
-        if not isinstance(factors, list) or not all(_is_number(f, *_ROPE_NUMBER[:2]) for f in factors):
+        if not isinstance(factors, list) or not all(is_number(f, *_ROPE_NUMBER[:2]) for f in factors):
             raise ValueError(
                 f"{name}={_shown(factors)} is not a list of positive numbers; longrope needs one per frequency"
             )

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
-from .checkpoint_grinmoe import read_tensors
+from .checkpoint_grinmoe import check_folder, read_tensors
 from .configuration_grinmoe import GrinMoeConfig
 from .files import check_dtype, folder_or_repository
 from .modeling_grinmoe import GrinMoeForCausalLM
@@ -49,8 +49,10 @@ def load_for_use(
     config = GrinMoeConfig.from_pretrained(base)
     # That of the adapter where it has one: it is `source` then, and `base` otherwise.
     tokenizer = load_tokenizer(source if (folder / "tokenizer.json").is_file() else base)
-    if needs_head and Path(base).is_dir():
-        _check_head(base, base, config)
+    if Path(base).is_dir():
+        check_folder(base, config)
+        if needs_head:
+            _check_head(base, base, config)
     if base != source:
         from .adapters import check_adapter
 

@@ -23,16 +23,71 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import ParamWrapper
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..configuration_grinmoe import read_json_object
+from ..checkpoint_grinmoe import FLOATS, CheckpointFileError, read_header
+from ..configuration_grinmoe import (
+    check_fields,
+    check_pattern,
+    is_dict_of,
+    is_int,
+    is_list_of,
+    is_number,
+    is_one_of,
+    is_text,
+    read_json_object,
+)
 from ..modeling_grinmoe import GrinMoeExperts
 from ..quantization_grinmoe import FUSED, PackedExperts
 from .expert_lora import ExpertLora, GrinMoeLoraConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROUTER = "gate.weight"
+
+# Fields of adapter_config.json, in the form of the tables in configuration_grinmoe.py.
+_NUMBERS: dict[str, tuple[float, float, str]] = {
+    "r": (1, 2**14, ""),
+    "lora_alpha": (-1e9, 1e9, ""),
+    "lora_dropout": (0.0, 1.0, ""),
+    "qalora_group_size": (1, 2**20, ""),
+}
+_OBJECTS = (
+    "runtime_config loftq_config eva_config corda_config lora_ga_config velora_config monteclora_config arrow_config"
+)
+_FORMS: dict[str, Any] = {
+    **dict.fromkeys(
+        "inference_mode fan_in_fan_out use_rslora use_dora use_qalora lora_bias shared_a ensure_weight_tying".split(),
+        (lambda value: isinstance(value, bool), "True or False"),
+    ),
+    **dict.fromkeys(
+        "base_model_name_or_path revision peft_version task_type".split(), (is_one_of(str), "a text or null")
+    ),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "init_lora_weights": (lambda value: isinstance(value, (bool, str)), "True, False or the name of an initialisation"),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        (lambda value: is_text(value) or is_list_of(is_text)(value), "a pattern, a list of texts or null"),
+    ),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (is_list_of(is_text), "a list of texts or null")),
+    "layers_to_transform": (
+        lambda value: is_int(value) or is_list_of(is_int)(value),
+        "a layer, a list of them or null",
+    ),
+    "experts": (
+        lambda value: value == "all" or (value is not None and is_list_of(is_int)(value)),
+        "all, or a list of experts",
+    ),
+    "rank_pattern": (is_dict_of(is_text, lambda value: is_int(value, 1, 2**14)), "a map of names to ranks up to 16384"),
+    "alpha_pattern": (is_dict_of(is_text, lambda value: is_number(value, -1e9, 1e9)), "a map of names to numbers"),
+    "trainable_token_indices": (
+        lambda value: is_list_of(is_int)(value) or is_dict_of(is_text, is_list_of(is_int))(value),
+        "a list of ids, a map of names to such lists or null",
+    ),
+    "alora_invocation_tokens": (is_list_of(is_int), "a list of ids or null"),
+    "megatron_config": (lambda value: value is None, "null: PEFT imports the module that is named beside it"),
+    "auto_mapping": (is_one_of(dict), "an object or null"),
+    **dict.fromkeys((*_OBJECTS.split(), "kasa_config", "use_bdlora"), (is_one_of(dict), "an object or null")),
+}
 
 
 class AdapterError(ValueError):
@@ -183,7 +238,7 @@ def read_lora_config(folder: str | os.PathLike) -> GrinMoeLoraConfig:
     The configuration in an adapter's folder.
 
     Raises:
-        AdapterError: there is none, it is damaged, or the adapter is not LoRA.
+        AdapterError: there is none, it is damaged or has a field of the wrong type, or the adapter is not LoRA.
     """
     file = Path(folder) / CONFIG_NAME
     if not file.is_file():
@@ -191,11 +246,19 @@ def read_lora_config(folder: str | os.PathLike) -> GrinMoeLoraConfig:
     content = read_json_object(file, AdapterError, "copy the adapter again")
     kind = content.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{file} is of peft_type {kind!r}; only LORA adapters are supported here")
+        raise AdapterError(f"{file} is of peft_type {str(kind)[:80]!r}; only LORA adapters are supported here")
     # The two fields that plain PEFT does not know are kept from it, so that it can warn of others.
-    form = {name: content.pop(name) for name in ("experts", "shared_a") if name in content}
-    plain = LoraConfig.from_peft_type(**content)
-    return GrinMoeLoraConfig(**{field.name: getattr(plain, field.name) for field in fields(plain)}, **form)
+    form: dict[str, Any] = {name: content.pop(name) for name in ("experts", "shared_a") if name in content}
+    try:
+        check_fields({**content, **form}, _NUMBERS, _FORMS)
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+            value = content.get(name) or ()
+            for pattern in [value] if isinstance(value, str) else () if name.endswith("modules") else value:
+                check_pattern(name, pattern)
+        plain = LoraConfig.from_peft_type(**content)
+        return GrinMoeLoraConfig(**{field.name: getattr(plain, field.name) for field in fields(plain)}, **form)
+    except Exception as error:  # PEFT's own, of every kind, for what its classes cannot take
+        raise AdapterError(f"{file} cannot be used: {str(error)[:500]}") from error
 
 
 def base_of(adapter: str | os.PathLike) -> str:
@@ -246,8 +309,8 @@ def adapter_shapes(
         try:
             # Without the name of its base, which this one does not have.
             model = get_peft_model(base, replace(adapter, base_model_name_or_path=None))
-        except ValueError as error:
-            raise AdapterError(f"the adapter does not fit a {config.model_type} model: {error}") from error
+        except Exception as error:  # PEFT's own, of every kind, for what it cannot apply
+            raise AdapterError(f"the adapter does not fit a {config.model_type} model: {str(error)[:500]}") from error
         state_dict = get_peft_model_state_dict(model, save_embedding_layers=embeddings)
     return {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
 
@@ -257,7 +320,7 @@ def stored_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     Shapes of the tensors in an adapter's folder, by key. No weight is read.
 
     Raises:
-        AdapterError: the file is missing, pickled or damaged.
+        AdapterError: the file is missing, pickled or damaged, or holds a tensor that is not of 16, 32 or 64-bit floats.
     """
     file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
@@ -267,10 +330,13 @@ def stored_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
             )
         raise AdapterError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; copy the adapter again")
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise AdapterError(f"{file} is truncated or not safetensors ({error}); copy it again") from error
+        tensors = read_header(file)
+    except CheckpointFileError as error:
+        raise AdapterError(f"{error}; copy the adapter again") from error
+    for key, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise AdapterError(f"{file} holds {key} as {tensor.dtype}, where floats belong; save the adapter again")
+    return {key: tensor.shape for key, tensor in tensors.items()}
 
 
 def check_adapter(folder: str | os.PathLike, model_class: type, config: Any) -> GrinMoeLoraConfig:

@@ -18,7 +18,7 @@ import torch
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers.utils import CONFIG_NAME
 
-from ..checkpoint_grinmoe import refuse_checkout, replaced_when_whole
+from ..checkpoint_grinmoe import check_folder, refuse_checkout, replaced_when_whole
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import check_dtype, copy_files
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
@@ -67,6 +67,8 @@ def merge_adapter(
     if config.task_type == "SEQ_CLS":
         model_class = GrinMoeForSequenceClassification
         _take_number_of_labels(base_config, adapter)
+    if Path(base).is_dir():
+        check_folder(base, base_config)
     check_adapter(adapter, model_class, base_config)
     with replaced_when_whole(output) as staging:  # which says now that nothing can be written there, not hours later
         model = _load_base(model_class, base, base_config, dtype, from_quantized)

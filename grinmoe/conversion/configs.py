@@ -13,8 +13,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, MixtralConfig, Phi3Config, PhimoeConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import CONFIG_NAME
 
-from ..configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig
+from ..configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig, check_fields, is_number, read_json_object
 from ..routing_grinmoe import ESTIMATORS
 
 # Fields that are spelled alike in our config and in those of dense models, of phimoe and of Mixtral.
@@ -39,6 +40,14 @@ _EXTRAS = (
 WRITTEN_OUT = "written_out"
 
 
+_CHECKED = {
+    *"vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim".split(),
+    *"max_position_embeddings num_local_experts num_experts_per_tok num_labels id2label label2id dtype torch_dtype".split(),
+    *"auto_map architectures layer_types quantization_config initializer_range tie_word_embeddings".split(),
+    *"attention_dropout eos_token_id bos_token_id pad_token_id use_cache".split(),
+}
+
+
 class ConversionError(ValueError):
     """A checkpoint that the target cannot represent."""
 
@@ -54,9 +63,22 @@ def load_foreign_config(folder: Path) -> Any:
     Raises:
         ConversionError: Transformers refuses it.
     """
+    content = read_json_object(folder / CONFIG_NAME, ConversionError)
+    if (part := content.get("partial_rotary_factor")) is not None and not (is_number(part, 1, 1.5) and part == 1):
+        raise ConversionError(f"partial_rotary_factor={str(part)[:80]}: this architecture rotates whole heads")
     try:
+        # What its classes make lists of, or take as it is, before any weight is looked at.
+        check_fields({name: content[name] for name in _CHECKED & content.keys() if content[name] is not None})
         return AutoConfig.from_pretrained(folder)
-    except (KeyError, TypeError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         raise ConversionError(f"Transformers refuses {folder}/config.json ({error}); correct it") from error
 
 

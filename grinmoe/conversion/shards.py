@@ -27,7 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..checkpoint_grinmoe import CheckpointFileError, read_tensors
 from ..files import default_mode
 
-_NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8".split()
+_NAMES = "float64 float32 float16 bfloat16".split()
 _DTYPES = {getattr(torch, name) for name in _NAMES}
 
 
@@ -75,9 +75,9 @@ class WeightSource:
     def dtype(self, name: str) -> torch.dtype:
         """
         Raises:
-            ValueError: one that no conversion takes (8-bit floats, say).
+            ValueError: one that no conversion takes: integers, bools, 8-bit floats, complex numbers.
         """
-        dtype = self.read(name, (slice(0, 0),)).dtype
+        dtype = self.read(name, (slice(0, 0),) if self.shapes[name] else ()).dtype
         if dtype not in _DTYPES:
             raise ValueError(f"{self.folder} holds {name} as {dtype}; convert it to one of {', '.join(_NAMES)} first")
         return dtype
