@@ -219,6 +219,23 @@ class TestConnections:
         assert http._READ_BYTES <= 2**14
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("continuous_batching", [True, False], ids=["batch", "one at a time"])
+def test_server_ends_though_a_client_does_not_read_its_answer(served_folder, continuous_batching, monkeypatch, caplog):
+    monkeypatch.setattr(http, "GRACE_S", 0.5)
+    sizes = {"max_length": 10**6, "max_new_tokens": 10**6}
+    with in_this_process(served_folder, continuous_batching, **sizes) as (client, _, running):
+        url = str(client.base_url).removesuffix("/v1/")
+        body = json.dumps(endless(stream=True)).encode()
+        with connect(url) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(post_head(CHATS, url, len(body)) + body)
+            assert until(lambda: any(one.flow.write_paused for one in list(running.server_state.connections)), 300)
+            running.should_exit = True
+            assert until(lambda: not running.server_state.tasks)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 class TestQueue:
     def test_more_requests_than_places_get_429_with_a_time_to_try_again(self, server, gate):
         client, url, _ = server
