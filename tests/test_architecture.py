@@ -27,9 +27,9 @@ FLAT = {
     "routing": set(),
     "balance": {"routing"},
     "configuration": {"routing"},
-    "generation": set(),
-    "quantization": set(),
-    "checkpoint": {"configuration", "quantization"},
+    "generation": {"configuration"},
+    "quantization": {"configuration"},
+    "checkpoint": {"configuration", "generation", "quantization"},
     "modeling": {"balance", "checkpoint", "configuration", "generation", "quantization", "routing"},
 }
 # Left never imports right, and within a step nobody imports a neighbour.
