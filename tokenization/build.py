@@ -8,11 +8,12 @@ same whitespace rules, the same chat template, and no beginning-of-sequence toke
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -23,6 +24,11 @@ from .options import BuildOptions
 from .sources import BYTE_TOKENS, FIRST_TOKENS, SPECIAL_TOKENS, Vocabulary, read_vocabulary, vocabulary_of_json
 from .template import chat_template
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _SPACE = "▁"
 _FAMILY_TOKENS = [
     AddedToken(token, normalized=False, rstrip=rstrip, special=token != "</s>")
@@ -32,6 +38,7 @@ _FAMILY_TOKENS = [
 # first: a previous tokenizer's must not stay beside a new one.
 _WRITTEN = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _OUTDATED = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
+_WORKSPACE = ".tokenizer-"
 # What a folder must hold one of, to be one that a tokenizer belongs in.
 _TOKENIZER_OR_MODEL = {*_WRITTEN, *_OUTDATED, "tokenizer.model", "config.json"}
 
@@ -164,34 +171,91 @@ def run_build(options: BuildOptions) -> None:
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerFast, output: str | os.PathLike) -> list[str]:
     """
-    Save a tokenizer: written in a temporary folder first, then moved, so that no file is ever half-written.
+    Save a tokenizer: written in a private folder first, then moved, so that no file is ever half-written.
 
     The output is a new or empty folder, or one with a tokenizer or a model. Of its files only the tokenizer's are replaced;
-    what a previous one has left and would change the new one is removed.
+    what a previous one has left and would change the new one is removed. After an error everything is as it was. A killed
+    process leaves the old tokenizer, the new one, or none that loads; the next call puts the new one there.
 
     Returns:
         Names of the files that were removed.
 
     Raises:
-        ValueError: `output` is a file, or a folder with other things in it.
+        ValueError: `output` is not a folder, or one with other things in it.
     """
     folder = _checked_output(output)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # On the file system of its final place: there moving is a rename.
-    beside = folder if folder.exists() else folder.parent
-    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=beside) as workspace:
-        staging = Path(workspace) / "tokenizer"
-        tokenizer.save_pretrained(staging)
-        if beside != folder:
-            staging.rename(folder)
-            return []
-        removed = [name for name in _OUTDATED if (folder / name).exists()]
-        for name in removed:
-            path = folder / name
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-        for path in staging.iterdir():
-            path.replace(folder / path.name)
-        return removed
+    place = folder if folder.exists() else folder.parent
+    with tempfile.TemporaryDirectory(prefix=_WORKSPACE, dir=place) as name, _locked(Path(name)):
+        new, old = Path(name) / "new", Path(name) / "old"
+        tokenizer.save_pretrained(new)
+        _write_through(*new.iterdir(), new)
+        removed = []
+        if place == folder:
+            old.mkdir()
+            removed = _move_in(new, folder, old)
+        else:
+            new.rename(folder)
+        _write_through(place)
+    for left in _left_by_killed(place):
+        shutil.rmtree(left, ignore_errors=True)
+    return removed
+
+
+def _move_in(new: Path, folder: Path, old: Path) -> list[str]:
+    """Put the new files in place of the old ones, or leave all as it was. Returns the names of the outdated ones."""
+    removed = [name for name in _OUTDATED if os.path.lexists(folder / name)]
+    # Without tokenizer.json nothing loads: so it leaves first and comes last, and a killed process leaves no mixture.
+    leaving = [name for name in (*_WRITTEN, *removed) if os.path.lexists(folder / name)]
+    entering = sorted((path.name for path in new.iterdir()), key=lambda name: name == _WRITTEN[0])
+    with contextlib.ExitStack() as undo:
+        moves = [(folder / name, old / name) for name in leaving] + [(new / name, folder / name) for name in entering]
+        for source, target in moves:
+            source.rename(target)
+            undo.callback(target.rename, source)
+        undo.pop_all()
+    return removed
+
+
+def _write_through(*paths: Path) -> None:
+    """What is renamed then survives a loss of power."""
+    for path in paths if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(workspace: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which ends with the process, however that ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(workspace, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _left_by_killed(place: Path) -> Iterator[Path]:
+    """Workspaces that killed builds of this user have left: they hold nothing else, and nobody has their lock."""
+    for path in place.glob(f"{_WORKSPACE}????????") if fcntl is not None else ():
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                files = {name for part in ("new", "old") if (path / part).is_dir() for name in os.listdir(path / part)}
+                is_ours = {*os.listdir(path)} <= {"new", "old"} and files <= {*_WRITTEN, *_OUTDATED}
+                if is_ours and os.fstat(descriptor).st_uid == os.geteuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    yield path
+            finally:
+                os.close(descriptor)
 
 
 def _checked_output(output: str | os.PathLike) -> Path:
@@ -204,12 +268,14 @@ def _checked_output(output: str | os.PathLike) -> Path:
         raise ValueError(
             f"--output {folder} is not a folder but a file, FIFO, device or a link that leads nowhere; give a folder"
         )
-    present = {path.name for path in folder.iterdir()}
+    present = {path.name for path in folder.iterdir()} - {path.name for path in _left_by_killed(folder)}
     if present and not present & _TOKENIZER_OR_MODEL:
         raise ValueError(
             f"--output {folder} is not empty and holds neither a tokenizer nor a model's config.json; give a new folder"
         )
-    in_the_way = [name for name in (*_WRITTEN, *_OUTDATED[:2]) if (folder / name).is_dir()]
-    if in_the_way:
-        raise ValueError(f"--output {folder} has a folder named {in_the_way[0]}; move it away, or give a new folder")
+    for path in (folder / name for name in (*_WRITTEN, *_OUTDATED) if os.path.lexists(folder / name)):
+        may_be_folder = path.name == "additional_chat_templates" and path.is_dir()
+        if not (path.is_symlink() or path.is_file() or may_be_folder):
+            kind = "a folder" if path.is_dir() else "something that is not a file"
+            raise ValueError(f"--output {folder} has {kind} named {path.name}; move it away, or give a new folder")
     return folder

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -160,7 +163,7 @@ def test_nothing_is_left_of_a_failed_save(name, built, saved, monkeypatch):
     before = {path: path.read_bytes() for path in saved.iterdir()}
 
     def full_disk(folder, **options):
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         (Path(folder) / "tokenizer.json").write_text("half")
         raise OSError("no space left")
 
@@ -169,6 +172,57 @@ def test_nothing_is_left_of_a_failed_save(name, built, saved, monkeypatch):
         write_tokenizer(built, saved.parent / name)
     assert {path: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+@pytest.mark.newest_only
+@pytest.mark.parametrize("place", ["new", "empty", "saved"])
+def test_build_killed_at_any_change_of_a_name_leaves_no_mixture_and_is_made_good_by_the_next(
+    built, saved, tmp_path, place
+):
+    """Each change of a name is the last one once."""
+    for survived in range(100):
+        folder = tmp_path / f"{survived}" / "tokenizer"
+        folder.parent.mkdir()
+        if place == "empty":
+            folder.mkdir()
+        elif place == "saved":
+            shutil.copytree(saved, folder)
+            (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+            (folder / "additional_chat_templates").symlink_to("/nowhere")
+        old = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        process = multiprocessing.get_context("fork").Process(target=_write_and_die, args=(built, folder, survived))
+        process.start()
+        process.join()
+        names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+        assert "tokenizer.json" not in names or names in (old, FILES), "no mixture loads"
+        write_tokenizer(built, folder)
+        assert {path.name for path in folder.iterdir()} == FILES
+        assert [path.name for path in folder.parent.iterdir()] == ["tokenizer"]
+        if process.exitcode == 0:
+            break
+    assert survived >= {"new": 1, "empty": 3, "saved": 8}[place]
+
+
+def _write_and_die(tokenizer, folder: Path, survived: int) -> None:
+    rename, done = Path.rename, []
+
+    def rename_or_die(path, target):
+        done.append(path)
+        if len(done) > survived:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(path, target)
+
+    Path.rename = rename_or_die
+    write_tokenizer(tokenizer, folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json", "additional_chat_templates"])
+def test_fifo_where_a_tokenizers_file_goes_is_refused_and_stays(built, saved, name):
+    (saved / name).unlink(missing_ok=True)
+    os.mkfifo(saved / name)
+    with pytest.raises(ValueError, match=f"has something that is not a file named {name}; move it away"):
+        write_tokenizer(built, saved)
+    assert (saved / name).is_fifo()
 
 
 # --- the command ---
