@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from .checkpoint_grinmoe import WORKSPACE, Workspace, write_through
-from .files import default_mode, kind_of, telling_disk_full
+from .checkpoint_grinmoe import WORKSPACE, Workspace, replaced_when_whole, write_through
+from .files import kind_of, telling_disk_full
 
 
 def check_folder(output: str | os.PathLike, option: str = "--output") -> Path:
@@ -57,10 +58,36 @@ def check_output(output: str | os.PathLike, option: str = "--output") -> Path:
 
 def check_replaceable(target: Path, option: str = "--output") -> None:
     """Raise ValueError where `folder_when_whole` could not put another folder in the place of this one."""
+    if reason := _reason_to_stay(target):
+        raise ValueError(f"{option} {target} is {reason}, which stays; give a new folder inside of it")
+
+
+def _reason_to_stay(target: Path) -> str | None:
+    """Why a folder cannot be moved away, for messages; None for one that can, or is not there."""
     if target == Path.cwd() or target.is_mount():
-        raise ValueError(
-            f"{option} {target} is the current folder or a mount point, which stays; give a new folder inside of it"
-        )
+        return "the current folder or a mount point"
+    if not target.is_dir():
+        return None
+    folder = target.parent.stat()
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        return f"in {target.parent}, where you may not write,"
+    user = os.geteuid() if os.name == "posix" else None
+    if folder.st_mode & stat.S_ISVTX and user not in (None, 0, folder.st_uid, target.stat().st_uid):
+        return "another user's in a folder with a sticky bit"
+    return None
+
+
+@contextlib.contextmanager
+def checkpoint_when_whole(target: Path) -> Iterator[Path]:
+    """
+    `folder_when_whole`; and where that cannot be done (a volume that is mounted there, say), `replaced_when_whole`, which
+    moves the files into the folder that is there.
+
+    Args:
+        target: a new or empty folder, an absolute path.
+    """
+    with (replaced_when_whole if _reason_to_stay(target) else folder_when_whole)(target) as staging:
+        yield staging
 
 
 @contextlib.contextmanager
@@ -100,11 +127,8 @@ def folder_when_whole(target: Path, kept_for: str | None = None) -> Iterator[Pat
     before = _entries(target)
     with telling_disk_full(target.parent):
         workspace = workspace or Workspace.make(nearest, prefix, purpose)
-        is_kept = kept_for is not None
         try:
             yield workspace.new
-            is_kept = False
-            workspace.new.chmod(default_mode(is_folder=True))
             written = [path for path in workspace.new.rglob("*") if not path.is_symlink()]
             write_through(*(path for path in written if path.is_file() or path.is_dir()), workspace.new)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,16 +145,20 @@ def folder_when_whole(target: Path, kept_for: str | None = None) -> Iterator[Pat
                 undo.pop_all()
             write_through(target.parent)
         finally:
-            if is_kept and any(workspace.new.iterdir()):
+            # Also what is whole and could not be put in place.
+            if kept_for is not None and workspace.new.is_dir() and any(workspace.new.iterdir()):
                 workspace.close()
             else:
                 workspace.remove()
 
 
 def _entries(folder: Path) -> list[tuple[str, int, int]] | None:
-    """What a folder holds, so that a change shows; None where nothing is there."""
+    """What a folder holds, so that a change shows; what else is there by itself; None where nothing is."""
     if not os.path.lexists(folder):
         return None
+    if not folder.is_dir():
+        status = folder.lstat()
+        return [("", status.st_ino, status.st_mtime_ns)]
     with os.scandir(folder) as found:
         each = [(entry.name, entry.inode(), entry.stat(follow_symlinks=False).st_mtime_ns) for entry in found]
     return sorted(each)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from safetensors.torch import save_file
 
 from grinmoe.checkpoint_grinmoe import WORKSPACE, Workspace, replaced_when_whole
 from grinmoe.files import DiskFullError, atomic_file, atomic_write_text, copy_files, telling_disk_full
-from grinmoe.outputs import check_folder, check_output, folder_when_whole
+from grinmoe.outputs import check_folder, check_output, check_replaceable, checkpoint_when_whole, folder_when_whole
 from tests import ROOT
 
 pytestmark = pytest.mark.newest_only  # files and folders
@@ -265,12 +268,105 @@ class TestFolderWhenWhole:
         assert str(aside) in str(caught.value) and (aside / "new").read_text() == "new"
         assert not list(tmp_path.glob(".*"))
 
+    @pytest.mark.parametrize("kind", SPECIAL)
+    def test_anything_that_appears_meanwhile_stays_and_the_result_too(self, tmp_path, kind, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # a socket's name is short
+
+        def make():
+            with folder_when_whole(tmp_path / "out") as folder:
+                (folder / "new").write_text("new")
+                make_special(Path("out"), kind)
+
+        with pytest.raises(FileExistsError, match=r"out has changed .* in .*out-\w{8} now"):
+            make()
+        (aside,) = tmp_path.glob("out-*")
+        assert (aside / "new").read_text() == "new" and os.path.lexists("out")
+        assert not list(tmp_path.glob(".*"))
+
+    def test_kept_workspace_that_cannot_be_put_in_place_is_gone_on_with(self, tmp_path, monkeypatch):
+        def make():
+            with folder_when_whole(tmp_path / "out", "model") as folder:
+                (folder / "new").write_text("new")
+                raise_once = iter([OSError(errno.EIO, "Input/output error")])
+                monkeypatch.setattr("grinmoe.outputs.write_through", lambda *_: fail(next(raise_once)))
+
+        def fail(error):
+            raise error
+
+        with pytest.raises(OSError, match="Input/output"):
+            make()
+        monkeypatch.undo()
+        with folder_when_whole(tmp_path / "out", "model") as folder:
+            assert (folder / "new").read_text() == "new"
+
+    def test_folder_in_a_groups_folder_keeps_the_group(self, tmp_path):
+        (tmp_path / "team").mkdir()
+        (tmp_path / "team").chmod(0o2775)
+        with folder_when_whole(tmp_path / "team" / "out") as folder:
+            (folder / "new").write_text("")
+        usual = tmp_path / "team" / "usual"
+        usual.mkdir()
+        assert (tmp_path / "team" / "out").stat().st_mode == usual.stat().st_mode
+
     def test_full_disk_leaves_what_was_there(self, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "old").write_text("")
         with pytest.raises(DiskFullError), folder_when_whole(tmp_path / "out"):
             raise OSError(errno.ENOSPC, "No space left on device")
         assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+class TestCheckpointWhenWhole:
+    @pytest.mark.parametrize("is_there", [False, True])
+    def test_process_killed_at_any_rename_leaves_nothing_that_the_next_call_refuses(self, tmp_path, is_there):
+        body = (
+            "import sys\nfrom grinmoe.outputs import check_output, checkpoint_when_whole\n"
+            "rename, replace = os.rename, os.replace\n"
+            "Path.rename = lambda *paths: (rename(*paths), die())\n"
+            "os.replace = lambda *paths: (replace(*paths), die())\n"
+            "with checkpoint_when_whole(check_output('out')) as folder:\n"
+            "    (folder / 'weights').write_text('')\n    (folder / 'config.json').write_text('{}')"
+        )
+        if is_there:
+            (tmp_path / "out").mkdir()
+        killed_in(body, tmp_path)
+        target = tmp_path / "out"
+        if not target.exists() or not any(target.iterdir()):
+            with checkpoint_when_whole(check_output(target)) as folder:
+                (folder / "weights").write_text("")
+                (folder / "config.json").write_text("{}")
+        assert {path.name for path in target.iterdir()} == {"weights", "config.json"}
+
+    def test_current_folder_is_filled_where_it_is(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with checkpoint_when_whole(check_output(".")) as folder:
+            (folder / "config.json").write_text("{}")
+        assert [path.name for path in Path.cwd().iterdir()] == ["config.json"]
+
+    def test_volume_is_filled_where_it_is_mounted(self, small_disk):
+        with checkpoint_when_whole(check_output(small_disk)) as folder:
+            (folder / "config.json").write_text("{}")
+        assert [path.name for path in small_disk.iterdir()] == ["config.json"]
+
+    @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="makes files of another user")
+    @pytest.mark.parametrize("kind", ["another user's in a folder with a sticky bit", "where you may not write"])
+    def test_folder_that_cannot_be_moved_is_named_before_the_work(self, kind, tmp_path, monkeypatch):
+        shared = Path(tempfile.mkdtemp(prefix="grinmoe-test-", dir="/tmp"))  # others may not enter pytest's folders
+        try:
+            (shared / "out").mkdir()
+            shared.chmod(0o1777 if "sticky" in kind else 0o755)
+            os.chown(shared, 65533, 65533)
+            (shared / "out").chmod(0o777)
+            os.seteuid(65534)
+            monkeypatch.setattr(os, "access", partial(os.access, effective_ids=True))
+            with pytest.raises(ValueError, match=f"--output {shared}/out is .*{kind}.* give a new folder inside of it"):
+                check_replaceable(shared / "out")
+            with checkpoint_when_whole(shared / "out") as folder:
+                (folder / "config.json").write_text("{}")
+            assert [path.name for path in (shared / "out").iterdir()] == ["config.json"]
+        finally:
+            os.seteuid(0)
+            shutil.rmtree(shared)
 
 
 class TestReplacedWhenWhole:

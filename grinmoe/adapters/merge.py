@@ -18,11 +18,11 @@ import torch
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers.utils import CONFIG_NAME
 
-from ..checkpoint_grinmoe import check_folder, refuse_checkout, replaced_when_whole
+from ..checkpoint_grinmoe import check_folder, refuse_checkout
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import check_dtype, copy_files
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
-from ..outputs import check_output
+from ..outputs import check_output, checkpoint_when_whole
 from ..tokenization import TOKENIZER_FILES
 from .lora import AdapterError, base_of, check_adapter, load_adapter, may_be_there, read_lora_config, stored_shapes
 from .options import MergeOptions
@@ -61,7 +61,7 @@ def merge_adapter(
     base = base_of(adapter) if base is None else os.fspath(base)
     dtype = _floating_dtype(dtype)
     refuse_checkout(output)
-    _check_folders(adapter, base, output)
+    target = _check_folders(adapter, base, output)
     base_config = GrinMoeConfig.from_pretrained(base)
     model_class: type[GrinMoePreTrainedModel] = GrinMoeForCausalLM
     if config.task_type == "SEQ_CLS":
@@ -70,7 +70,7 @@ def merge_adapter(
     if Path(base).is_dir():
         check_folder(base, base_config)
     check_adapter(adapter, model_class, base_config)
-    with replaced_when_whole(output) as staging:  # which says now that nothing can be written there, not hours later
+    with checkpoint_when_whole(target) as staging:  # which says now that nothing can be written there, not hours later
         model = _load_base(model_class, base, base_config, dtype, from_quantized)
         merged = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
         merged.save_pretrained(staging)
@@ -101,13 +101,13 @@ def _take_number_of_labels(config: GrinMoeConfig, adapter: str | os.PathLike) ->
             config.num_labels = shape[0]
 
 
-def _check_folders(adapter: str | os.PathLike, base: str, output: str | os.PathLike) -> None:
+def _check_folders(adapter: str | os.PathLike, base: str, output: str | os.PathLike) -> Path:
     for folder in (adapter, base):
         if Path(folder).exists() and Path(output).resolve() == Path(folder).resolve():
             raise ValueError(
                 f"output={os.fspath(output)!r} is the folder of the adapter or of its base; give another one"
             )
-    check_output(output, "output")
+    target = check_output(output, "output")
     if not may_be_there(base):
         raise AdapterError(f"base={base!r} is not there; give a folder or an id on the Hub")
     if Path(base).is_dir() and (Path(base) / ADAPTER_CONFIG).exists():
@@ -116,6 +116,7 @@ def _check_folders(adapter: str | os.PathLike, base: str, output: str | os.PathL
         )
     if Path(base).is_dir() and not (Path(base) / CONFIG_NAME).is_file():
         raise AdapterError(f"base={base!r} holds no {CONFIG_NAME}; give the folder of a checkpoint")
+    return target
 
 
 def _load_base(

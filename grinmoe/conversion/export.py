@@ -34,12 +34,11 @@ from ..checkpoint_grinmoe import (
     fused_name,
     official_shapes,
     refuse_checkout,
-    replaced_when_whole,
 )
 from ..configuration_grinmoe import FOREIGN_EXTRAS, GrinMoeConfig, read_json_object
 from ..files import atomic_write_text, copy_files, folder_or_repository
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeRotaryEmbedding
-from ..outputs import check_output
+from ..outputs import check_output, checkpoint_when_whole
 from ..provenance import markdown_table
 from ..quantization_grinmoe import FUSED, dense_shape, quantize_rows
 from ..routing_grinmoe import ESTIMATORS
@@ -75,7 +74,7 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
         ValueError: an unknown target, dtype or size; an output that is no new or empty folder.
         FileNotFoundError: no such model.
     """
-    _check_options(options)
+    target = _check_options(options)
     folder = local_folder(options.model)
     config = read_config(folder)
     source = WeightSource(folder)
@@ -85,7 +84,7 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
     record: dict[str, Any] = {"source": options.model, "to": options.to, "dtype": options.dtype, "notes": []}
     if model_type_of(folder) == PhimoeConfig.model_type:
         config = as_it_was(config, _content(folder), source)
-    with replaced_when_whole(options.output) as staging:
+    with checkpoint_when_whole(target) as staging:
         dtype = "auto" if options.to == "gguf" else options.dtype  # there the converter casts
         entries = list(official_entries(source, config, dtype))
         parameters = sum(math.prod(entry.shape) for entry in entries)
@@ -135,18 +134,18 @@ def run_export(options: ExportOptions) -> None:
 # --- what is asked for -------------------------------------------------------------------------------------------------
 
 
-def _check_options(options: ExportOptions) -> None:
+def _check_options(options: ExportOptions) -> Path:
     if options.to not in TARGETS:
         raise ValueError(f"--to {options.to!r} is unknown; choose one of {', '.join(TARGETS)}")
     files.check_dtype(options.dtype, DTYPES)
     if options.dtype == "int8" and options.to in ("phimoe", "mixtral"):
         raise ConversionError(f"--dtype int8 is for safetensors and gguf; choose bfloat16 or float16 for {options.to}")
-    check_new_checkpoint(options.output, options.max_shard_size)
+    return check_new_checkpoint(options.output, options.max_shard_size)
 
 
-def check_new_checkpoint(output: str, max_shard_size: int | str) -> None:
+def check_new_checkpoint(output: str, max_shard_size: int | str) -> Path:
     """
-    Check where a new checkpoint is to be written, and in shards of which size.
+    Check where a new checkpoint is to be written, and in shards of which size. Returns the absolute path of the former.
 
     Raises:
         ValueError: the folder is not new or empty, or is that of the source code; or the size is not one.
@@ -154,7 +153,7 @@ def check_new_checkpoint(output: str, max_shard_size: int | str) -> None:
     if isinstance(max_shard_size, str) and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B", max_shard_size):
         raise ValueError(f"--max-shard-size {max_shard_size!r} is not a size; give one such as 500MB or 5GB")
     refuse_checkout(output)
-    check_output(output)
+    return check_output(output)
 
 
 def local_folder(model: str) -> Path:

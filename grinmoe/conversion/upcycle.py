@@ -22,11 +22,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from ..checkpoint_grinmoe import CheckpointError, add_remote_code, official_shapes, replaced_when_whole
+from ..checkpoint_grinmoe import CheckpointError, add_remote_code, official_shapes
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import atomic_write_text, copy_files
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..monitoring import kept_experts
+from ..outputs import checkpoint_when_whole
 from ..provenance import markdown_table
 from ..routing_grinmoe import ESTIMATORS, mix_seed, routing_generator
 from .compare import TOKENS_COMPARED, compare_logits, load_float32, random_tokens, require_equal, why_not_compared
@@ -58,7 +59,7 @@ def upcycle_checkpoint(options: UpcycleOptions) -> dict[str, Any]:
         raise ValueError(
             f"--estimator {options.estimator!r} does not begin where the dense model is; choose one of {', '.join(possible)}"
         )
-    check_new_checkpoint(options.output, options.max_shard_size)
+    target = check_new_checkpoint(options.output, options.max_shard_size)
     folder = local_folder(options.model)
     dense = _dense_config(folder)
     config = sparse_config(dense, options)
@@ -66,7 +67,7 @@ def upcycle_checkpoint(options: UpcycleOptions) -> dict[str, Any]:
     entries = _entries(source, dense, config, options)
     record: dict[str, Any] = {"source": options.model, "notes": []}
     record |= {name: getattr(options, name) for name in ("experts", "top_k", "noise", "reinit", "estimator", "seed")}
-    with replaced_when_whole(options.output) as staging:
+    with checkpoint_when_whole(target) as staging:
         config.architectures = ["GrinMoeForCausalLM"]
         config.save_pretrained(staging)
         add_remote_code(staging)
