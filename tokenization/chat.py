@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import copy
 import re
+import secrets
 import weakref
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,10 @@ _REWRITES = re.compile(
     r"|indent)\b"
 )
 _SHORT = 2**16  # characters: the tokenizer takes them at once
+_MADE_BY_TEMPLATE = (
+    "the chat template makes control tokens of a text that holds a part of one; remove it from the message, or correct the "
+    "template"
+)
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # as MARKS
 
 
@@ -62,7 +67,7 @@ def encode_chat(
             (half of a surrogate pair), a role would become a control token, or the conversation is longer than the tokenizer
             can take (see `encode_text`).
     """
-    return _encoded_chat(tokenizer, messages, add_generation_prompt, False, max_tokens)[0]
+    return _encoded_chat(tokenizer, messages, add_generation_prompt, False, max_tokens).ids
 
 
 def encode_chat_with_mask(
@@ -77,7 +82,32 @@ def encode_chat_with_mask(
     Raises:
         ValueError: as of `encode_chat`.
     """
-    return _encoded_chat(tokenizer, messages, False, True, max_tokens)
+    found = _encoded_chat(tokenizer, messages, False, True, max_tokens)
+    return found.ids, _mask(found.offsets, found.spans)
+
+
+def encode_with_offsets(
+    tokenizer: Any, content: str | Sequence[dict[str, Any]], max_tokens: int | None = None
+) -> tuple[str, list[int], list[tuple[int, int]]]:
+    """
+    Encode a text as `encode_text` does, or a conversation as `encode_chat` does, and say where each token stands.
+
+    Returns:
+        The text, or the rendered conversation; token ids; and for each the characters (begin, end) that it stands for. The
+        letters of a control token all have its characters.
+
+    Raises:
+        ValueError: as of `encode_text` and `encode_chat`.
+    """
+    if isinstance(content, str):
+        found = _encoded_text(tokenizer, content, max_tokens, True)
+    else:
+        found = _encoded_chat(tokenizer, content, False, False, max_tokens)
+    if found.marker is None:
+        return found.text, found.ids, found.offsets
+    marks = found.marker.places(found.text)
+    offsets = [(begin - bisect_left(marks, begin), end - bisect_left(marks, end)) for begin, end in found.offsets]
+    return found.marker.removed_from(found.text), found.ids, offsets
 
 
 def encode_text(
@@ -111,11 +141,14 @@ def encode_text(
         if len(text) > _SHORT:
             return rules.copy("").ids(text, max_tokens, add_special_tokens)
         return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"][:max_tokens]
+    return _encoded_text(tokenizer, text, max_tokens, add_special_tokens).ids
+
+
+def _encoded_text(tokenizer: Any, text: str, max_tokens: int | None, add_special_tokens: bool) -> _Encoded:
+    check_unicode(text)
+    rules = _rules(tokenizer)
     marker = rules.marker([text])
-    marked = marker.text(text, False)
-    return _repaired(
-        _Found(marked, marker, rules.copy(marker.marks).encode(marked, max_tokens, add_special_tokens)), rules
-    )[0][:max_tokens]
+    return rules.marked(marker.text(text, False), marker, max_tokens, add_special_tokens)
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
@@ -127,6 +160,90 @@ def control_tokens(tokenizer: Any) -> list[str]:
     messages of others than the assistant, those that the chat template writes are control tokens too.
     """
     return sorted(_rules(tokenizer).control)
+
+
+def control_token_in(tokenizer: Any, content: str | Sequence[dict[str, Any]]) -> str | None:
+    """The text of a control token that a plain text or the messages of a conversation hold, or None."""
+    rules = _rules(tokenizer)
+    messages = [{"content": content}] if isinstance(content, str) else content
+    for message in messages:
+        pattern = rules.pattern(message.get("role") == "assistant")
+        for text in _texts(message):
+            if (match := pattern.search(text)) is not None:
+                return match[0]
+    return None
+
+
+class ChatStrings:
+    """
+    Chats as strings, for a library that joins rendered chats with other texts before it has them encoded.
+
+    `render` puts a secret around the control tokens that the template writes. `encode` takes these for tokens and all others
+    for letters. A string without others has the ids that the tokenizer gives it.
+
+    Args:
+        tokenizer: a fast tokenizer of Transformers.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        # No text can know it, and so none passes for the template's.
+        self._secret = f"\U0001fffe{secrets.token_hex(8)}\U0001fffe"
+        self._signed = re.compile(f"{self._secret}(.*?){self._secret}", re.DOTALL)
+
+    def render(self, messages: Sequence[dict[str, Any]], render: Callable[[Sequence[dict[str, Any]]], str]) -> str:
+        """
+        Render a conversation, with the template's control tokens signed.
+
+        Args:
+            messages: the conversation.
+            render: renders messages in the tokenizer's chat template.
+
+        Raises:
+            ValueError: a role or a part of a text would become a control token, or a text is not valid Unicode.
+        """
+        rules = _rules(self._tokenizer)
+        risk = rules.risk(messages)
+        plain = None if risk == "token" else render(messages)
+        if plain is not None and not risk and not rules.has_open_forms:
+            return self._sign(plain, rules.written(plain, []))
+        marker = rules.marker([rules.template or "", *_texts(messages)])
+        marked = render(marker.messages(messages))
+        written = rules.written(marked, marker.regions(marked))
+        if plain is None or marker.removed_from(marked) == plain:
+            return marker.removed_from(self._sign(marked, written))
+        plainly_written = rules.written(plain, [])
+        if [match[0] for match in plainly_written] != [match[0] for match in written]:
+            raise ValueError(_MADE_BY_TEMPLATE)
+        return self._sign(plain, plainly_written)
+
+    def _sign(self, text: str, written: list[re.Match]) -> str:
+        parts, end = [], 0
+        for match in written:
+            parts += [text[end : match.start()], self._secret, match[0], self._secret]
+            end = match.end()
+        return "".join([*parts, text[end:]])
+
+    def unsigned(self, text: str) -> str:
+        """The text as the template wrote it."""
+        return text.replace(self._secret, "")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """
+        Encode a text that holds rendered conversations, or none.
+
+        Raises:
+            ValueError: as of `encode_text`.
+        """
+        check_unicode(text)
+        rules = _rules(self._tokenizer)
+        parts = self._signed.split(text)  # texts at even places, the template's tokens at odd ones
+        texts = parts[::2]
+        if not rules.is_normalized and not rules.risk([{"content": one} for one in texts]):
+            return encode_text(self._tokenizer, "".join(parts), True, add_special_tokens=add_special_tokens)
+        marker = rules.marker(texts)
+        marked = "".join(part if place % 2 else marker.text(part, False) for place, part in enumerate(parts))
+        return rules.marked(marked, marker, None, add_special_tokens).ids
 
 
 def check_unicode(text: str) -> None:
@@ -144,9 +261,9 @@ def _encoded_chat(
     tokenizer: Any,
     messages: Sequence[dict[str, Any]],
     add_generation_prompt: bool,
-    with_mask: bool,
+    with_spans: bool,
     max_tokens: int | None,
-) -> tuple[list[int], list[int]]:
+) -> _Encoded:
     rules = _rules(tokenizer)
     template = rules.template
     if template is None:
@@ -155,31 +272,26 @@ def _encoded_chat(
         raise ValueError("the conversation is empty; it needs at least one message")
 
     def render(chat: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        return _rendered(tokenizer, template, chat, add_generation_prompt, with_mask)
+        return _rendered(tokenizer, template, chat, add_generation_prompt, with_spans)
 
-    def encode_plain(text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    def encoded_plain(text: str, spans: list[tuple[int, int]]) -> _Encoded:
         found = rules.plain(tokenizer, text, max_tokens)
-        return found.ids, _mask(found.offsets, spans) if with_mask else []
+        return _Encoded(text, found.ids, found.offsets, spans)
 
     risk = rules.risk(messages)
     plain = None if risk == "token" else render(messages)
     if plain is not None and not risk and not rules.has_open_forms:
-        return encode_plain(*plain)
+        return encoded_plain(*plain)
     marker = rules.marker([template, *_texts(messages)])
     text, spans = render(marker.messages(messages))
-    found = _Found(text, marker, rules.copy(marker.marks).encode(text, max_tokens, False))
-    ids, mask = _repaired(found, rules, spans if with_mask else None)
-    ids, mask = ids[:max_tokens], mask[:max_tokens]
+    found = rules.marked(text, marker, max_tokens, False, spans)
     if plain is None or marker.removed_from(text) == plain[0]:
-        return ids, mask
+        return found
     # The template looks at what the marks have changed. No text holds a whole control token, so its own choice counts.
-    plain_ids, plain_mask = encode_plain(*plain)
-    if rules.controls(plain_ids) != rules.controls(ids):
-        raise ValueError(
-            "the chat template makes control tokens of a text that holds a part of one; remove it from the message, or "
-            "correct the template"
-        )
-    return plain_ids, plain_mask
+    plainly = encoded_plain(*plain)
+    if rules.controls(plainly.ids) != rules.controls(found.ids):
+        raise ValueError(_MADE_BY_TEMPLATE)
+    return plainly
 
 
 def _rendered(
@@ -216,37 +328,14 @@ def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) 
 
 
 @dataclass(frozen=True)
-class _Found:
-    """An encoded text with marks."""
+class _Encoded:
+    """A text with its ids, the characters of each, where the assistant's texts are, and the marks that are in it."""
 
     text: str
-    marker: _Marker
-    encoded: Encoded
-
-
-def _repaired(
-    found: _Found, rules: _Rules, spans: Sequence[tuple[int, int]] | None = None
-) -> tuple[list[int], list[int]]:
-    """
-    Ids and mask, with every control token that was made of text taken apart.
-
-    Marks prevent them, but for tokens that are looked for behind the normaliser (`normalized: true`) and templates that
-    rewrite texts.
-    """
-    encoded = found.encoded
-    mask = _mask(encoded.offsets, spans) if spans is not None else [0] * len(encoded.ids)
-    regions = found.marker.regions(found.text)
-    starts = [begin for begin, _ in regions]
-    repaired: list[tuple[int, int]] = []
-    for token, (begin, end), name, is_said in zip(encoded.ids, encoded.offsets, encoded.tokens, mask, strict=True):
-        letters = [token]
-        if token in rules.checked_ids:
-            region = bisect_right(starts, begin) - 1
-            source = found.text[begin:end]
-            if (region >= 0 and begin < regions[region][1]) or found.marker.is_in(source):
-                letters = rules.letters(found.marker.removed_from(source), name)
-        repaired += [(letter, is_said) for letter in letters]
-    return [token for token, _ in repaired], [is_said for _, is_said in repaired] if spans is not None else []
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    spans: Sequence[tuple[int, int]] = ()
+    marker: _Marker | None = None
 
 
 class _Marker:
@@ -282,6 +371,10 @@ class _Marker:
         if isinstance(value, list | tuple):
             return [self._value(one, of_assistant) for one in value]
         return value
+
+    def places(self, text: str) -> list[int]:
+        """Where the marks stand."""
+        return [match.start() for match in self._all.finditer(text)]
 
     def is_in(self, text: str) -> bool:
         return self._all.search(text) is not None
@@ -398,6 +491,48 @@ class _Rules:
         if max_tokens is not None and len(encoding) > max_tokens:
             encoding.truncate(max_tokens)
         return Encoded(encoding.ids, encoding.offsets, [])
+
+    def written(self, text: str, regions: Sequence[tuple[int, int]]) -> list[re.Match]:
+        """The control tokens in a rendered text, without those that the template made of texts (in `regions`)."""
+        starts = [begin for begin, _ in regions]
+
+        def is_of_text(begin: int) -> bool:
+            region = bisect_right(starts, begin) - 1
+            # What an assistant says may be a token: the marks have left it whole.
+            return region >= 0 and begin < regions[region][1]
+
+        found = self._patterns[False].finditer(text)
+        return [match for match in found if match[0] not in self.control or not is_of_text(match.start())]
+
+    def marked(
+        self,
+        text: str,
+        marker: _Marker,
+        max_tokens: int | None,
+        add_special_tokens: bool,
+        spans: Sequence[tuple[int, int]] = (),
+    ) -> _Encoded:
+        """
+        Encode a text with marks, and take every control token apart that was made of text.
+
+        Marks prevent them, but for tokens that are looked for behind the normaliser (`normalized: true`) and templates that
+        rewrite texts.
+        """
+        encoded = self.copy(marker.marks).encode(text, max_tokens, add_special_tokens)
+        regions = marker.regions(text)
+        starts = [begin for begin, _ in regions]
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for token, (begin, end), name in zip(encoded.ids, encoded.offsets, encoded.tokens, strict=True):
+            letters = [token]
+            if token in self.checked_ids:
+                region = bisect_right(starts, begin) - 1
+                source = text[begin:end]
+                if (region >= 0 and begin < regions[region][1]) or marker.is_in(source):
+                    letters = self.letters(marker.removed_from(source), name)
+            ids += letters
+            offsets += [(begin, end)] * len(letters)
+        return _Encoded(text, ids[:max_tokens], offsets[:max_tokens], spans, marker)
 
     def copy(self, marks: str) -> LongTexts:
         """A copy of the tokenizer that deletes these marks."""

@@ -20,10 +20,11 @@ from ..files import require_packages
 from ..loading import load_for_use
 from ..outputs import check_output, check_replaceable, folder_when_whole
 from ..provenance import environment
+from ..tokenization import encode_with_offsets
 from .options import AnalyzeOptions
 from .report import PAGE, SUMMARY, write_report
 from .statistics import RoutingAnalysis, RoutingCounts, SentenceRouting, count_routing, route_sentence
-from .texts import first_piece, first_sentence, rendered, token_rows
+from .texts import Content, checked_content, first_piece, first_sentence, token_rows
 
 # Enough for the demo's model to be quick and for a large one to be busy; the logits of all layers of a batch are kept.
 _BATCH_TOKENS = 4096
@@ -177,17 +178,17 @@ def _count_batch(model: Any, batch: list[list[int]], before: int) -> tuple[Routi
 
 def _sentence_of(options: AnalyzeOptions, file: Path, model: Any, tokenizer: Any) -> SentenceRouting:
     """The sentence asked for; or the first one, cut to what a picture can show."""
-    text, is_chat = "", False
-    if options.sentence is not None:
-        text = _as_text(options.sentence)
-    else:
-        content = first_piece(file)
-        text, is_chat = rendered(content, tokenizer, file), not isinstance(content, str)
-        text = text if is_chat else first_sentence(text)
-    encoded = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True, verbose=False)
-    ids, spans = encoded.input_ids, encoded.offset_mapping
     most = _LONGEST_SENTENCE if options.sentence is not None else _LONGEST_DEFAULT_SENTENCE
     most = min(most, model.config.max_position_embeddings)
+    content: Content
+    if options.sentence is not None:
+        content = _as_text(options.sentence)
+    else:
+        content = checked_content(first_piece(file), tokenizer, file)
+        content = first_sentence(content) if isinstance(content, str) else content
+    text, ids, spans = encode_with_offsets(
+        tokenizer, content, max_tokens=None if options.sentence is not None else most + 1
+    )
     if options.sentence is not None and len(ids) > most:
         raise ValueError(f"--sentence has {len(ids)} tokens, more than can be shown; give {most} or fewer")
     if not ids:

@@ -84,10 +84,10 @@ def token_rows(path: Path, tokenizer: Any, max_length: int, max_tokens: int) -> 
                 return
         # What a tokenizer adds at the beginning belongs at a document's; a chat template has written it already.
         special = begins and isinstance(content, str)
-        text = rendered(content, tokenizer, path)
+        content = checked_content(content, tokenizer, path)
         if isinstance(content, str):
             # No more of a long document than could be asked for: a token more, for the word that is cut.
-            text = text[: (left + 1) * longest]
+            text = content[: (left + 1) * longest]
             row = row + encode_text(tokenizer, text, add_special_tokens=special)
         else:
             row = row + encode_chat(tokenizer, content, max_tokens=left + 1)
@@ -102,20 +102,18 @@ def token_rows(path: Path, tokenizer: Any, max_length: int, max_tokens: int) -> 
         yield row[:left]
 
 
-def rendered(content: Content, tokenizer: Any, path: Path) -> str:
+def checked_content(content: Content, tokenizer: Any, path: Path) -> Content:
     """
-    A piece as the model reads it: messages in the chat template.
+    A piece that the tokenizer can encode.
 
     Raises:
         ValueError: messages, and a tokenizer without a chat template.
     """
-    if isinstance(content, str):
-        return content
-    if not tokenizer.chat_template:
+    if not isinstance(content, str) and not tokenizer.chat_template:
         raise ValueError(
             f"--text {path} holds messages, and the checkpoint's tokenizer has no chat template; give texts"
         )
-    return tokenizer.apply_chat_template(content, tokenize=False)
+    return content
 
 
 def first_sentence(text: str) -> str:

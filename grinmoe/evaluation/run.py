@@ -204,7 +204,7 @@ def _model(source: str, options: EvaluateOptions, longest: dict[str, int]) -> An
     Raises:
         ValueError: it has no chat template for `--chat`, or no room for an answer.
     """
-    from lm_eval.models.huggingface import HFLM
+    from .model import EvaluatedModel  # imports lm-eval
 
     model, tokenizer = load_for_use(source, options.dtype, options.device)
     if options.chat and not tokenizer.chat_template:
@@ -215,7 +215,7 @@ def _model(source: str, options: EvaluateOptions, longest: dict[str, int]) -> An
             f"--tasks {' '.join(too_long)}: answers of up to {max(longest.values())} tokens are asked for, and this model "
             f"was made for {room} with the question; leave them out"
         )
-    return HFLM(
+    return EvaluatedModel(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=options.batch_size,

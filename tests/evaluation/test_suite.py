@@ -214,7 +214,7 @@ def score_by(monkeypatch, tmp_path):
             SimpleNamespace(eos_token_id=0),
         )
         monkeypatch.setattr(evaluation, "load_for_use", lambda *arguments: checkpoint)
-        monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **options: model)
+        monkeypatch.setattr("grinmoe.evaluation.model.EvaluatedModel", lambda **options: model)
         output = tmp_path / f"out-{room}"
         evaluate(EvaluateOptions(str(tmp_path), (task.name,), str(output), allow_code=True), "X")
         return score_of(task, json.loads((output / "tasks" / f"{task.name}.json").read_text()))
