@@ -123,6 +123,15 @@ def kind_of(path: Path) -> str:
     return next((kind for is_kind, kind in kinds.items() if is_kind(mode)), "a device")
 
 
+def left_by_atomic_file(path: Path, name: str) -> bool:
+    """Whether a file is what a killed process of this user has left of `atomic_file` for a file of that name."""
+    stem, suffix = os.path.splitext(name)
+    if not re.fullmatch(rf"\.{re.escape(stem)}-[a-z0-9_]{{8}}{re.escape(suffix)}", path.name):
+        return False
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and (not hasattr(os, "geteuid") or status.st_uid == os.geteuid())
+
+
 def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
     """
     Copy from one folder to another, of the files named, those that are there.
@@ -147,7 +156,12 @@ def leads_out(file: Path, folder: Path) -> bool:
     A snapshot in the Hub's cache consists of links to the cache's `blobs` of the same repository, which count as inside.
     """
     inside = [folder.resolve()]
-    inside += [place.parent / "blobs" for place in inside[0].parents if place.name == "snapshots"]
+    # Elsewhere a folder named snapshots says nothing about one named blobs.
+    inside += [
+        place.parent / "blobs"
+        for place in inside[0].parents
+        if place.name == "snapshots" and place.parent.name.startswith("models--")
+    ]
     return not any(file.resolve().is_relative_to(place) for place in inside)
 
 

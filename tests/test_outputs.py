@@ -435,6 +435,15 @@ class TestCopiedFiles:
             copy_files(["tokenizer.model"], tmp_path / "model", tmp_path / "copy")
         assert not list((tmp_path / "copy").iterdir())
 
+    def test_link_to_blobs_that_are_not_the_hubs_cache_is_refused(self, tmp_path):
+        model = tmp_path / "snapshots" / "model"
+        for folder in (model, tmp_path / "blobs", tmp_path / "copy"):
+            folder.mkdir(parents=True)
+        (tmp_path / "blobs" / "private").write_text("secret")
+        (model / "LICENSE").symlink_to("../../blobs/private")
+        with pytest.raises(ValueError, match="LICENSE is a link to .*private, which is not in its folder"):
+            copy_files(["LICENSE"], model, tmp_path / "copy")
+
     def test_links_inside_the_folder_and_of_the_hubs_cache_are_copied(self, tmp_path):
         snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
         snapshot.mkdir(parents=True)

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from rich.console import Console
 
 from ..configuration_grinmoe import read_json_object
-from ..files import atomic_write_text, folder_or_repository, require_packages
+from ..files import atomic_write_text, folder_or_repository, left_by_atomic_file, require_packages
 from ..hub import Evaluation, metric_name
 from ..loading import base_of_model, load_for_use
 from ..outputs import check_folder
@@ -146,7 +146,8 @@ def _stamp(source: str) -> str | list[list[Any]]:
 def _check_folder(output: Path, settings: dict[str, Any]) -> None:
     file = output / "settings.json"
     if not file.is_file():
-        if output.is_dir() and any(output.iterdir()):
+        begun = _begun(output) if output.is_dir() else []
+        if output.is_dir() and any(path not in begun for path in output.iterdir()):
             raise ValueError(f"--output {output} holds something else than an evaluation; give a new folder")
         return
     if not any((output / "tasks").glob("*.json")):
@@ -156,6 +157,13 @@ def _check_folder(output: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"--output {output} holds an evaluation with another {', '.join(different)}; give a new folder"
         )
+
+
+def _begun(output: Path) -> list[Path]:
+    """What a start has left that was killed before its settings were written."""
+    tasks = output / "tasks"
+    begun = [path for path in output.iterdir() if left_by_atomic_file(path, "settings.json")]
+    return [*begun, tasks] if tasks.is_dir() and not any(tasks.iterdir()) else begun
 
 
 def _rehearse(tasks: list[SuiteTask], options: EvaluateOptions) -> dict[str, int]:

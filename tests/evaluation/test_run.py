@@ -13,6 +13,7 @@ import grinmoe_cli
 from grinmoe import GrinMoeForCausalLM
 from grinmoe.demo.chat_corpus import load_corpus
 from grinmoe.evaluation.run import EvaluateOptions, card_entries, evaluate, find_tasks, score_of
+from grinmoe.evaluation.run import _check_folder as check_begun
 from grinmoe.evaluation.suite import PAPER_SUITE, SuiteTask, local_task
 from grinmoe.hub.card_facts import read_evaluations
 from grinmoe.tokenization import load_tokenizer
@@ -260,6 +261,15 @@ class TestBadInput:
         assert "another limit" not in said
         (tmp_path / "tasks" / "letters.json").write_text("{}")
         assert "another" in self.run(capsys, "--model", model_folder, "--tasks", letters, "--output", tmp_path)
+
+
+def test_start_killed_before_its_settings_were_written_is_in_nobodys_way(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / ".settings-abcd_123.json").write_text("")
+    check_begun(tmp_path, {})
+    (tmp_path / "tasks" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="something else than an evaluation"):
+        check_begun(tmp_path, {})
 
 
 def test_answers_may_be_letters_or_places(tmp_path):
