@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from itertools import islice, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from ..files import require_packages
-from ..tokenization import encode_chat, encode_chat_with_mask, encode_text
+from ..tokenization import control_token_in, encode_chat, encode_chat_with_mask, encode_text
 from .formats import (
     FORMATS,
     Columns,
@@ -91,9 +92,9 @@ class DataOptions:
     loss_on: str = _option(
         "assistant", "assistant: the assistant's messages, or the completion, or all of a text; all: every token"
     )
-    control_tokens_in_texts: bool = _option(
-        False,
-        "texts that are not messages hold control tokens: <|end|> in them is the token (default: the letters of it)",
+    control_tokens_in_texts: bool | None = _option(
+        None,
+        "whether <|end|> in texts that are not messages is the token; by default it is the letters of it, with a warning",
     )
     max_rows: int | None = _option(None, "read no more than this many rows of each data set, for a trial")
 
@@ -144,6 +145,7 @@ class Counts:
     rows_truncated: int = 0
     rows_without_target: int = 0
     rows_identical: int = 0
+    rows_with_letters: int = 0
     samples: int = 0
     rows: int = 0
     tokens: int = 0
@@ -162,6 +164,7 @@ class Counts:
             (self.rows_without_target, "dropped without a target token"),
             (self.rows_empty, "empty"),
             (self.rows_identical, "with the same answer chosen and rejected"),
+            (self.rows_with_letters, "with the text of a control token, encoded as letters"),
         ):
             if count:
                 parts.append(f"{count} {what}")
@@ -240,10 +243,22 @@ def load_data(task: str, options: DataOptions, tokenizer: Any, vocab_size: int) 
             raise rows.nothing_left(counts)
         return datasets.Dataset(table), counts, rows.data_format
 
-    train, train_counts, data_format = prepared("training")
+    def told(part: str) -> tuple[Dataset, Counts, str]:
+        encoder.first_letters = ""
+        found = prepared(part)
+        if encoder.first_letters:
+            warnings.warn(
+                f"{found[1].rows_with_letters} rows for {part} hold the text of a control token, encoded as letters; "
+                f"the first is {encoder.first_letters}. Where texts are chats in the template's form, set "
+                "control_tokens_in_texts=True, or write them as messages; False says that letters are meant",
+                stacklevel=3,
+            )
+        return found
+
+    train, train_counts, data_format = told("training")
     evaluation, eval_counts = None, None
     if options.eval_data or options.eval_split or options.eval_share:
-        evaluation, eval_counts, _ = prepared("evaluation")
+        evaluation, eval_counts, _ = told("evaluation")
     report = DataReport(task, data_format, options.max_length, train_counts, eval_counts)
     return PreparedData(train, evaluation, report)
 
@@ -333,7 +348,22 @@ class _Encoder:
         self.wanted = None if self.is_cut else options.max_length + 1
         # Every token of pretraining is a target.
         self.only_answers = task == "sft" and options.loss_on == "assistant"
+        # Place and token of the first text that looks like a control token and is not one.
+        self.first_letters = ""
         self.has_marks = bool(re.search(r"\{%[-+]?\s*generation\b", tokenizer.chat_template or ""))
+
+    def count_letters(self, place: str, row: dict[str, Any], data_format: str, counts: Counts) -> None:
+        """Count a row whose plain text holds the text of a control token: it may be a chat in the template's form."""
+        if self.options.control_tokens_in_texts is not None:
+            return
+        columns = self.options.columns
+        texts = [row.get(name) for name in {columns.prompt: 0} | dict.fromkeys(columns.of_format(data_format))]
+        end = self.tokenizer.eos_token or ""
+        for text in texts:
+            if isinstance(text, str) and (token := control_token_in(self.tokenizer, text.removesuffix(end))):
+                counts.rows_with_letters += 1
+                self.first_letters = self.first_letters or f"{token!r} in {place}"
+                return
 
     def sample(self, data_format: str, place: str, row: dict[str, Any]) -> Sample | None:
         """Token ids and labels of a row; None where it is empty."""
@@ -424,7 +454,7 @@ class _Encoder:
     def ids(self, text: str, place: str) -> list[int]:
         """Token ids of a text."""
         with _placed(place):
-            return encode_text(self.tokenizer, text, self.options.control_tokens_in_texts, self.wanted)
+            return encode_text(self.tokenizer, text, bool(self.options.control_tokens_in_texts), self.wanted)
 
     def answers(self, pair: Preference, place: str) -> list[Sample]:
         """Prompt with the chosen answer, and with the rejected one, as DPOTrainer will get them."""
@@ -499,6 +529,7 @@ def _token_table(rows: _Rows, encoder: _Encoder) -> tuple[Any, Counts]:
     packing = encoder.task == "pretrain" if options.packing is None else options.packing
     is_cut = encoder.is_cut
     for place, row in rows:
+        encoder.count_letters(place, row, rows.data_format, counts)
         sample = encoder.sample(rows.data_format, place, row)
         for ids, labels in _fitting(sample and [sample], options, is_cut, counts) or ():
             samples.append(ids, labels)
@@ -516,6 +547,7 @@ def _preference_table(rows: _Rows, encoder: _Encoder) -> tuple[Any, Counts]:
     counts = Counts()
     pairs: list[dict[str, Any]] = []
     for place, row in rows:
+        encoder.count_letters(place, row, rows.data_format, counts)
         pair = checked_preference(row, encoder.options.columns, place)
         both = None if pair is None else encoder.answers(pair, place)
         answers = _fitting(both, encoder.options, False, counts)

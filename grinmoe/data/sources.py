@@ -12,7 +12,7 @@ import stat
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -238,15 +238,62 @@ def _read_parquet(file: Path, opened: BinaryIO) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number, too_large = 0, ""
     try:
-        # Few rows at once: a small file can hold large ones.
-        for batch in pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=_ROWS_AT_ONCE):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", row
+        at_once, kept_short = _parquet_limits(pyarrow.parquet.ParquetFile(opened).metadata)
+        for batch in pyarrow.parquet.ParquetFile(opened, read_dictionary=kept_short).iter_batches(batch_size=at_once):
+            # One by one where they are large: the rows of a small file can be larger than the memory.
+            step = batch.num_rows if sum(map(_unpacked_size, batch.columns)) <= LARGEST_ROW else 1
+            for begin in range(0, batch.num_rows, max(step, 1)):
+                part = batch.slice(begin, step)
+                if step == 1 and sum(map(_unpacked_size, part.columns)) > LARGEST_ROW:
+                    too_large = f"{file}, row {number + 1}: it is longer than {LARGEST_ROW:,} bytes"
+                    break
+                for row in part.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+            if too_large:
+                break
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} cannot be read as Parquet behind row {number}: {error}") from error
+    if too_large:
+        raise ValueError(f"{too_large}; write the text in several rows")
+
+
+def _parquet_limits(metadata: Any) -> tuple[int, list[str]]:
+    """
+    How many rows are read at once, and the columns that are read as dictionaries.
+
+    A dictionary writes a text once, and any number of cells refer to it. A cell is no larger than its column's chunk, and so
+    few rows bound what is read. In lists, a single row can have any number of cells: there the dictionary is kept.
+    """
+    at_once, kept_short = _ROWS_AT_ONCE, set()
+    for group, place in product(range(metadata.num_row_groups), range(metadata.num_columns)):
+        chunk, column = metadata.row_group(group).column(place), metadata.schema.column(place)
+        size = max(chunk.total_uncompressed_size, 1)
+        is_text = column.physical_type == "BYTE_ARRAY"
+        if is_text and column.max_repetition_level and chunk.num_values * size > LARGEST_ARRAY:
+            kept_short.add(column.path)
+            at_once = at_once if size <= LARGEST_ARRAY else 1
+        elif is_text:
+            at_once = max(min(at_once, LARGEST_ROW // size), 1)
+    return at_once, sorted(kept_short)
+
+
+def _unpacked_size(array: Any) -> int:
+    """Bytes of the values of an array, each reference to a dictionary counted as what it refers to."""
+    import pyarrow
+    import pyarrow.compute
+
+    kind = array.type
+    if pyarrow.types.is_dictionary(kind):
+        lengths = pyarrow.compute.take(pyarrow.compute.binary_length(array.dictionary), array.indices)
+        return pyarrow.compute.sum(pyarrow.compute.cast(lengths, "int64")).as_py() or 0
+    if pyarrow.types.is_struct(kind):
+        return sum(map(_unpacked_size, array.flatten()))
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return _unpacked_size(array.flatten())
+    return array.nbytes
 
 
 def _read_hub(name: str, split: str, config: str | None, revision: str | None) -> Iterator[PlacedRow]:

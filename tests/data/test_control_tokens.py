@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 
 import pytest
 
@@ -164,3 +165,29 @@ def test_a_long_document_is_pretrained_on_whole(load, tokenizer):
         *tokenizer(text, verbose=False)["input_ids"],
         tokenizer.eos_token_id,
     ]
+
+
+@pytest.mark.parametrize(
+    "task, row",
+    [
+        ("sft", {"text": "<|user|>\nHi<|end|>"}),
+        ("pretrain", {"text": "a <|end|> b"}),
+        ("sft", {"prompt": "<|user|>\nHi<|end|>", "completion": "Hello"}),
+        ("dpo", {"prompt": "<|user|>\nHi", "chosen": "yes", "rejected": "no"}),
+    ],
+)
+def test_texts_in_the_template_s_form_are_told_with_count_place_and_remedy(load, task, row):
+    plain = {name: "red stone" if name != "rejected" else "no" for name in row}
+    with pytest.warns(UserWarning, match=r"2 rows .* in .*rows\.jsonl, line 2\. .*control_tokens_in_texts=True"):
+        data = load(task, [plain, row, row])
+    assert "2 with the text of a control token, encoded as letters" in data.report.summary()
+    for chosen in (True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert load(task, [row], control_tokens_in_texts=chosen).report.train.rows_with_letters == 0
+
+
+def test_texts_that_end_in_the_end_of_text_are_told_nothing(load):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load("sft", [{"text": "red stone<|endoftext|>"}])

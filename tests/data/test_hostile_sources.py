@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
+import subprocess
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -243,3 +246,53 @@ def test_parquet_that_is_cut_or_holds_invalid_text_is_refused(tmp_path, load):
     for size in (1, 4, len(data) // 2, len(data) - 1):
         with pytest.raises(ValueError, match=r"cut\.parquet cannot be read as Parquet"):
             load(data[:size], name="cut.parquet")
+
+
+@pytest.mark.integration
+def test_parquet_whose_cells_repeat_one_large_text_is_read_in_bounded_memory(tmp_path):
+    """A file of 2 KB: by its dictionary, 256 cells of 20 MB each; in a list, one row of 40 GB."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    options = {"compression": "zstd", "store_schema": False, "dictionary_pagesize_limit": 2**30}
+
+    def repeated(times: int):
+        return pyarrow.DictionaryArray.from_arrays(
+            pyarrow.array([0] * times, "int32"), pyarrow.array(["a" * 20_000_000])
+        )
+
+    parquet.write_table(pyarrow.table({"text": repeated(256)}), tmp_path / "flat.parquet", **options)
+    turns = pyarrow.StructArray.from_arrays([pyarrow.array(["user"] * 2000), repeated(2000)], ["role", "content"])
+    lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, 2000], "int32"), turns)
+    parquet.write_table(pyarrow.table({"messages": lists}), tmp_path / "nested.parquet", **options)
+    code = (
+        "import resource, sys; from itertools import islice; from grinmoe.data import read_rows\n"
+        "list(islice(read_rows('flat.parquet', 'train'), 3))\n"
+        "try:\n    list(read_rows('nested.parquet', 'train'))\n"
+        "except ValueError as error:\n    print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30)),
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    said, megabytes = done.stdout.splitlines()
+    assert "nested.parquet, row 1: it is longer than 268,435,456 bytes" in said
+    assert int(megabytes) < 4000
+
+
+def test_parquet_with_repeated_texts_in_lists_is_read_as_it_was_written(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    chat = [
+        {"role": "user", "content": "Hi " * 9000},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "é"},
+    ]
+    rows = [{"messages": chat[: 1 + number % 3], "id": f"{number}"} for number in range(600)] + [
+        {"messages": None, "id": "x"}
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert [row for _, row in rows_of(tmp_path / "rows.parquet")] == rows
