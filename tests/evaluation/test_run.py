@@ -254,13 +254,14 @@ class TestBadInput:
             capsys, "--model", model_folder, "--tasks", letters, "--output", tmp_path
         )
 
-    def test_a_start_that_answered_nothing_is_in_nobodys_way(self, model_folder, letters, tmp_path, capsys):
-        (tmp_path / "tasks").mkdir()
-        (tmp_path / "settings.json").write_text('{"limit": 3}')
-        said = self.run(capsys, "--model", model_folder, "--tasks", letters, "nothing.jsonl", "--output", tmp_path)
-        assert "another limit" not in said
-        (tmp_path / "tasks" / "letters.json").write_text("{}")
-        assert "another" in self.run(capsys, "--model", model_folder, "--tasks", letters, "--output", tmp_path)
+
+def test_settings_of_a_start_that_answered_nothing_are_in_nobodys_way(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "settings.json").write_text('{"limit": 3}')
+    check_begun(tmp_path, {"limit": None})
+    (tmp_path / "tasks" / "letters.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an evaluation with another limit"):
+        check_begun(tmp_path, {"limit": None})
 
 
 def test_start_killed_before_its_settings_were_written_is_in_nobodys_way(tmp_path):
