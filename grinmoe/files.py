@@ -40,41 +40,78 @@ class DiskFullError(OSError):
 @contextlib.contextmanager
 def telling_disk_full(folder: str | os.PathLike) -> Iterator[None]:
     """
-    Raise DiskFullError where the body fails because a disk or a quota is full.
+    Raise an OSError that names the reason where the body fails because nothing can be written.
 
     Args:
         folder: where the body writes; it need not exist.
+
+    Raises:
+        DiskFullError: a disk or a quota is full.
+        OSError: it failed for another reason that the system gives: the disk became read-only or is broken, or a file
+            would be larger than it may be.
     """
     try:
         yield
     except DiskFullError:
         raise
     except Exception as error:
-        if not _is_disk_full(error):
-            raise
         place = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-        free = shutil.disk_usage(place).free / 1e6
-        raise DiskFullError(
-            f"the disk is full: writing to {folder} failed ({error}), and {free:,.1f} MB are free there; free some space "
-            "or choose a folder on another disk, then run the same command again"
+        number = _reason_of(error, place)
+        if number is None:
+            raise
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(place).free / 1e6
+            raise DiskFullError(
+                f"the disk is full: writing to {folder} failed ({error}), and {free:,.1f} MB are free there; free some "
+                "space or choose a folder on another disk, then run the same command again"
+            ) from error
+        remedy = "choose a folder on another disk"
+        if number == errno.EFBIG:
+            remedy = "raise the limit of file sizes (ulimit -f), or " + remedy
+        raise OSError(
+            number, f"{os.strerror(number)}: writing to {folder} failed; {remedy}, then run the same command again"
         ) from error
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
+def _reason_of(error: BaseException | None, place: Path) -> int | None:
+    """Number of the system's error for which nothing could be written; None if that is not the reason."""
+    known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
+        if isinstance(error, OSError) and error.errno in known:
+            return error.errno
         # safetensors has the number in its text alone, and torch's writer of pickles has none.
-        if re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b", str(error)):
-            return True
+        if (match := re.search(r"os error (\d+)\b", str(error))) and int(match[1]) in known:
+            return int(match[1])
         if isinstance(error, RuntimeError) and re.search(
             "PytorchStreamWriter failed writing|unexpected pos", str(error)
         ):
-            return True
+            return _tried(place)
         error = error.__cause__ or error.__context__
-    return False
+    return None
+
+
+def _tried(place: Path) -> int:
+    """Why nothing can be written to a folder where that has just failed. A disk that has room again was full."""
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            if (limit := _largest_file()) is not None:
+                file.seek(limit)  # the byte after it is refused
+            file.write(b"0")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno or errno.EIO
+    return errno.ENOSPC
+
+
+def _largest_file() -> int | None:
+    """How large a file of this process may be, in bytes; None for any size."""
+    import resource  # not on Windows
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 @contextlib.contextmanager

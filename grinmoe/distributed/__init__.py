@@ -3,6 +3,7 @@
 from .manifest import (
     MANIFEST_NAME,
     DamagedCheckpointError,
+    added_files,
     check_manifest,
     has_manifest,
     read_manifest,

@@ -22,6 +22,8 @@ MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
 # Reading and hashing one file takes one core; sharded checkpoints have a file for each rank.
 _THREADS = 8
+# Ends of names that the Trainer, PEFT or torch would look for in a checkpoint.
+_MAY_BE_READ = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".index.json", "config.json")
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -84,7 +86,8 @@ def check_manifest(checkpoint: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpointError: a file is missing, or has another size or content.
-        CheckpointError: there is a file that the manifest does not have. (Hidden ones beside it do not count.)
+        CheckpointError: there is a file that the manifest does not have, and that could be read in place of one that it
+            has: in a subfolder, or with the end of such a name. Notes and pictures do not count, nor hidden files.
         OSError: a file cannot be read.
     """
     folder = Path(checkpoint)
@@ -102,7 +105,8 @@ def check_manifest(checkpoint: str | os.PathLike) -> dict[str, Any]:
                 "checkpoint"
             )
     # The Trainer takes files by their names: another set of weights, or the random state of a rank.
-    if unknown := [name for name in found if name not in expected and not name.startswith(".")]:
+    unknown = [name for name in _added(found, expected) if "/" in name or name.endswith(_MAY_BE_READ)]
+    if unknown:
         raise CheckpointError(f"{folder} holds {unknown[0]}, which its manifest does not have; move it elsewhere")
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = pool.map(_sha256, (found[name] for name in expected))
@@ -113,6 +117,20 @@ def check_manifest(checkpoint: str | os.PathLike) -> dict[str, Any]:
                     "take another checkpoint"
                 )
     return content
+
+
+def added_files(checkpoint: str | os.PathLike) -> list[str]:
+    """
+    Files that the manifest does not have, by their paths in the checkpoint; hidden ones beside it do not count.
+
+    Raises:
+        DamagedCheckpointError: as `read_manifest`.
+    """
+    return _added(_entries(Path(checkpoint)), read_manifest(checkpoint)["files"])
+
+
+def _added(found: dict[str, Path], expected: dict[str, Any]) -> list[str]:
+    return [name for name in found if name not in expected and not name.startswith(".")]
 
 
 def size_in_bytes(checkpoint: str | os.PathLike) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -22,9 +23,20 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from ..checkpoint_grinmoe import CheckpointError, CheckpointFileError, read_tensors, write_through
 from ..configuration_grinmoe import read_json_object
-from ..distributed import MANIFEST_NAME, DamagedCheckpointError, check_manifest, has_manifest, is_sharded, is_whole
+from ..distributed import (
+    MANIFEST_NAME,
+    DamagedCheckpointError,
+    added_files,
+    check_manifest,
+    has_manifest,
+    is_sharded,
+    is_whole,
+    size_in_bytes,
+)
 
 T = TypeVar("T")
+# Of a checkpoint whose check takes some seconds.
+_BYTES_WORTH_A_WORD = 5_000_000_000
 # Files of the state that is no weight, and whose.
 _STATE = {"optimizer*": "optimizer", "scheduler.pt": "scheduler", "rng_state*.pth": "random numbers"}
 
@@ -45,16 +57,20 @@ class FoundCheckpoints:
     partial: list[Path] = field(default_factory=list)
 
 
-def find_checkpoints(output_dir: str | os.PathLike, run: str | None) -> FoundCheckpoints:
+def find_checkpoints(
+    output_dir: str | os.PathLike, run: str | None, tell: Callable[[str], Any] | None = None
+) -> FoundCheckpoints:
     """
     Look for the checkpoint to go on from. Nothing is changed.
 
     Args:
         output_dir: the run directory. All of its checkpoints were written with [`StopAtSignal`].
         run: the run's id. A checkpoint of another run counts as damaged.
+        tell: gets a sentence before each check that takes long.
 
     Raises:
-        CheckpointError: the newest checkpoint holds a file that its manifest does not have, or weights alone.
+        CheckpointError: the newest checkpoint holds weights alone, or a file that its manifest does not have and that
+            could be read.
         OSError: a file cannot be read.
     """
     found = FoundCheckpoints()
@@ -63,7 +79,7 @@ def find_checkpoints(output_dir: str | os.PathLike, run: str | None) -> FoundChe
             found.partial.append(folder)
         elif found.newest is None:
             try:
-                facts = check_manifest(folder)
+                facts = check_told(folder, tell)
                 if facts.get("run") != run:
                     raise DamagedCheckpointError(f"{folder} is a checkpoint of another run")
                 _check_state(folder)
@@ -71,6 +87,14 @@ def find_checkpoints(output_dir: str | os.PathLike, run: str | None) -> FoundChe
             except DamagedCheckpointError as error:
                 found.damaged.append((folder, str(error)))
     return found
+
+
+def check_told(folder: Path, tell: Callable[[str], Any] | None) -> dict[str, Any]:
+    """`check_manifest`, with a sentence before if it takes long."""
+    size = size_in_bytes(folder)
+    if tell is not None and size >= _BYTES_WORTH_A_WORD:
+        tell(f"Comparing {folder.name} ({size / 1e9:.1f} GB) with its manifest")
+    return check_manifest(folder)
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -129,7 +153,17 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint, first its manifest: what is left if that is interrupted counts as partial."""
+    """
+    Delete a checkpoint, first its manifest: what is left if that is interrupted counts as partial.
+
+    What somebody has added to it moves to `kept-checkpoint-N`.
+    """
+    with contextlib.suppress(DamagedCheckpointError):
+        if added := added_files(folder):
+            kept = _free_name(folder, "kept")
+            for name in added:
+                (kept / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).rename(kept / name)
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     write_through(folder)
     shutil.rmtree(folder)
@@ -148,12 +182,15 @@ def delete_older_checkpoints(output_dir: str | os.PathLike, limit: int | None, b
 
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that the Trainer does not write into it. Returns the new path."""
+    return folder.rename(_free_name(folder, "damaged"))
+
+
+def _free_name(folder: Path, prefix: str) -> Path:
     for number in range(1, 10_000):
-        aside = folder.with_name(f"damaged-{folder.name}" + (f"-{number}" if number > 1 else ""))
-        if not os.path.lexists(aside):
-            folder.rename(aside)
-            return aside
-    raise FileExistsError(f"{folder.parent} holds too many damaged checkpoints; remove some")
+        free = folder.with_name(f"{prefix}-{folder.name}" + (f"-{number}" if number > 1 else ""))
+        if not os.path.lexists(free):
+            return free
+    raise FileExistsError(f"{folder.parent} holds too many {prefix} checkpoints; remove some")
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -163,7 +200,7 @@ def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     Raises:
         ValueError: one of that name is not a folder, or a link, which the Trainer would write to or delete.
     """
-    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)")
     found = [(pattern.fullmatch(path.name), path) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
     folders = [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
     for path in folders:

@@ -85,7 +85,7 @@ def train(recipe: Recipe, command: str) -> RunResult:
             console.print(note)
         try:
             with interruption.raising():
-                folder = on_first_rank(lambda: RunFolder.open(path, recipe, _batch_size(recipe)))
+                folder = on_first_rank(lambda: RunFolder.open(path, recipe, _batch_size(recipe), console.print))
                 if folder.is_complete:
                     console.print(f"{folder.path} is complete already; give a new output_dir for another run")
                     return RunResult(COMPLETE, folder.record["step"], folder.result, folder.record["metrics"])
@@ -96,7 +96,8 @@ def train(recipe: Recipe, command: str) -> RunResult:
                 "command starts again"
             )
             return RunResult(STOPPED, 0, None, {}, interruption.received)
-        prepared.trainer.add_callback(_RecordStart(command, folder, prepared, console))
+        # Before the callbacks that write logs into the folder: a kill in between would leave it without its run.json.
+        prepared.trainer.callback_handler.callbacks.insert(0, _RecordStart(command, folder, prepared, console))
         interruption.run = folder.run
         interruption.train(prepared.trainer, folder.checkpoint, is_checked=True)
         with telling_disk_full(path):

@@ -7,17 +7,18 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint_grinmoe import write_through
 from ..configuration_grinmoe import read_json_object
-from ..distributed import check_manifest, has_manifest
+from ..distributed import has_manifest
 from ..files import atomic_write_text
 from ..outputs import check_folder
 from ..provenance import environment
-from .checkpoints import FoundCheckpoints, best_checkpoint, find_checkpoints, set_aside
+from .checkpoints import FoundCheckpoints, best_checkpoint, check_told, find_checkpoints, set_aside
 from .recipe import Recipe
 from .run_lock import LOCK_NAME
 
@@ -84,9 +85,17 @@ class RunFolder:
         The absolute path of a recipe's run directory, which may not be there yet.
 
         Raises:
-            ValueError: something that is not a folder is at that path, or above it; or it lies in another run directory.
+            ValueError: something that is not a folder is at that path, or above it; it lies in another run directory; or
+                the path is not UTF-8.
         """
         path = check_folder(recipe.output_dir, "output_dir")
+        try:
+            os.fspath(path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"output_dir={os.fspath(path)!r} holds bytes that are not UTF-8, and {RUN_NAME} could not name it; give "
+                "another folder"
+            ) from None
         for parent in path.parents:
             if _is_record(parent / RUN_NAME):
                 raise ValueError(
@@ -96,7 +105,7 @@ class RunFolder:
         return path
 
     @classmethod
-    def open(cls, path: Path, recipe: Recipe, batch_size: int) -> RunFolder:
+    def open(cls, path: Path, recipe: Recipe, batch_size: int, tell: Callable[[str], Any] | None = None) -> RunFolder:
         """
         Look at the folder, which is locked, before anything is loaded. Nothing is changed.
 
@@ -104,6 +113,7 @@ class RunFolder:
             path: of `locate`.
             recipe: of this start.
             batch_size: samples of an optimizer step.
+            tell: gets a sentence before what takes long.
 
         Raises:
             ValueError: it holds something other than a run; its run had other settings or is to be left alone
@@ -133,19 +143,21 @@ class RunFolder:
                 "run with that version, or give a new output_dir"
             )
         folder.run = folder.record["run"]
-        folder.found = find_checkpoints(folder.path, folder.run)
+        folder.found = find_checkpoints(folder.path, folder.run, tell)
         if folder.checkpoint is None and folder.found.damaged:
             raise ValueError(
                 f"{folder.found.damaged[0][1]}. No whole checkpoint is left to go on from: restore that one, move it "
                 "elsewhere to start anew, or give a new output_dir"
             )
-        if folder.checkpoint is not None or any((folder.path / name).is_dir() for name in ("model", "adapter")):
+        if folder.checkpoint is not None:
+            folder._compare(_places(folder.settings))
+        elif any((folder.path / name).is_dir() for name in ("model", "adapter")):
             folder._compare()
         if folder.checkpoint is not None:
-            folder._check_resume(recipe)
+            folder._check_resume(recipe, tell)
         return folder
 
-    def _check_resume(self, recipe: Recipe) -> None:
+    def _check_resume(self, recipe: Recipe, tell: Callable[[str], Any] | None) -> None:
         """What the files of a whole checkpoint do not tell."""
         assert self.checkpoint is not None
         arguments: Any = recipe.training
@@ -163,7 +175,7 @@ class RunFolder:
         if not best.is_dir() or not has_manifest(best):
             raise ValueError(f"{best}, the best checkpoint so far, is not there or not whole; {remedy}")
         try:
-            check_manifest(best)
+            check_told(best, tell)
         except ValueError as error:
             raise ValueError(f"{error}. It is the best checkpoint so far: {remedy}") from error
 
@@ -235,12 +247,12 @@ class RunFolder:
         )
         write_through(self.path, self.path.parent)
 
-    def _compare(self) -> None:
+    def _compare(self, but: Collection[str] = ()) -> None:
         before = self.record["settings"]
         differing = [
             f"{name}={before.get(name)!r} (now {self.settings.get(name)!r})"
             for name in sorted(before.keys() & self.settings.keys())
-            if name not in _MAY_DIFFER and before[name] != self.settings[name]
+            if name not in _MAY_DIFFER and name not in but and before[name] != self.settings[name]
         ]
         if self.record["batch_size"] != self.batch_size:
             differing.append(
@@ -257,6 +269,16 @@ class RunFolder:
                 f"{self.path} holds a run with other settings: {'; '.join(differing)}. Give the same to go on with it, or "
                 "a new output_dir"
             )
+
+
+def _places(settings: dict[str, Any]) -> set[str]:
+    """
+    Settings that say where something is, of which `compare_inputs` compares the content.
+
+    A run may have been copied to another machine. Of a model on the Hub only the commit is compared, and thus its name too.
+    """
+    local = {name for name in ("model", "model_config", "adapter") if os.path.exists(settings.get(name) or "")}
+    return {"train_data", "eval_data", "tokenizer"} | local
 
 
 def _is_valid(record: dict[str, Any]) -> bool:

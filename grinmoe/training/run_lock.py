@@ -96,7 +96,7 @@ def _lock(file: Path) -> tuple[_Held, str | None]:
         _held.add(held)
         try:
             status = os.fstat(descriptor)
-            is_file = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            is_file = stat.S_ISREG(status.st_mode)
             text = os.pread(descriptor, 200, 0).decode(errors="replace").strip() if is_file else ""
             if not is_file or (text and not text.startswith(_SAYS)):
                 raise ValueError(f"{file} is not a lock file of this command; remove it, or give another output_dir")
@@ -112,11 +112,14 @@ def _lock(file: Path) -> tuple[_Held, str | None]:
                 if error.errno not in _NO_LOCKS:
                     raise
                 note = f"{file.parent} cannot be locked ({error.strerror}): do not start a second run in it"
-            if _is_still(file, descriptor):
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, f"{_SAYS}{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            if status.st_nlink > 1:
+                file.unlink()  # a copy of the folder by hard links shares it
+            elif _is_still(file, descriptor):
+                with contextlib.suppress(OSError):  # a full disk, which whatever comes next tells; the lock is held
+                    os.truncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{_SAYS}{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                 return held, note
-            held.close()  # the start that held it was refused and has removed it
+            held.close()  # or the start that held it was refused and has removed it
         except BaseException:
             held.close()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import tempfile
 from pathlib import Path
@@ -68,6 +69,47 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(flags, undisturbed, tm
     assert not list(tmp_path.rglob("*partial*")) and not list((tmp_path / "run").glob(".*"))
     assert run(given).status == COMPLETE
     assert_same_end(tmp_path / "run", undisturbed("full"))
+
+
+ENDS = {
+    "read-only": (errno.EROFS, "Read-only file system"),
+    "broken": (errno.EIO, "Input/output error"),
+    "size limit": (errno.EFBIG, "File too large"),
+}
+
+
+@pytest.mark.parametrize("writer", ["weights", "optimizer", "manifest"])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_disk_that_cannot_be_written_for_another_reason_is_not_called_full(flags, tmp_path, monkeypatch, end, writer):
+    number, text = ENDS[end]
+    owner, name, when, _ = MOMENTS[writer]
+    error = {"weights": SafetensorError(f"I/O error: {text} (os error {number})"), "optimizer": TORCH}.get(writer)
+
+    def refused(*args, **kwargs):  # torch's error has no number
+        raise OSError(number, text)
+
+    if error is TORCH:
+        monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    fail_at(monkeypatch, owner, name, when, error or OSError(number, text))
+    with pytest.raises(OSError, match=f"{text}.*run") as caught:
+        run(flags(tmp_path / "run"))
+    assert not isinstance(caught.value, DiskFullError) and caught.value.errno == number
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("size", [3_000, 50_000, 900_000])
+def test_a_limit_of_file_sizes_is_told(flags, tmp_path, capsys, size):
+    from grinmoe_cli import main
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        code = main(["sft", *flags(tmp_path / "run")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert code == 2 and "File too large" in said and "ulimit -f" in said and "disk is full" not in said, said
+    assert main(["sft", *flags(tmp_path / "run")]) == 0
 
 
 @pytest.fixture

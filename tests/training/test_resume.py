@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from grinmoe.checkpoint_grinmoe import CheckpointError
 from grinmoe.distributed import MANIFEST_NAME, DamagedCheckpointError, check_manifest, write_manifest
-from grinmoe.training import last_whole_checkpoint
+from grinmoe.training import checkpoints, last_whole_checkpoint
 from grinmoe.training import run as training
 from grinmoe.training.checkpoints import delete_older_checkpoints
 from grinmoe.training.recipe import read_recipe
@@ -151,6 +152,87 @@ def test_a_file_that_the_manifest_does_not_have_is_refused_by_name(
     with pytest.raises(CheckpointError, match=f"holds {name}, which its manifest does not have"):
         run(flags(folder))
     assert file.exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "eval_results.json", "events.out.tfevents.1.host.2.0", "loss curve.png"])
+def test_a_file_that_somebody_has_added_is_no_reason_to_refuse(undisturbed, tmp_path, name):
+    folder = cut_off(undisturbed("full"), tmp_path / "run")
+    (folder / "checkpoint-4" / name).write_text("mine")
+    assert last_whole_checkpoint(folder).name == "checkpoint-4"
+
+
+def test_a_deleted_checkpoint_leaves_what_somebody_has_added(flags, undisturbed, tmp_path):
+    folder = cut_off(undisturbed("full"), tmp_path / "run")
+    for _ in range(2):
+        (folder / "checkpoint-2" / "eval" / "de").mkdir(parents=True, exist_ok=True)
+        for name in ("notes.txt", "eval/de/results.json"):
+            (folder / "checkpoint-2" / name).write_text("mine")
+        shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2", dirs_exist_ok=True)
+        delete_older_checkpoints(folder, 1, None)
+        assert not (folder / "checkpoint-2").exists()
+        shutil.move(tmp_path / "checkpoint-2", folder)
+    for kept in ("kept-checkpoint-2", "kept-checkpoint-2-2"):
+        assert tree(folder / kept) == ["eval", "eval/de", "eval/de/results.json", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-04", "checkpoint-\u0664", "checkpoint-4-backup", "checkpoint-4 (copy)"])
+def test_a_folder_with_another_name_than_the_trainer_s_is_left_alone(flags, undisturbed, tmp_path, name):
+    folder = cut_off(undisturbed("full"), tmp_path / "run")
+    (folder / name).mkdir()
+    opened = training.RunFolder.open(folder, read_recipe("sft", flags(folder)), 4)
+    opened.start("a test", {}, "")
+    assert opened.checkpoint.name == "checkpoint-4" and (folder / name).is_dir()
+
+
+def test_a_run_that_was_copied_elsewhere_with_its_model_and_data_goes_on(
+    flags, undisturbed, chat_model, chat_data, tmp_path, capsys
+):
+    there = tmp_path / "another machine"
+    folder = cut_off(undisturbed("full"), there / "runs" / "copy")
+    shutil.rmtree(folder / "checkpoint-4")
+    shutil.copytree(chat_model, there / "model")
+    data = shutil.copy(chat_data["sft"], there / "rows.jsonl")
+    moved = flags(folder, model=there / "model", train_data=data)
+    assert run(moved).status == COMPLETE
+    assert "Going on from" in capsys.readouterr().out
+    assert_same_end(folder, undisturbed("full"))
+
+
+@pytest.mark.parametrize("changed", ["model", "train_data", "tokenizer"])
+def test_another_model_or_data_under_another_path_is_refused(
+    flags, undisturbed, chat_model, chat_data, tmp_path, changed
+):
+    folder = cut_off(undisturbed("full"), tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint-4")
+    other = tmp_path / "other"
+    if changed == "train_data":
+        rows = chat_data["sft"].read_text().splitlines()
+        other.with_suffix(".jsonl").write_text("\n".join([*rows[1:], rows[0]]))
+        other = other.with_suffix(".jsonl")
+    elif changed == "model":
+        shutil.copytree(chat_model, other)
+        content = bytearray((other / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (other / "model.safetensors").write_bytes(content)
+    else:
+        shutil.copytree(chat_model, other)
+        content = json.loads((other / "tokenizer.json").read_text())
+        vocabulary = content["model"]["vocab"]
+        one_token, another = list(vocabulary)[-2:]
+        vocabulary[one_token], vocabulary[another] = vocabulary[another], vocabulary[one_token]
+        (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="ha(ve|s) changed since .* was started"):
+        run(flags(folder, **{changed: other}))
+
+
+def test_a_check_that_takes_long_is_told(flags, undisturbed, tmp_path, capsys, monkeypatch):
+    folder = cut_off(undisturbed("full"), tmp_path / "run")
+    said: list[str] = []
+    training.RunFolder.open(folder, read_recipe("sft", flags(folder)), 4, said.append)
+    assert said == []
+    monkeypatch.setattr(checkpoints, "_BYTES_WORTH_A_WORD", 1000)
+    training.RunFolder.open(folder, read_recipe("sft", flags(folder)), 4, said.append)
+    assert len(said) == 1 and re.fullmatch(r"Comparing checkpoint-4 \(0\.\d GB\) with its manifest", said[0])
 
 
 def test_a_hidden_file_beside_a_checkpoint_does_no_harm(undisturbed, tmp_path):

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers.integrations import TensorBoardCallback
 
 from grinmoe.training import run as training
 from grinmoe.training.run_directory import COMPLETE
@@ -117,6 +118,34 @@ def test_a_start_that_found_the_lock_of_a_refused_one_takes_its_own(tmp_path, mo
                 pass
 
 
+@pytest.mark.parametrize("which", ["run", "copy"])
+def test_a_copy_by_hard_links_has_a_lock_of_its_own(tmp_path, which):
+    """`cp -al` and backups make such copies, in which both folders share the lock file."""
+    text = "locked by process 1 on another machine"
+    for name in ("run", "copy"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / LOCK_NAME).write_text(text)
+    os.link(tmp_path / "run" / LOCK_NAME, tmp_path / "copy" / LOCK_NAME)
+    other = {"run": "copy", "copy": "run"}[which]
+    with locked_run(tmp_path / which, keep_if=LOCK_NAME):
+        assert (tmp_path / other / LOCK_NAME).read_text() == text
+        with locked_run(tmp_path / other, keep_if=LOCK_NAME):
+            pass
+        with pytest.raises(ValueError, match="in use by another run"):
+            with locked_run(tmp_path / which, keep_if=LOCK_NAME):
+                pass
+
+
+def test_a_running_start_keeps_its_lock_when_its_folder_is_copied_by_hard_links(tmp_path):
+    with locked_run(tmp_path / "run", keep_if=LOCK_NAME):
+        (tmp_path / "copy").mkdir()
+        os.link(tmp_path / "run" / LOCK_NAME, tmp_path / "copy" / LOCK_NAME)
+        for name in ("run", "copy"):
+            with pytest.raises(ValueError, match="in use by another run"):
+                with locked_run(tmp_path / name, keep_if=LOCK_NAME):
+                    pass
+
+
 def plant(kind: str, file: Path, victim: Path) -> None:
     if kind == "link":
         file.symlink_to(victim)
@@ -186,12 +215,16 @@ def output(kind: str, folder: Path) -> tuple[Path, str]:
     if kind == "dangling link":
         target.symlink_to(folder / "nothing")
         return target, "is a link that leads nowhere"
+    if kind == "no UTF-8":
+        return folder / os.fsdecode(b"\xff"), "holds bytes that are not UTF-8"
     target.mkdir()
     (target / "notes.txt").write_text("")
     return target, "holds notes.txt and no run.json"
 
 
-@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "file", "inside a file", "dangling link", "notes"])
+@pytest.mark.parametrize(
+    "kind", ["fifo", "socket", "device", "file", "inside a file", "dangling link", "no UTF-8", "notes"]
+)
 def test_an_output_dir_that_is_not_one_is_refused_and_nothing_is_left(flags, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(training, "load_config", None)
     monkeypatch.chdir(tmp_path)
@@ -289,6 +322,35 @@ def test_a_signal_while_the_result_is_written_lets_it_end(flags, tmp_path, monke
     monkeypatch.setattr(training, "save_trained", interrupted)
     result = run(flags(tmp_path / "run", watch_routers=False, eval_strategy="no", eval_share=0, max_steps=1))
     assert (result.status, result.signal) == (COMPLETE, None) and (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_a_start_that_is_killed_while_logs_begin_leaves_a_run_that_goes_on(flags, tmp_path, monkeypatch):
+    """Trackers make their folders in the run directory when the training begins."""
+    begun = TensorBoardCallback.on_train_begin
+
+    def killed(self, *args, **kwargs):
+        begun(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    settings = {"watch_routers": False, "eval_strategy": "no", "eval_share": 0, "max_steps": 1}
+    given = flags(tmp_path / "run", report_to="tensorboard", **settings)
+    monkeypatch.setattr(TensorBoardCallback, "on_train_begin", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(given)
+    monkeypatch.undo()
+    assert run(given).status == COMPLETE
+
+
+def test_a_lock_file_that_cannot_say_whose_it_is_for_a_full_disk_locks(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with locked_run(tmp_path / "a" / "run", keep_if="run.json"):
+        with pytest.raises(ValueError, match="in use by another run .just started"):
+            with locked_run(tmp_path / "a" / "run", keep_if="run.json"):
+                pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_temporary_files_of_a_killed_start_go_and_others_stay(flags, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from grinmoe.training import StopAtSignal
 from grinmoe.training import run as training
@@ -168,6 +169,12 @@ def test_the_sampler_repeats_an_epoch_and_changes_with_it():
     assert list(sampler) == first and sorted(first) == list(range(32))
     epoch = 1
     assert list(sampler) != first
+
+
+def test_the_sampler_groups_as_the_library_s():
+    lengths = [i * 7 % 61 for i in range(500)]
+    library = LengthGroupedSampler(8, lengths=lengths, generator=torch.Generator().manual_seed(7))
+    assert list(EpochSeededSampler(lengths, 8, 5, lambda: 2)) == list(library)
 
 
 @pytest.mark.integration
