@@ -343,6 +343,9 @@ class _Submission:
 
         A stream is submitted when its listener is known: one that ended before would never be heard of.
         """
+        # The step that was under way when a request was cancelled keeps its result, with the whole prompt, for a reader.
+        while self._manager.get_result(timeout=0) is not None:
+            pass
         request = {"input_ids": input_ids, "request_id": request_id, **options, **self.sampling.pop(request_id)}
         if options.get("streaming"):
             self._waiting[request_id] = request

@@ -379,6 +379,23 @@ class TestGate:
         assert self.run(gate, [{"type": "http.request", "body": b"{}"}]) == [503]
 
 
+def test_requests_that_were_left_keep_nothing(served_folder):
+    """Of each, the batch made one result more, with the whole prompt, which nobody reads."""
+    with in_this_process(served_folder, True, max_length=10**6, max_new_tokens=10**6) as (client, manager, running):
+        url = str(client.base_url).removesuffix("/v1/")
+        body = json.dumps(endless(stream=True)).encode()
+        for _ in range(12):
+            with connect(url) as connection:
+                connection.sendall(post_head(CHATS, url, len(body)) + body)
+                assert connection.recv(1000)
+        assert until(lambda: running._gate.places == 0)
+        # A whole answer comes after the step that was under way; the one after it finds what that has left.
+        assert answered(url) and answered(url)
+        router = manager._cb.output_router
+        assert router.output_queue.empty()
+        assert not router.result_handlers
+
+
 @pytest.mark.integration
 class TestCommand:
     """The command as a user starts it."""
