@@ -1,10 +1,13 @@
 """Options of `grinmoe generate` and `grinmoe serve`."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
 from ..files import Device, Dtype, Model, check_dtype
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,11 @@ class ServeOptions:
         if not 0 < self.request_timeout < math.inf:
             raise ValueError(f"--request-timeout {self.request_timeout} must be a number of seconds above 0")
         for name in self.allowed_host:
-            if not name or set(name) & set(" /:@"):
+            # Anything else never equals what a request names, and a pattern would look as if it did.
+            if name != "*" and not _HOST_NAME.fullmatch(name):
                 raise ValueError(
-                    f"--allowed-host {name!r} must be a host name without scheme and port, such as models.example.org"
+                    f"--allowed-host {name!r} must be a host name without scheme and port, such as models.example.org, or "
+                    "'*' for any; give the option once for each name, and letters beyond ASCII in the form of xn--"
                 )
         for option in ("max_length", "max_new_tokens", "cache_tokens"):
             value, lowest = getattr(self, option), 2 if option == "max_length" else 1

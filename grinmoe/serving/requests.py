@@ -33,6 +33,8 @@ MAX_MESSAGES, MAX_PARTS = 4096, 1024
 # OpenAI takes four. Each costs a comparison for every letter of the answer.
 MAX_STOPS, MAX_STOP_LETTERS = 64, 1000
 MAX_END_TOKENS = 64
+# Of any object with fields of its own; those that are not known are reported one by one.
+MAX_FIELDS = 256
 # Letters of names and labels, of a generation_config, and of a predicted answer, which is not used.
 MAX_LABEL_LETTERS, MAX_SETTINGS_LETTERS, MAX_PREDICTION_LETTERS = 1024, 16384, 2**20
 # Of fields with any content (metadata, cache_control, ...), which are not used: values at all levels, levels, letters.
@@ -137,6 +139,17 @@ class _Strict(BaseModel):
     """Wrong types are errors and not converted, and so are fields that are not listed."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise PydanticCustomError(
+                "many_fields",
+                "has {size} fields; this server takes up to {most}",
+                {"size": len(value), "most": MAX_FIELDS},
+            )
+        return value
 
 
 class TextPart(_Strict):

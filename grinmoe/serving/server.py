@@ -54,6 +54,8 @@ from .requests import (
 _STREAM_ERROR, _STREAM_ERROR_END = 'data: {"error": "', '"}\n\n'
 # Below it the logits divided by the temperature could overflow; the likeliest token is all but certain long before.
 LOWEST_TEMPERATURE = 0.01
+# Health checks of load balancers and monitors send HEAD too.
+_READING = ["GET", "HEAD"]
 # Bytes of a body for each token that the model takes: a letter in JSON's longest form has 12.
 BODY_BYTES_PER_TOKEN = 32
 
@@ -326,17 +328,17 @@ def _add_answers(app: FastAPI, chats: ChatRequests, completions: CompletionReque
 def _add_routes(app: FastAPI, models: OneModel, state: OneModelState) -> None:
     entry = {"id": models.force_model, "object": "model", "created": 0, "owned_by": "grinmoe"}
 
-    @app.get("/health")
+    @app.api_route("/health", methods=_READING)
     async def health() -> Response:
         if not state.is_cb_alive():
             return JSONResponse({"status": "unhealthy", "reason": "cb_worker_dead"}, status_code=503)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_READING)
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [entry]}
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.api_route("/v1/models/{model_id:path}", methods=_READING)
     async def retrieve_model(model_id: str) -> dict[str, Any]:
         models.process_model_name(model_id)
         return entry

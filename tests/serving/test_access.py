@@ -107,7 +107,26 @@ class TestHost:
     def test_star_allows_any_host(self):
         assert refused(Access.at("127.0.0.1", "127.0.0.1", ("*",), None), host="anything.example") is None
 
-    @pytest.mark.parametrize("name", ["http://a.example", "a.example:80", "", "a b", "u@a"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "http://a.example",
+            "a.example:80",
+            "",
+            "a b",
+            "u@a",
+            "a,b",
+            "*.example.org",
+            "**",
+            "b\xfccher.example",
+            ".",
+            "a\n",
+            "[::1]",
+            "a?",
+            "\udcff",
+        ],
+        ids=ascii,
+    )
     def test_allowed_host_that_is_not_a_name_is_refused(self, name):
         with pytest.raises(ValueError, match="--allowed-host"):
             ServeOptions("m", allowed_host=(name,))
@@ -258,6 +277,16 @@ class TestServer:
             url, head(method, CHATS, url, Authorization=f"Bearer {KEY.decode()}", Connection="close")
         )
         assert (status, headers["allow"]) == (405, "POST")
+
+    @pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/tiny-chat", "/v1/models/other"])
+    def test_head_has_the_status_and_length_of_get(self, url, path):
+        found = [
+            send(url, head(method, path, url, Authorization=f"Bearer {KEY.decode()}", Connection="close"))
+            for method in ("HEAD", "GET")
+        ]
+        (status, headers, body), (expected, expected_headers, _) = found
+        assert (status, headers["content-length"]) == (expected, expected_headers["content-length"])
+        assert status == (404 if path.endswith("other") else 200) and body == b""
 
     def test_websocket_is_not_opened(self, url):
         fields = {

@@ -97,6 +97,18 @@ TOO_MUCH = {
         "tokens or more, and this server",
     ),
 }
+# Each of them would be an error of its own.
+MANY = {f"f{i}": 1 for i in range(300_000)}
+TOO_MUCH |= {
+    "fields": (MANY, "body: has 300001 fields; this server takes up to 256"),
+    "fields of a message": ({"messages": [{**MESSAGE, **MANY}]}, "messages.0: has 300002 fields; this server takes"),
+    "fields of a part": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "", **MANY}]}]},
+        "has 300002 fields; this server takes up to 256",
+    ),
+    "fields of a prediction": ({"prediction": MANY}, "prediction: has 300000 fields; this server takes up to 256"),
+    "fields of stream_options": ({"stream_options": MANY}, "stream_options: has 300000 fields; this server takes"),
+}
 # Bodies that no dict spells.
 RAW = {
     "digits": (b'{"seed": ' + b"9" * 400 + b"}", "an integer of 400 digits; the limit is 40"),
