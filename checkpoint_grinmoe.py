@@ -312,32 +312,26 @@ def read_index(file: Path) -> dict[str, str]:
     """Read which shard holds each key.
 
     Raises:
-        CheckpointFileError: not JSON (see `read_json_object`).
-        CheckpointError: an index that Transformers cannot read, that names a key twice or that leads out of its folder.
+        CheckpointFileError: not JSON (see `read_json_object`), unusable for Transformers, or leading out of its folder.
     """
-    is_broken = True
     try:
         index = read_json_object(file, remedy="it has no weight_map that names tensors")
-        is_broken = False
         if not isinstance(weight_map := index.get("weight_map"), dict) or not weight_map:
             raise ValueError("it has no weight_map that names tensors")
         if not isinstance(index.get("metadata"), dict):
             raise ValueError('it has no "metadata" object, which Transformers needs; add "metadata": {}')
-        for key, shard in weight_map.items():
+        # One key for each shard, whose path is looked up on the disk.
+        for key, shard in {repr(shard): (key, shard) for key, shard in weight_map.items()}.values():
             path = PureWindowsPath(str(shard))  # which takes both separators
             is_inside = isinstance(shard, str) and shard.isprintable() and not path.anchor and ".." not in path.parts
             # The file itself may be a link, as in the Hub's cache; a folder in between may not lead out.
-            if (
-                not is_inside
-                or path.suffix != ".safetensors"
-                or not _is_below(file.parent, (file.parent / shard).parent)
-            ):
+            is_inside = is_inside and path.suffix == ".safetensors"
+            if not (is_inside and _is_below(file.parent, (file.parent / shard).parent)):
                 place = repr(shard)[:200]
                 raise ValueError(f"it places {key[:200]} in {place}, which is not a safetensors file of its folder")
         return weight_map
     except ValueError as error:
-        error_class = CheckpointFileError if is_broken else CheckpointError
-        raise error_class(f"{file} is not a safetensors index ({error}); download it again") from error
+        raise CheckpointFileError(f"{file} is not a safetensors index ({error}); download it again") from error
 
 
 def _is_below(folder: Path, place: Path) -> bool:
@@ -527,9 +521,8 @@ def _check_size(tensors: Mapping[str, StoredTensor], config: GrinMoeConfig, fold
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_size
     experts = config.num_local_experts * (3 * config.intermediate_size + 1)
     needed = hidden * (config.num_hidden_layers * (heads + experts) + config.vocab_size + (config.num_labels or 0))
-    if needed > 4 * stored + 2**28 or config.num_hidden_layers > len(
-        tensors
-    ):  # one tensor for each layer, at the least
+    # A layer has one tensor at the least.
+    if needed > 4 * stored + 2**28 or config.num_hidden_layers > len(tensors):
         names = "num_hidden_layers hidden_size num_attention_heads intermediate_size num_local_experts vocab_size num_labels"
         sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names.split())
         raise CheckpointError(
@@ -881,7 +874,10 @@ class OfficialCheckpointMixin:
             elif kwargs.get("config") is not None:
                 _check_config(config := cls._read_config("", kwargs), kwargs.get("quantization_config"))
                 if kwargs.get("state_dict") and check_tensors:
-                    tensors = {key: StoredTensor.of_value(value) for key, value in kwargs["state_dict"].items()}
+                    weights = kwargs["state_dict"]
+                    if not isinstance(weights, Mapping) or not all(torch.is_tensor(one) for one in weights.values()):
+                        raise CheckpointError("state_dict holds something else than tensors; give those of a model")
+                    tensors = {key: StoredTensor.of_value(value) for key, value in weights.items()}
                     check_weights(tensors, config, "state_dict", head_keys=("score.",))
         options = {"output_loading_info": True, "ignore_mismatched_sizes": ignore_mismatched_sizes, **kwargs}
         with experts_are_quantized():

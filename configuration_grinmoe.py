@@ -91,12 +91,10 @@ def is_one_of(*types: type) -> Callable[[Any], bool]:
 
 
 def is_dict_of(is_key: Callable[[Any], bool], is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: (
-        value is None
-        or (
-            isinstance(value, dict) and len(value) <= 2**17 and all(is_key(k) and is_value(v) for k, v in value.items())
-        )
-    )
+    def is_right(value: Any) -> bool:
+        return len(value) <= 2**17 and all(is_key(k) and is_value(v) for k, v in value.items())
+
+    return lambda value: value is None or (isinstance(value, dict) and is_right(value))
 
 
 def is_list_of(is_entry: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -115,6 +113,8 @@ def _is_reference(value: Any) -> bool:  # a tokenizer has two, of which one may 
     return is_text(value) or (isinstance(value, (list, tuple)) and all(map(is_one_of(str), value)))
 
 
+TOKEN_IDS = (lambda value: is_int(value) or is_list_of(is_int)(value), "a token's id, a list of them or null")
+_IS_LABEL: Callable[[Any], bool] = lambda value: is_one_of(str, int)(value) and not isinstance(value, bool)  # noqa: E731
 # Fields that are not numbers: what is right, and how to say it.
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
@@ -148,16 +148,14 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value in (None, "regression", "single_label_classification", "multi_label_classification"),
         "regression, single_label_classification, multi_label_classification or null",
     ),
-    "id2label": (is_dict_of(_is_label_id, is_one_of(str, int)), "a map of ids to at most 131,072 labels"),
-    "label2id": (is_dict_of(is_one_of(str, int), _is_label_id), "a map of at most 131,072 labels to ids"),
+    "id2label": (is_dict_of(_is_label_id, _IS_LABEL), "a map of ids to at most 131,072 labels"),
+    "label2id": (is_dict_of(_IS_LABEL, _is_label_id), "a map of at most 131,072 labels to ids"),
     "auto_map": (is_dict_of(is_text, _is_reference), "a map of Auto classes to file.Class"),
     "per_layer_config": (lambda value: value in (None, {}), "left out: all layers of this model are alike"),
     "quantization_config": (lambda value: hasattr(value, "to_dict") or is_one_of(dict)(value), "an object or null"),
-    "eos_token_id": (
-        lambda value: is_int(value) or is_list_of(is_int)(value),
-        "a token's id, a list of them or null",
-    ),
+    "eos_token_id": TOKEN_IDS,
 }
+_TOKEN_ID = (lambda value: value is None or is_int(value), "a token's id, an integer of at least 0, or null")
 # Fields of the library, which acts on them at once: it makes a list of num_labels, and some versions raise a TypeError.
 _CHECKED_WHEN_ASSIGNED = {"num_labels", "chunk_size_feed_forward", *_FORMS} - {"dtype", "torch_dtype"}
 
@@ -453,6 +451,8 @@ class GrinMoeConfig(PreTrainedConfig):
         return kwargs
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "dtype" and isinstance(value, str):
+            value = value.removeprefix("torch.")  # str(torch.bfloat16), which the library cannot read
         if name in _CHECKED_WHEN_ASSIGNED:
             check_fields({name: value})
         # One spelling is kept, also of what is assigned. The first assignment, of the constructor, is converted above.
@@ -756,14 +756,10 @@ def check_fields(
     for name, value in fields.items():
         if name in numbers:
             _check_number(name, value, *numbers[name])
-        is_right, form = forms.get(name, (is_one_of(object), ""))
-        if name not in forms and name.endswith("_token_id"):
-            is_right, form = (
-                (lambda value: value is None or is_int(value)),
-                "a token's id, an integer of at least 0, or null",
-            )
-        if not is_right(value):
-            raise ValueError(f"{name}={_shown(value)} must be {form}")
+        if name in forms or name.endswith("_token_id"):
+            is_right, form = forms.get(name, _TOKEN_ID)
+            if not is_right(value):
+                raise ValueError(f"{name}={_shown(value)} must be {form}")
 
 
 def check_pattern(name: str, pattern: Any) -> None:

@@ -21,7 +21,16 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.utils import CONFIG_NAME, logging
 
-from .configuration_grinmoe import check_fields, is_int, is_list_of, is_one_of, is_text, read_json_object
+from .configuration_grinmoe import (
+    TOKEN_IDS,
+    check_fields,
+    is_int,
+    is_list_of,
+    is_number,
+    is_one_of,
+    is_text,
+    read_json_object,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +44,7 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 _OR_NULL = ", or null"
 _NUMBERS: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("num_beams", "num_return_sequences"), (1, 2**10, _OR_NULL)),
+    "encoder_no_repeat_ngram_size": (0, 2**10, _OR_NULL),  # the library makes as many copies of the prompt
     **dict.fromkeys(
         "max_length max_new_tokens min_length min_new_tokens top_k no_repeat_ngram_size max_cache_len prefill_chunk_size "
         "num_assistant_tokens prompt_lookup_num_tokens max_matching_ngram_size assistant_early_exit".split(),
@@ -42,18 +52,25 @@ _NUMBERS: dict[str, tuple[float, float, str]] = {
     ),
     **dict.fromkeys(
         "temperature top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty length_penalty guidance_scale "
-        "max_time assistant_confidence_threshold".split(),
+        "max_time assistant_confidence_threshold penalty_alpha encoder_repetition_penalty diversity_penalty".split(),
         (-1e9, 1e9, _OR_NULL),
     ),
 }
-_IDS = (lambda value: is_int(value) or is_list_of(is_int)(value), "a token's id, a list of them or null")
 _FORMS: dict[str, Any] = {
     **dict.fromkeys(
         "do_sample use_cache renormalize_logits remove_invalid_values token_healing output_attentions output_hidden_states "
         "output_scores output_logits return_dict_in_generate disable_compile".split(),
         (is_one_of(bool), "True, False or null"),
     ),
-    **dict.fromkeys("eos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens".split(), _IDS),
+    **dict.fromkeys(
+        "eos_token_id forced_eos_token_id decoder_start_token_id suppress_tokens begin_suppress_tokens".split(),
+        TOKEN_IDS,
+    ),
+    "exponential_decay_length_penalty": (
+        lambda value: value is None or (isinstance(value, list) and len(value) == 2 and all(map(is_number, value))),
+        "a list of a length and a factor, or null",
+    ),
+    "is_assistant": (lambda value: value in (None, False), "left out: assisted generation sets it"),
     "bad_words_ids": (
         is_list_of(lambda one: isinstance(one, list) and all(map(is_int, one))),
         "a list of lists of ids",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grinmoe import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification
+from grinmoe import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, checkpoint_grinmoe
 from grinmoe.checkpoint_grinmoe import CheckpointError, CheckpointFileError, add_remote_code
 from grinmoe.conversion.shards import WeightSource
 from grinmoe.hub.options import ReleaseOptions
@@ -69,7 +69,10 @@ WRONG = [
         for value in ("x", "", "nn", "int8", 7, NAN, [], {"": "float32"})
     ),
     *(("auto_map", value) for value in (True, 0, "x", [], 1.5, {"AutoConfig": 1}, {"AutoTokenizer": [1, None]})),
-    *(("id2label", value) for value in (True, 0, "x", [], {"x": "y"}, {"0": None, "-1": "b"}, {"0": ["a"]})),
+    *(
+        ("id2label", value)
+        for value in (True, 0, "x", [], {"x": "y"}, {"0": None, "-1": "b"}, {"0": ["a"]}, {"0": True})
+    ),
     *(("label2id", value) for value in (True, 0, "x", [], {"a": "x"}, {"a": 1.5}, {"a": -1})),
     *(("architectures", value) for value in (True, 0, "x", {"a": 1}, [1], [None])),
     *(("transformers_version", value) for value in (True, 0, [], {}, 5.1)),
@@ -140,6 +143,19 @@ def test_config_fields_that_released_files_hold_are_kept():
     assert config.unknown == fields["unknown"]
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_config_with_the_whole_name_of_a_dtype_has_that_dtype(name):
+    config = GrinMoeConfig.from_dict({"model_type": "grinmoe", name: "torch.bfloat16"})
+    assert config.dtype == torch.bfloat16
+    assert config.to_dict()["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("content", [[1], "x", {"a": [1.0]}, {"a": None}, {"a": torch.ones(1).numpy()}], ids=repr)
+def test_a_state_dict_of_no_tensors_is_refused(content):
+    with pytest.raises(CheckpointError, match="tensors"):
+        GrinMoeForCausalLM.from_pretrained(None, config=tiny_model().config, state_dict=content)
+
+
 GENERATION = [
     *(("temperature", value) for value in ("x", True, [], {}, 1e20)),
     *((name, value) for name in ("max_length", "top_k", "num_beams") for value in ("x", True, -5, 1.5, [], {}, 10**12)),
@@ -147,10 +163,37 @@ GENERATION = [
     *(("eos_token_id", value) for value in ("x", -5, 1.5, ["x"], [[1]], {})),
     *(("pad_token_id", value) for value in ("x", -5, 1.5, [1], {})),
     *(("bad_words_ids", value) for value in ("x", 1, [1], [["x"]], {})),
+    *(("encoder_no_repeat_ngram_size", value) for value in ("x", [], {}, 2**31)),
+    *(("exponential_decay_length_penalty", value) for value in ("x", True, 1.5, [], [1], [[1], 2], {})),
+    *(("penalty_alpha", value) for value in ("x", [], {})),
+    *(("is_assistant", value) for value in (True, "x", 1, [1])),
     *(("stop_strings", value) for value in (1, [1], {})),
     *((name, value) for name in ("watermarking_config", "compile_config") for value in ("x", 1, [], {"a": 1})),
     *(("transformers_version", value) for value in (1, [], {})),
 ]
+
+
+def test_generation_config_fields_of_everyday_files_are_kept(folder):
+    """What Transformers of several years and other models' makers have written."""
+    fields = {
+        "_from_model_config": True,
+        "eos_token_id": [2, 5],
+        "decoder_start_token_id": [1],
+        "do_sample": True,
+        "temperature": 0.7,
+        "max_length": 9,
+        "cache_implementation": "static",
+        "exponential_decay_length_penalty": [5, 1.1],
+        "sequence_bias": [[[5], -1.0]],
+        "num_assistant_tokens_schedule": "constant",
+        "is_assistant": False,
+        "chat_format": "chatml",
+        "transformers_version": "4.31.0.dev0",
+    }
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    model = GrinMoeForCausalLM.from_pretrained(folder)
+    assert [model.generation_config.to_dict()[name] for name in ("eos_token_id", "max_length")] == [[2, 5], 9]
+    assert model.generate(torch.tensor([[3, 4, 5]])).shape[1] <= 9
 
 
 @pytest.mark.parametrize("in_config", [False, True], ids=["generation_config.json", "config.json"])
@@ -351,6 +394,16 @@ def test_index_that_leads_out_of_its_folder_is_refused(folder, place):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="not a safetensors file of its folder"):
         GrinMoeForCausalLM.from_pretrained(folder)
+
+
+def test_index_looks_up_each_shard_once(folder, monkeypatch):
+    """A lookup costs milliseconds on a network's disk, and an index may name a hundred thousand tensors."""
+    looked_up = []
+    monkeypatch.setattr(checkpoint_grinmoe, "_is_below", lambda *places: looked_up.append(places) or True)
+    weight_map = {f"key.{number}": f"model-{number % 3}.safetensors" for number in range(3000)}
+    (folder / "index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert checkpoint_grinmoe.read_index(folder / "index.json") == weight_map
+    assert len(looked_up) == 3
 
 
 # --- sizes -------------------------------------------------------------------------------------------------------------
