@@ -65,7 +65,10 @@ def load_foreign_config(folder: Path) -> Any:
     """
     content = read_json_object(folder / CONFIG_NAME, ConversionError)
     if (part := content.get("partial_rotary_factor")) is not None and not (is_number(part, 1, 1.5) and part == 1):
-        raise ConversionError(f"partial_rotary_factor={str(part)[:80]}: this architecture rotates whole heads")
+        raise ConversionError(
+            f"this {str(content.get('model_type'))[:80]} has no counterpart: partial_rotary_factor={str(part)[:80]}; this "
+            "architecture rotates whole heads"
+        )
     try:
         # What its classes make lists of, or take as it is, before any weight is looked at.
         check_fields({name: content[name] for name in _CHECKED & content.keys() if content[name] is not None})
