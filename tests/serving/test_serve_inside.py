@@ -185,6 +185,9 @@ class TestInThisProcess:
             def register_result_handler(self, request_id, callback):
                 calls.append(request_id)
 
+            def get_result(self, timeout):
+                return None
+
         submission = generation._Submission(Manager())
         submission.sampling["x"] = {"temperature": 1.0}
         submission.add_request([1], request_id="x", streaming=True)
