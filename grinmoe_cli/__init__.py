@@ -53,6 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _main(argv: list[str] | None) -> int:
     parser = build_parser()
     arguments, arguments_left = parser.parse_known_args(argv)
     entry: Command | None = getattr(arguments, "entry", None)
@@ -74,9 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_for_users)
     try:
         return _run(entry, given)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader (head, less) is gone; nothing is left to say.
         sys.stderr.close()

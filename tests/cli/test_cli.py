@@ -125,6 +125,15 @@ def test_an_unknown_command_is_exit_code_2(capsys):
     assert "dance" in capsys.readouterr().err
 
 
+def test_interrupting_before_a_command_runs_is_quiet(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grinmoe_cli, "build_parser", interrupted)
+    assert run_main("demo") == 130
+    assert capsys.readouterr().err == "\n"
+
+
 def test_interrupting_is_quiet(monkeypatch, capsys):
     import grinmoe.demo
 
