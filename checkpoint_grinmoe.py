@@ -312,10 +312,13 @@ def read_index(file: Path) -> dict[str, str]:
     """Read which shard holds each key.
 
     Raises:
-        CheckpointFileError: not JSON (see `read_json_object`), unusable for Transformers, or leading out of its folder.
+        CheckpointFileError: not JSON (see `read_json_object`), as a part of a file.
+        CheckpointError: an index that Transformers cannot read, or that leads out of its folder.
     """
+    error_class: type[CheckpointError] = CheckpointFileError
     try:
         index = read_json_object(file, remedy="it has no weight_map that names tensors")
+        error_class = CheckpointError  # it is whole
         if not isinstance(weight_map := index.get("weight_map"), dict) or not weight_map:
             raise ValueError("it has no weight_map that names tensors")
         if not isinstance(index.get("metadata"), dict):
@@ -331,7 +334,7 @@ def read_index(file: Path) -> dict[str, str]:
                 raise ValueError(f"it places {key[:200]} in {place}, which is not a safetensors file of its folder")
         return weight_map
     except ValueError as error:
-        raise CheckpointFileError(f"{file} is not a safetensors index ({error}); download it again") from error
+        raise error_class(f"{file} is not a safetensors index ({error}); download it again") from error
 
 
 def _is_below(folder: Path, place: Path) -> bool:
@@ -875,7 +878,10 @@ class OfficialCheckpointMixin:
                 _check_config(config := cls._read_config("", kwargs), kwargs.get("quantization_config"))
                 if kwargs.get("state_dict") and check_tensors:
                     weights = kwargs["state_dict"]
-                    if not isinstance(weights, Mapping) or not all(torch.is_tensor(one) for one in weights.values()):
+                    # Or of objects that give one when the library reads them.
+                    if not isinstance(weights, Mapping) or not all(
+                        isinstance(getattr(one, "dtype", None), torch.dtype) for one in weights.values()
+                    ):
                         raise CheckpointError("state_dict holds something else than tensors; give those of a model")
                     tensors = {key: StoredTensor.of_value(value) for key, value in weights.items()}
                     check_weights(tensors, config, "state_dict", head_keys=("score.",))

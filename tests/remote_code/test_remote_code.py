@@ -130,7 +130,7 @@ def test_every_file_of_the_flat_code_is_found_by_the_librarys_scan():
 def test_remote_code_files_are_seven_and_short():
     assert sorted(path.name for path in ROOT.glob("*_grinmoe.py")) == sorted(CODE_FILES)
     assert len(CODE_FILES) == 7
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code_files()) < 5300
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in code_files()) < 5350
 
 
 IN_A_PROCESS_WITH_OLDER_CODE = """
