@@ -612,8 +612,10 @@ def test_pull_leaves_out_very_many_files_that_are_not_a_checkpoints(pushed, outp
 # ---- real processes
 
 
+# A shell starts its background jobs with SIGINT ignored, which processes inherit.
 PULL = (
-    "import sys; from grinmoe_cli import main; sys.exit(main(['pull', '--repo', sys.argv[1], '--output', sys.argv[2]]))"
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from grinmoe_cli import main; "
+    "sys.exit(main(['pull', '--repo', sys.argv[1], '--output', sys.argv[2]]))"
 )
 
 
