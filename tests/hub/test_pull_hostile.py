@@ -672,6 +672,15 @@ def test_pull_sends_the_token_to_no_other_host(pushed, output, tmp_path):
         assert f"Bearer {WRITER}" in {seen.authorization for seen in pushed.requests}
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT is a KeyboardInterrupt, also in a shell's background job, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_downloads_end_at_once(pushed, output, monkeypatch):
     """Threads are waited for; those that download look at each piece whether they are still wanted."""
     pushed.add_commit(REPO, {"large.txt": b"x" * 3_000_000})
