@@ -10,7 +10,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from safetensors.torch import save_file
 from grinmoe.checkpoint_grinmoe import WORKSPACE, Workspace, replaced_when_whole
 from grinmoe.files import DiskFullError, atomic_file, atomic_write_text, copy_files, telling_disk_full
 from grinmoe.outputs import check_folder, check_output, check_replaceable, checkpoint_when_whole, folder_when_whole
-from tests import ROOT
 
 pytestmark = pytest.mark.newest_only  # files and folders
 
@@ -50,13 +48,19 @@ SPECIAL = ["FIFO", "socket", "device", "file", "link", "loop"]
 
 def killed_in(body: str, folder: Path) -> None:
     """Run `body` in a process that is killed when it says so; `folder` is the current one."""
-    program = (
-        "import os, signal\nfrom pathlib import Path\nfrom grinmoe.outputs import folder_when_whole\n"
-        "from grinmoe.checkpoint_grinmoe import replaced_when_whole\n"
-        f"def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n{body}"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == -signal.SIGKILL
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = os.fork()
+    if process == 0:
+        try:
+            os.chdir(folder)
+            names = {"folder_when_whole": folder_when_whole, "replaced_when_whole": replaced_when_whole}
+            exec(body, {"os": os, "Path": Path, "die": die, **names})
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from grinmoe.serving.gate import ADMITTED, Gate, Limits
 from tests.serving.hostile import connect, head, is_closed, post, post_head, read_answer, send, watched_health
 from tests.serving.served_model import ask, chat, in_this_process, start
 
+pytestmark = pytest.mark.integration
+
 CHATS = "/v1/chat/completions"
 ENDLESS = json.dumps({"eos_token_id": -1, "do_sample": False})
 LIMITS = Limits(max_body=2**16, max_connections=40, max_requests=4, request_timeout=1.0, write_timeout=1.0)

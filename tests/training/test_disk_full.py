@@ -18,6 +18,8 @@ from grinmoe.training import run as training
 from grinmoe.training.run_directory import COMPLETE
 from tests.training.runs import assert_same_end, run
 
+pytestmark = pytest.mark.integration
+
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -21,6 +21,8 @@ from tests.small_chat import small_run, write_rows
 from tests.tiny import tiny_model, training_arguments
 from tests.training.runs import At, cut_off, run, terminate, tree
 
+pytestmark = pytest.mark.integration
+
 
 class Killed(BaseException):
     """What is on the disk stays as it is at this moment."""
