@@ -41,7 +41,7 @@ example: $(VENV)/.stamp  ## pretrain, sft with QLoRA, dpo on real text, and a re
 test: $(VENV)/.stamp  ## the unit tests on a CPU (under 6 minutes on 2 cores)
 	@$(BIN)/python $(PYTEST) -m "not integration and not slow and not gpu"
 
-test-integration: $(VENV)/.stamp  ## the rest on a CPU: whole trainings, servers, commands, ranks, compilations (7 minutes)
+test-integration: $(VENV)/.stamp  ## the rest on a CPU: whole trainings, servers, commands, ranks, compilations (9 minutes)
 	@$(BIN)/python $(PYTEST) -m "integration and not slow and not gpu"
 
 test-all: $(VENV)/.stamp  ## both
@@ -51,7 +51,7 @@ test-oldest: $(OLDEST)/.stamp  ## both on the oldest supported Transformers, wit
 	@$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)", transformers.__version__'
 	@$(OLDEST)/bin/python $(PYTEST) -m "not newest_only and not slow and not gpu"
 
-fuzz: $(VENV)/.stamp  ## hostile configs, checkpoints, rows, requests and command lines: 3000 random ones of each (about 20 minutes)
+fuzz: $(VENV)/.stamp  ## hostile configs, checkpoints, rows, requests and command lines: 3000 random ones of each
 	@$(BIN)/python $(PYTEST) tests/fuzzing -m "" --fuzz-examples 3000
 
 check: $(VENV)/.stamp  ## ruff, mypy, symbolic links
